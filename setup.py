@@ -1,0 +1,25 @@
+from setuptools import find_packages, setup
+
+RECIPES = ["matplotlib>=3.7", "sacrebleu>=2.3", "sentencepiece>=0.1.99", "tqdm>=4.60"]
+
+setup(
+    name="fairseq_asam",
+    version="0.1.0",
+    description="Sharpness-aware training (SAM and ASAM) for fairseq and plain PyTorch",
+    license="MIT",
+    python_requires=">=3.9",
+    packages=find_packages(include=["fairseq_asam", "fairseq_asam.*"]),
+    install_requires=[
+        "torch>=2.0",
+        # fairseq 0.12.2 pins hydra and omegaconf releases that Python 3.11 cannot import.
+        "fairseq==0.12.2; python_version<'3.11'",
+        "fairseq-fixed==0.12.3.1; python_version>='3.11'",
+        # fairseq 0.12.2 uses names that numpy 1.24 removed; torch 2.4 and newer want a newer numpy.
+        "numpy<1.24; python_version<'3.11'",
+        "torch<2.4; python_version<'3.11'",
+    ],
+    extras_require={
+        "recipes": RECIPES,
+        "test": [*RECIPES, "pytest>=7", "ruff==0.17.6", "scipy>=1.9"],
+    },
+)
