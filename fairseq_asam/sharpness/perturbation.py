@@ -1,0 +1,232 @@
+"""The perturbation epsilon(w): the ascent step of SAM and ASAM, and the way back."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from .normalization import NORMALIZATIONS, diagonal, operator_of
+
+# Elements that go through the arithmetic together. On a CPU a block and its temporaries should stay in
+# the cache; on an accelerator the number of launches counts, and the bound is on temporary memory.
+_CPU_BLOCK = 2**16
+_ACCELERATOR_BLOCK = 2**24
+
+
+class Perturbation:
+    """Context manager that moves the weights from w to w + epsilon(w, g), and back on exit.
+
+    The gradients g are those in ``.grad`` on entry::
+
+        loss(model, batch).backward()        # gradient of L_B at w
+        with perturbation:                   # w -> w + epsilon
+            optimizer.zero_grad()
+            loss(model, batch).backward()    # gradient of L_B at w + epsilon
+        optimizer.step()                     # at w
+
+    For 1/p + 1/q = 1 and the normalization operator T = T_w + eta I (Section 4 of the paper)::
+
+        epsilon = rho * T * sign(g) * |T g|^(q - 1) / ||T g||_q^(q - 1)
+
+    which maximizes the linearized loss over the region ||T^-1 epsilon||_p <= rho. The norm is over all
+    parameters together.
+
+    On exit every weight is bit for bit what it was, in the same storage, whatever happened inside the
+    block. A parameter without a gradient on entry is not perturbed, and a zero gradient perturbs
+    nothing. A gradient whose norm is not finite perturbs nothing either; :attr:`norm` tells.
+
+    Args:
+        named_parameters: pairs of name and parameter, as from ``model.named_parameters()``. The names
+            decide what is a bias. Parameters that do not require a gradient are left alone.
+        rho: radius of the maximization region, >= 0. The paper: 0.05 to 0.1 for SAM and 0.5 to 1.0 for
+            ASAM on images (Section 5.2), 0.1 and 0.2 on translation (Section 5.3).
+        eta: added to the normalization operator for stability, >= 0. Unused for ``none`` and biases.
+        p: order of the norm that bounds the region, 1 < p <= inf.
+        normalization: one of :data:`~fairseq_asam.NORMALIZATIONS`; ``none`` is SAM.
+        normalize_bias: normalize biases like other weights (Section 5.2, Figure 4; default: T = 1).
+
+    Attributes:
+        norm: ||T g||_q of the last entry, a tensor without dimensions on the device of the parameters,
+            ``None`` before the first entry.
+
+    Raises:
+        ValueError: a value out of its range, a parameter that is not a leaf or not real, no parameters;
+            on entry, a sparse gradient.
+        TypeError: *named_parameters* are not pairs of name and tensor.
+        RuntimeError: on entry, no parameter has a gradient, or the weights are perturbed already.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        rho: float,
+        eta: float = 0.01,
+        p: float = 2.0,
+        normalization: str = "element-wise",
+        normalize_bias: bool = False,
+    ):
+        validate(rho=rho, eta=eta, p=p, normalization=normalization)
+        self.rho, self.eta, self.p = float(rho), float(eta), float(p)
+        self.norm: Tensor | None = None
+        self._saved: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._parameters: dict[Tensor, tuple[str, str]] = {}
+        for name, parameter in _pairs(named_parameters):
+            if not parameter.is_leaf:
+                raise ValueError(f"{name} is not a leaf tensor: only leaves, such as nn.Parameter, get gradients")
+            if not parameter.is_floating_point():
+                raise ValueError(f"{name} has dtype {parameter.dtype}: only real floating-point weights can move")
+            if parameter.requires_grad:
+                operator = operator_of(name, parameter, normalization, normalize_bias)
+                self._parameters.setdefault(parameter, (name, operator))
+        if not self._parameters:
+            raise ValueError("there is no parameter to perturb: none was given that requires a gradient")
+        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self._parameters):
+            warnings.warn(
+                "half-precision weights absorb most of epsilon, which is far below their resolution; "
+                "perturb float32 master weights instead",
+                stacklevel=2,
+            )
+
+    def __enter__(self) -> Perturbation:
+        if self._saved:
+            raise RuntimeError("the weights are perturbed already: leave the block before entering it again")
+        if all(parameter.grad is None for parameter in self._parameters):
+            raise RuntimeError("no parameter has a gradient: call backward() at w before entering the block")
+        for parameter, (name, _) in self._parameters.items():
+            if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                raise ValueError(
+                    f"the gradient of {name} is sparse, which sharpness-aware training does not support: "
+                    "use a dense gradient (for nn.Embedding, sparse=False)"
+                )
+        try:
+            self._perturb()
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            self._restore()
+        except BaseException:  # a KeyboardInterrupt half way
+            self._restore()
+            raise
+
+    @torch.no_grad()
+    def _perturb(self) -> None:
+        q = 1.0 if math.isinf(self.p) else self.p / (self.p - 1.0)
+        blocks = self._blocks()
+        # Powers other than squares soon leave the range of float32: take them in units of the largest.
+        unit = None if q in (1.0, 2.0) else self._norm_of(blocks, math.inf)
+        self.norm = self._norm_of(blocks, q, unit)
+        usable = torch.isfinite(self.norm) & (self.norm > 0)
+        on_cpu = self.norm.device.type == "cpu"  # elsewhere, to look at a value would stall the device
+        if self.rho == 0.0 or (on_cpu and not usable):
+            return
+        inverse = torch.where(usable, 1.0 / self.norm, 0.0)
+        for block in blocks:
+            epsilon, diagonals = self._normalized_gradients(block)
+            torch._foreach_mul_(epsilon, inverse.to(epsilon[0].device))
+            if not on_cpu:  # 0 * inf and 0 * nan, where the norm is not finite
+                for e in epsilon:
+                    e.nan_to_num_(0.0, 0.0, 0.0)
+            if q == 1.0:
+                torch._foreach_sign_(epsilon)
+            elif q != 2.0:
+                powers = torch._foreach_pow(torch._foreach_abs(epsilon), q - 1.0)
+                epsilon = [power.copysign_(e) for power, e in zip(powers, epsilon)]
+            if diagonals is not None:
+                torch._foreach_mul_(epsilon, diagonals)
+            self._saved.append((block.weights, [weight.clone() for weight in block.weights]))
+            torch._foreach_add_(block.weights, epsilon, alpha=self.rho)
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for weights, saved in self._saved:
+            torch._foreach_copy_(weights, saved)
+        self._saved = []
+
+    def _norm_of(self, blocks: list[_Block], order: float, unit: Tensor | None = None) -> Tensor:
+        """||T g||_order over all *blocks*; with *unit*, computed in multiples of it."""
+        norms: list[Tensor] = []
+        for block in blocks:
+            normalized, _ = self._normalized_gradients(block)
+            if unit is not None:
+                torch._foreach_div_(normalized, torch.where(unit > 0, unit, 1.0).to(normalized[0].device))
+            norms += torch._foreach_norm(normalized, order)
+        norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]), order)
+        return norm if unit is None else norm * unit
+
+    def _normalized_gradients(self, block: _Block) -> tuple[list[Tensor], list[Tensor] | None]:
+        """T g, in at least float32, and the diagonal of T (``None`` where T = 1)."""
+        gradients = [gradient.to(block.working_dtype) for gradient in block.gradients]
+        if block.operator == "none":
+            return torch._foreach_mul(gradients, 1.0), None
+        weights = [weight.to(block.working_dtype) for weight in block.weights]
+        diagonals = diagonal(weights, block.operator, self.eta)
+        return torch._foreach_mul(gradients, diagonals), diagonals
+
+    def _blocks(self) -> list[_Block]:
+        blocks: list[_Block] = []
+        open_blocks: dict[tuple, _Block] = {}
+        for parameter, (_, operator) in self._parameters.items():
+            if parameter.grad is None or parameter.numel() == 0:
+                continue
+            weight, gradient = parameter.detach(), parameter.grad.detach()
+            limit = _CPU_BLOCK if weight.device.type == "cpu" else _ACCELERATOR_BLOCK
+            pieces = [(weight, gradient)]
+            if operator != "filter-wise" and weight.is_contiguous() and gradient.is_contiguous():
+                pieces = zip(weight.view(-1).split(limit), gradient.view(-1).split(limit))
+            key = (weight.device, weight.dtype, operator)
+            for weight_piece, gradient_piece in pieces:
+                block = open_blocks.get(key)
+                if block is None or block.size + weight_piece.numel() > limit:
+                    block = open_blocks[key] = _Block(operator)
+                    blocks.append(block)
+                block.add(weight_piece, gradient_piece)
+        return blocks
+
+
+class _Block:
+    """Pieces of weights and gradients of one device, dtype and normalization operator."""
+
+    def __init__(self, operator: str):
+        self.operator = operator
+        self.weights: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+        self.size = 0
+
+    def add(self, weight: Tensor, gradient: Tensor) -> None:
+        self.weights.append(weight)
+        self.gradients.append(gradient)
+        self.size += weight.numel()
+
+    @property
+    def working_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.weights[0].dtype, torch.float32)
+
+
+def validate(rho: float, eta: float, p: float, normalization: str) -> None:
+    """Raise ValueError, in one sentence, if a value is out of the range that :class:`Perturbation` states."""
+    if not 0.0 <= rho < math.inf:
+        raise ValueError(f"rho is {rho}, but the radius of the maximization region must be a finite number >= 0")
+    if not 0.0 <= eta < math.inf:
+        raise ValueError(f"eta is {eta}, but it must be a finite number >= 0 (the paper uses 0.01)")
+    if not p > 1.0:
+        raise ValueError(f"p is {p}, but it must be greater than 1 (the paper uses 2 and inf)")
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization is {normalization!r}, but it must be one of {', '.join(NORMALIZATIONS)}")
+
+
+def _pairs(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for pair in named_parameters:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Tensor)):
+            raise TypeError(
+                "named_parameters must be pairs of name and tensor: pass model.named_parameters(), "
+                "not model.parameters()"
+            )
+        yield pair
