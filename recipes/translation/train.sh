@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Trains a Transformer as section 5.3 of the ASAM paper does, or goes on where an earlier call was stopped.
+#
+#   recipes/translation/train.sh DATA RUN OPTIMIZER [fairseq-train flags]
+#
+# DATA is a folder that fairseq-preprocess made; OPTIMIZER is adam, sam or asam. RUN gets the log (train.log) and the
+# checkpoints of the last and the best epoch (best: the lowest validation loss). Flags after OPTIMIZER win over those
+# below. A finished run is left alone.
+set -euo pipefail
+
+fail() {
+    echo "train.sh: $1" >&2
+    exit 1
+}
+
+(($# >= 3)) || fail "usage: recipes/translation/train.sh DATA RUN OPTIMIZER [fairseq-train flags]"
+data=$1 run=$2 optimizer=$3
+shift 3
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$here/../..
+[[ ! -d $root/.venv ]] || PATH=$root/.venv/bin:$PATH
+
+[[ $optimizer =~ ^(adam|sam|asam)$ ]] || fail "unknown optimizer '$optimizer': choose adam, sam or asam."
+compgen -G "$data/dict.*.txt" >/dev/null ||
+    fail "'$data' holds no binarized corpus: make one, for example with 'python -m data_prep.embedded data/embedded'."
+
+mkdir -p "$run"
+exec 9>"$run/lock"
+if ! flock --nonblock 9; then
+    echo "train.sh: another process trains in '$run'; waiting for its end." >&2
+    flock 9
+fi
+
+command="$optimizer $(cd "$data" && pwd) $*"
+if [[ -e $run/checkpoint_last.pt && $(cat "$run/command") != "$command" ]]; then
+    fail "'$run' holds a run with other data, optimizer or flags (see $run/command): choose another folder or remove it."
+fi
+echo "$command" >"$run/command"
+if grep -qsF '| done training in' "$run/train.log"; then
+    echo "train.sh: '$run' is trained already." >&2
+    exit
+fi
+# fairseq writes checkpoint_best.pt at once or not at all, but checkpoint_last.pt as a plain copy of it, which a kill
+# can cut short.
+if [[ -e $run/checkpoint_last.pt ]] && ! python -m zipfile -t "$run/checkpoint_last.pt" >/dev/null 2>&1; then
+    cp "$run/checkpoint_best.pt" "$run/checkpoint_last.pt.tmp"
+    mv "$run/checkpoint_last.pt.tmp" "$run/checkpoint_last.pt"
+fi
+
+exec python "$here/progress.py" "$run/train.log" fairseq-train "$data" \
+    --user-dir "$root/fairseq_asam" --optimizer "$optimizer" \
+    --adam-betas '(0.9, 0.98)' --weight-decay 1e-4 --clip-norm 0 \
+    --lr 5e-4 --lr-scheduler inverse_sqrt --warmup-updates 4000 \
+    --criterion label_smoothed_cross_entropy --label-smoothing 0.1 \
+    --arch transformer_iwslt_de_en --dropout 0.3 --share-decoder-input-output-embed \
+    --max-tokens 4096 --max-epoch 50 --seed 1 \
+    --save-dir "$run" --no-epoch-checkpoints --log-format json --log-interval 20 "$@"

@@ -1,0 +1,34 @@
+"""Reads the log that `fairseq-train --log-format json` writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def parse(line: str) -> tuple[str, dict[str, float]] | None:
+    """Return the tag ("train_inner", "train" or "valid") and the figures of a line; None if it has no figures.
+
+    Losses and sharpness are in bits per target token, as fairseq prints them.
+    """
+    fields = line.rstrip().split(" | ", 3)
+    if len(fields) < 4 or not fields[3].startswith("{"):
+        return None
+    try:
+        return fields[2], {name: float(value) for name, value in json.loads(fields[3]).items()}
+    except ValueError:
+        return None
+
+
+def read_epochs(path: Path) -> list[dict[str, float]]:
+    """Return the figures of each finished epoch, in order: `train_loss`, `valid_loss`, `train_train_wall` (seconds
+    in training steps) and so on, with fairseq's names.
+
+    An epoch that was interrupted and trained again counts once, with its last figures.
+    """
+    epochs: dict[float, dict[str, float]] = {}
+    with open(path, encoding="utf-8") as log:
+        for tag, figures in filter(None, map(parse, log)):
+            if tag in ("train", "valid"):
+                epochs.setdefault(figures["epoch"], {}).update(figures)
+    return [epochs[number] for number in sorted(epochs) if "train_loss" in epochs[number]]

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Installs what is missing, then runs the linter and the tests.
+#
+#   tests/run.sh [--slow] [pytest arguments]
+#
+# --slow runs the tests that take minutes as well.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+marker="not slow"
+if [[ ${1:-} == --slow ]]; then
+    marker=""
+    shift
+fi
+recipes/environment.sh test
+export PATH="$PWD/.venv/bin:$PATH"
+ruff check
+ruff format --check
+pytest -m "$marker" "$@"
