@@ -1,9 +1,13 @@
-"""Lets fairseq load its own checkpoints with torch >= 2.6, whose ``torch.load`` is safe by default."""
+"""Lets fairseq load its own checkpoints with torch >= 2.6, and go on from them as if never stopped."""
+
+from __future__ import annotations
 
 import argparse
+import functools
 
 import numpy as np
 import torch
+from fairseq.tasks import FairseqTask
 
 # A fairseq checkpoint holds its arguments as a Namespace, and numpy scalars where a meter made some.
 _multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
@@ -11,3 +15,27 @@ SAFE_TYPES = [argparse.Namespace, _multiarray.scalar, np.dtype, *{type(np.dtype(
 
 if hasattr(torch.serialization, "add_safe_globals"):
     torch.serialization.add_safe_globals(SAFE_TYPES)
+
+
+def _resume_with_the_same_batches(get_batch_iterator):
+    # fairseq makes its batches once, seeded with the number of the epoch in which it does, and reuses
+    # them in later epochs. A run resumed in epoch 5 would train on other batches than one that began
+    # with epoch 1.
+    @functools.wraps(get_batch_iterator)
+    def from_first_epoch(self, dataset, *args, epoch=1, disable_iterator_cache=False, **kwargs):
+        reused = (
+            not disable_iterator_cache
+            and not kwargs.get("update_epoch_batch_itr", False)
+            and self.can_reuse_epoch_itr(dataset)
+        )
+        options = dict(kwargs, disable_iterator_cache=disable_iterator_cache)
+        if not reused or dataset in self.dataset_to_epoch_iter:
+            return get_batch_iterator(self, dataset, *args, epoch=epoch, **options)
+        iterator = get_batch_iterator(self, dataset, *args, epoch=1, **options)
+        iterator.epoch = max(epoch, 1)
+        return iterator
+
+    return from_first_epoch
+
+
+FairseqTask.get_batch_iterator = _resume_with_the_same_batches(FairseqTask.get_batch_iterator)
