@@ -2,8 +2,8 @@
 
     python progress.py LOG fairseq-train DATA --log-format json ...
 
-The command writes into the log itself: should this process be killed, the log stays whole. If the command fails,
-the last lines of the log are shown and the exit status is the command's.
+The command writes into the log itself: should this process be killed, the log stays whole. If the command
+fails, the last lines of the log are shown and the exit status is the command's.
 """
 
 from __future__ import annotations
@@ -42,6 +42,14 @@ def main() -> int:
             f"{command[0]} failed with status {status}; all of its output is in {log_path}.", file=sys.stderr
         )
     return status if status >= 0 else 128 - status
+
+
+def show_failure(program: str, status: int, log_path: Path, start: int = 0) -> None:
+    """Print the last lines that stand after byte `start` in the log of a program that failed."""
+    with open(log_path, encoding="utf-8", errors="replace") as log:
+        log.seek(start)
+        sys.stderr.writelines(log.readlines()[-LINES_SHOWN_ON_FAILURE:])
+    print(f"{program} failed with status {status}; all of its output is in {log_path}.", file=sys.stderr)
 
 
 def max_epoch(command: list[str]) -> int | None:

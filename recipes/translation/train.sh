@@ -3,8 +3,8 @@
 #
 #   recipes/translation/train.sh DATA RUN OPTIMIZER [fairseq-train flags]
 #
-# DATA is a folder that fairseq-preprocess made; OPTIMIZER is adam, sam or asam. RUN gets the log (train.log) and the
-# checkpoints of the last and the best epoch (best: the lowest validation loss). Flags after OPTIMIZER win over those
+# DATA is a corpus folder of data_prep, OPTIMIZER adam, sam or asam. RUN gets the log (train.log) and the
+# checkpoints of the last and the best epoch (the lowest validation loss). Flags after OPTIMIZER win over those
 # below. A finished run is left alone.
 set -euo pipefail
 
@@ -21,8 +21,8 @@ root=$here/../..
 [[ ! -d $root/.venv ]] || PATH=$root/.venv/bin:$PATH
 
 [[ $optimizer =~ ^(adam|sam|asam)$ ]] || fail "unknown optimizer '$optimizer': choose adam, sam or asam."
-compgen -G "$data/dict.*.txt" >/dev/null ||
-    fail "'$data' holds no binarized corpus: make one, for example with 'python -m data_prep.embedded data/embedded'."
+compgen -G "$data/bin/dict.*.txt" >/dev/null ||
+    fail "'$data' holds no corpus: prepare one, for example with 'python -m data_prep.embedded data/embedded'."
 
 mkdir -p "$run"
 exec 9>"$run/lock"
@@ -47,11 +47,13 @@ if [[ -e $run/checkpoint_last.pt ]] && ! python -m zipfile -t "$run/checkpoint_l
     mv "$run/checkpoint_last.pt.tmp" "$run/checkpoint_last.pt"
 fi
 
-exec python "$here/progress.py" "$run/train.log" fairseq-train "$data" \
+# Some fairseq versions leave out the last batch, in training and in validation, if its size isn't a multiple of
+# --required-batch-size-multiple (default 8).
+exec python "$here/progress.py" "$run/train.log" fairseq-train "$data/bin" \
     --user-dir "$root/fairseq_asam" --optimizer "$optimizer" \
     --adam-betas '(0.9, 0.98)' --weight-decay 1e-4 --clip-norm 0 \
     --lr 5e-4 --lr-scheduler inverse_sqrt --warmup-updates 4000 \
     --criterion label_smoothed_cross_entropy --label-smoothing 0.1 \
     --arch transformer_iwslt_de_en --dropout 0.3 --share-decoder-input-output-embed \
-    --max-tokens 4096 --max-epoch 50 --seed 1 \
+    --max-tokens 4096 --required-batch-size-multiple 1 --max-epoch 50 --seed 1 \
     --save-dir "$run" --no-epoch-checkpoints --log-format json --log-interval 20 "$@"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def parse(line: str) -> tuple[str, dict[str, float]] | None:
-    """Return the tag ("train_inner", "train" or "valid") and the figures of a line; None if it has no figures.
+    """Return the tag ("train_inner", "train" or "valid") and the figures of a line, None for any other line.
 
     Losses and sharpness are in bits per target token, as fairseq prints them.
     """
@@ -21,10 +21,11 @@ def parse(line: str) -> tuple[str, dict[str, float]] | None:
 
 
 def read_epochs(path: Path) -> list[dict[str, float]]:
-    """Return the figures of each finished epoch, in order: `train_loss`, `valid_loss`, `train_train_wall` (seconds
-    in training steps) and so on, with fairseq's names.
+    """Return the figures of each finished epoch, in order, under fairseq's names.
 
-    An epoch that was interrupted and trained again counts once, with its last figures.
+    Among them are `train_loss`, `valid_loss`, and `train_train_wall`, the seconds spent in training steps;
+    with asam and sam also `train_sharpness`. An epoch that was interrupted and trained again counts once,
+    with its last figures.
     """
     epochs: dict[float, dict[str, float]] = {}
     with open(path, encoding="utf-8") as log:

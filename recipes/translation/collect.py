@@ -1,0 +1,113 @@
+"""Makes one table of several runs, the first of which is the baseline.
+
+    python recipes/translation/collect.py OUT RUN RUN... [--split test]
+
+Writes OUT/results.json and OUT/results.md and prints the table. The runs were trained by train.sh and scored
+by score.py on the same split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from files import read_lines, whole
+from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.significance import PairedTest
+from train_log import read_epochs
+
+METRICS = {"BLEU": BLEU(), "chrF2": CHRF()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make one table of several runs, the first the baseline.")
+    parser.add_argument("out", type=Path, help="folder for results.json and results.md")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of train.sh and score.py")
+    parser.add_argument("--split", default="test", help="the split that was scored (default: test)")
+    args = parser.parse_args()
+    for file in (run / name for run in args.runs for name in ("train.log", f"{args.split}.hyp")):
+        if not file.exists():
+            sys.exit(f"collect.py: '{file}' is missing: run train.sh and score.py for it first.")
+
+    results = collect(args.runs, args.split)
+    table = as_markdown(results)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with whole(args.out / "results.json") as file:
+        file.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    with whole(args.out / "results.md") as file:
+        file.write_text(table, "utf-8")
+    print(table, end="")
+
+
+def collect(runs: list[Path], split: str) -> dict:
+    """Return what the table shows.
+
+    `training_seconds` counts the training steps of every epoch once, in whichever call they ran; losses are
+    in bits per token; `ci95` is half the width of the 95 % interval around `mean`.
+    """
+    references = read_lines(runs[0] / f"{split}.ref")
+    hypotheses = [(run.name, read_lines(run / f"{split}.hyp")) for run in runs]
+    signatures, scores = PairedTest(hypotheses, METRICS, [references], test_type="bs")()
+    systems = [training_figures(run) for run in runs]
+    for i, system in enumerate(systems):
+        system["time_ratio"] = system["training_seconds"] / systems[0]["training_seconds"]
+        for metric in METRICS:
+            result = scores[metric][i]
+            system[metric] = {
+                "score": result.score,
+                "mean": float(result.mean),
+                "ci95": float(result.ci),
+                "p_value": result.p_value,
+            }
+    return {
+        "split": split,
+        "sentences": len(references),
+        "systems": systems,
+        "signatures": {metric: f"{metric}|{signature}" for metric, signature in signatures.items()},
+    }
+
+
+def training_figures(run: Path) -> dict:
+    """Return the figures of a run that stand in its log."""
+    epochs = read_epochs(run / "train.log")
+    best = min(epochs, key=lambda epoch: epoch["valid_loss"])
+    return {
+        "name": run.name,
+        "epochs": len(epochs),
+        "training_seconds": sum(epoch["train_train_wall"] for epoch in epochs),
+        "best_valid_loss": best["valid_loss"],
+        "best_epoch": int(best["epoch"]),
+    }
+
+
+def as_markdown(results: dict) -> str:
+    """Return the table and the signatures of its scores."""
+    baseline = results["systems"][0]["name"]
+    lines = [
+        f"| optimizer | epochs | training time | ratio to {baseline} | best validation loss (epoch) "
+        f"| BLEU, 95 % interval | p against {baseline} | chrF2 |",
+        "|:--|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for system in results["systems"]:
+        minutes, seconds = divmod(round(system["training_seconds"]), 60)
+        bleu, chrf = system["BLEU"], system["chrF2"]
+        p_value = "" if bleu["p_value"] is None else f"{bleu['p_value']:.3f}"
+        lines.append(
+            f"| {system['name']} | {system['epochs']} | {minutes}:{seconds:02} | {system['time_ratio']:.2f} "
+            f"| {system['best_valid_loss']:.3f} ({system['best_epoch']}) "
+            f"| {bleu['score']:.2f} ({bleu['mean']:.2f} ± {bleu['ci95']:.2f}) | {p_value} "
+            f"| {chrf['score']:.2f} |"
+        )
+    lines += [
+        "",
+        f"Scores on {results['sentences']} sentences of the split `{results['split']}`, by sacrebleu:",
+        "",
+    ]
+    lines += [f"- `{signature}`" for signature in results["signatures"].values()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
