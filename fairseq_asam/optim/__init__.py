@@ -1,5 +1,5 @@
 """The fairseq optimizers ``asam`` and ``sam``; importing this package registers them."""
 
-from .sharpness_aware import SharpnessAwareOptimizer, sharpness_aware
+from .sharpness_aware import OPTIMIZERS, SharpnessAwareOptimizer, sharpness_aware, validate_config
 
-__all__ = ["SharpnessAwareOptimizer", "sharpness_aware"]
+__all__ = ["OPTIMIZERS", "SharpnessAwareOptimizer", "sharpness_aware", "validate_config"]

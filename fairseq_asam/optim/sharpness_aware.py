@@ -136,5 +136,7 @@ def _register(name: str, config: type, base_name: str) -> None:
     optimizer.__name__ = base.__name__
 
 
-_register("asam", ASAMConfig, "adam")
-_register("sam", SAMConfig, "adam")
+#: The values of ``--optimizer`` that this package adds.
+OPTIMIZERS = {"asam": ASAMConfig, "sam": SAMConfig}
+for _name, _config in OPTIMIZERS.items():
+    _register(_name, _config, "adam")

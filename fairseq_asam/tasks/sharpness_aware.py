@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import random
 from argparse import Namespace
 from typing import Any
 
 import numpy as np
 import torch
-from fairseq import tasks
+from fairseq import tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.logging import metrics
 from fairseq.optim import FairseqOptimizer
@@ -23,8 +24,7 @@ from fairseq.tasks import FairseqTask
 from fairseq.trainer import Trainer
 from torch.nn import Module
 
-from fairseq_asam.optim import sharpness_aware
-from fairseq_asam.optim.sharpness_aware import validate_config
+from fairseq_asam.optim import OPTIMIZERS, sharpness_aware, validate_config
 
 # Prefix of the logging outputs of the pass at w + epsilon, on their way to reduce_metrics.
 PERTURBED = "perturbed_"
@@ -150,15 +150,33 @@ def _no_sync(*modules: Module):
 
 def check_configuration(cfg: Any) -> None:
     """Raise ValueError, in one sentence, if *cfg*, a whole fairseq configuration, asks a sharpness-aware
-    optimizer for something that it cannot do."""
+    optimizer for something that it cannot do, or has no data."""
     validate_config(cfg.optimizer)
+    for path in utils.split_paths(getattr(cfg.task, "data", None) or ""):
+        if not os.path.exists(path):
+            raise ValueError(f"there is no data in {path}: name a directory that fairseq-preprocess has written")
+    refusals = {
+        "--fp16": cfg.common.fp16,
+        "--bf16": cfg.common.bf16,
+        "--amp": cfg.common.amp,
+        "--tpu": cfg.common.tpu,
+        "--model-parallel-size": cfg.common.model_parallel_size > 1,
+        "--use-bmuf": cfg.optimization.use_bmuf,
+        "--pipeline-model-parallel": cfg.distributed_training.pipeline_model_parallel,
+        "--zero-sharding": cfg.distributed_training.zero_sharding != "none",
+        "--ddp-backend slowmo": cfg.distributed_training.ddp_backend == "slowmo",
+        "--ddp-backend fully_sharded": cfg.distributed_training.ddp_backend == "fully_sharded",
+    }
+    for flag, given in refusals.items():
+        if given:
+            raise ValueError(f"{flag} is not supported with --optimizer {cfg.optimizer._name}: train without it")
 
 
 def _checked_setup_task(setup_task):
     @functools.wraps(setup_task)
     def checked(cfg, **kwargs):
         whole = convert_namespace_to_omegaconf(cfg) if isinstance(cfg, Namespace) else cfg._get_root()
-        if getattr(whole.get("optimizer"), "_name", None) in ("asam", "sam"):
+        if getattr(whole.get("optimizer"), "_name", None) in OPTIMIZERS:
             try:
                 check_configuration(whole)
             except ValueError as error:

@@ -1,0 +1,326 @@
+"""Perturbation: the formula, exact restoration, and refusals."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fairseq_asam import NORMALIZATIONS, Perturbation
+
+INF = math.inf
+
+
+def dual(p):
+    return 1.0 if p == INF else p / (p - 1.0)
+
+
+def parameters_of(tensors):
+    """Leaf parameters with a gradient each, from name -> (weight, gradient) given as nested lists."""
+    parameters = {}
+    for name, (weight, gradient) in tensors.items():
+        parameters[name] = nn.Parameter(torch.tensor(weight, dtype=torch.float64))
+        parameters[name].grad = torch.tensor(gradient, dtype=torch.float64)
+    return parameters
+
+
+def epsilon_of(parameters, **options):
+    before = {name: w.detach().clone() for name, w in parameters.items()}
+    with Perturbation(parameters.items(), **options):
+        return {name: (w.detach() - before[name]).numpy() for name, w in parameters.items()}
+
+
+def flat(arrays):
+    return np.concatenate([np.asarray(a).ravel() for a in arrays])
+
+
+# Three weights each, so that the whole region can be enumerated: parameters and the diagonal of T by hand.
+ETA = 0.1
+SMALL = {
+    "none": ({"a.weight": ([[0.5, -2.0]], [[1.0, 3.0]]), "a.bias": ([0.7], [-2.0])}, [1.0, 1.0, 1.0]),
+    "element-wise": (
+        {"a.weight": ([[0.5, -2.0]], [[1.0, 3.0]]), "a.bias": ([0.7], [-2.0])},
+        [0.6, 2.1, 1.0],
+    ),
+    "filter-wise": (
+        {"conv.weight": ([[[3.0, -4.0]]], [[[0.2, 0.1]]]), "gain": ([-0.4], [1.5])},
+        [5.1, 5.1, 0.5],
+    ),
+}
+
+
+@pytest.mark.parametrize("p", [2.0, 1.5, INF])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_epsilon_is_the_maximum_of_the_linearized_loss(normalization, p):
+    tensors, diagonal = SMALL[normalization]
+    rho, diagonal = 0.3, np.array(diagonal)
+    gradient = flat(g for _, g in tensors.values())
+    epsilon = flat(
+        epsilon_of(parameters_of(tensors), rho=rho, eta=ETA, p=p, normalization=normalization).values()
+    )
+
+    angles = np.linspace(0, np.pi, 721)
+    polar, azimuth = np.meshgrid(angles, 2 * angles)
+    sphere = np.stack([np.sin(polar) * np.cos(azimuth), np.sin(polar) * np.sin(azimuth), np.cos(polar)], -1)
+    region = rho * sphere / np.linalg.norm(sphere, ord=p, axis=-1, keepdims=True) * diagonal
+    brute_force = (region @ gradient).max()
+
+    assert np.linalg.norm(epsilon / diagonal, ord=p) == pytest.approx(rho, rel=1e-12)
+    assert epsilon @ gradient >= brute_force - 1e-12
+    assert epsilon @ gradient == pytest.approx(brute_force, rel=2e-3)
+
+
+def test_closed_forms():
+    """p = 2: rho T^2 g / ||T g||; p = inf: rho T sign(g) (Section 4)."""
+    for normalization, (tensors, diagonal) in SMALL.items():
+        t, g = np.array(diagonal), flat(g for _, g in tensors.values())
+        for p, expected in ((2.0, t * t * g / np.linalg.norm(t * g)), (INF, t * np.sign(g))):
+            epsilon = epsilon_of(parameters_of(tensors), rho=0.3, eta=ETA, p=p, normalization=normalization)
+            np.testing.assert_allclose(flat(epsilon.values()), 0.3 * expected, rtol=1e-12)
+
+
+def test_biases_are_normalized_only_if_asked():
+    tensors = {"layer.in_proj_bias": ([-3.0], [2.0]), "bias_net.weight": ([5.0], [2.0])}
+    for normalize_bias, t in ((False, [1.0, 5.1]), (True, [3.1, 5.1])):
+        epsilon = epsilon_of(parameters_of(tensors), rho=0.1, eta=ETA, p=INF, normalize_bias=normalize_bias)
+        np.testing.assert_allclose(flat(epsilon.values()), 0.1 * np.array(t), rtol=1e-12)
+
+
+@pytest.mark.parametrize("p", [2.0, 1.01, 1.5, 7.0, INF])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-9), (torch.float32, 2e-3)])
+def test_any_shape_and_size_follows_the_formula(normalization, p, dtype, rtol):
+    """Many small tensors, one larger than any block, non-contiguous ones, against plain numpy."""
+    torch.manual_seed(0)
+    tensors = {f"layers.{i}.bias": torch.randn(5) for i in range(40)}
+    tensors["embedding.weight"] = torch.randn(1000, 131)
+    tensors["transposed.weight"] = torch.randn(70, 1300).t()
+    tensors["conv.weight"] = torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last)
+    tensors["empty.weight"] = torch.empty(0, 3)
+    tensors["scalar"] = torch.tensor(1.5)
+    parameters = {name: nn.Parameter(t.to(dtype)) for name, t in tensors.items()}
+    for w in parameters.values():
+        w.grad = torch.randn_like(w) * 1e-3
+    # Double epsilon so that w + epsilon - w keeps enough digits.
+    epsilon = epsilon_of(parameters, rho=20.0, eta=ETA, p=p, normalization=normalization)
+
+    q = dual(p)
+    diagonals, gradients = {}, {}
+    for name, w in parameters.items():
+        array = w.detach().double().numpy()
+        gradients[name] = w.grad.double().numpy()
+        if normalization == "none" or name.endswith("bias"):
+            diagonals[name] = np.ones_like(array)
+        elif normalization == "filter-wise" and name == "conv.weight":
+            norms = np.sqrt((array**2).sum(axis=(1, 2, 3), keepdims=True))
+            diagonals[name] = np.broadcast_to(norms + ETA, array.shape)
+        else:
+            diagonals[name] = np.abs(array) + ETA
+    t, g = flat(diagonals.values()), flat(gradients.values())
+    unit = np.abs(t * g) / np.abs(t * g).max()
+    expected = 20.0 * t * np.sign(g) * (unit / (unit**q).sum() ** (1 / q)) ** (q - 1)
+    np.testing.assert_allclose(
+        flat(epsilon.values()), expected, rtol=rtol, atol=rtol * np.abs(expected).max()
+    )
+
+
+class InterruptAt(TorchDispatchMode):
+    """Raises at the n-th tensor operation, once."""
+
+    def __init__(self, n, exception):
+        super().__init__()
+        self.n, self.exception, self.count = n, exception, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        if self.count == self.n:
+            raise self.exception
+        return function(*args, **(kwargs or {}))
+
+
+def small_model():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
+
+
+def passes(model, perturbation, inputs):
+    """The two passes of one step."""
+    model.zero_grad()
+    model(inputs).pow(2).mean().backward()
+    with perturbation:
+        model.zero_grad()
+        model(inputs).pow(2).mean().backward()
+
+
+def snapshot(model):
+    return {name: w.detach().clone() for name, w in model.named_parameters()}
+
+
+def assert_unchanged(model, before):
+    assert all(torch.equal(w, before[name]) for name, w in model.named_parameters())
+
+
+def test_weights_come_back_bit_for_bit_in_the_same_storage():
+    model, inputs = small_model(), torch.randn(6, 2, 8)
+    flat_buffer = torch.cat([w.detach().flatten() for w in model.parameters()])
+    offset = 0
+    for w in model.parameters():  # as FP16 and DDP flat buffers do
+        w.data = flat_buffer[offset : offset + w.numel()].view_as(w)
+        offset += w.numel()
+    before, flat_before = snapshot(model), flat_buffer.clone()
+    pointers = [w.data_ptr() for w in model.parameters()]
+    for normalization, p in itertools.product(NORMALIZATIONS, (2.0, 1.5, INF)):
+        perturbation = Perturbation(model.named_parameters(), 0.7, p=p, normalization=normalization)
+        passes(model, perturbation, inputs)
+        assert_unchanged(model, before)
+        assert torch.equal(flat_buffer, flat_before)
+        assert [w.data_ptr() for w in model.parameters()] == pointers
+        with perturbation:
+            assert not torch.equal(flat_buffer, flat_before)
+
+
+@pytest.mark.parametrize("exception", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_weights_come_back_when_interrupted_anywhere(exception):
+    """At every operation of the step: forward, backward, while perturbing and while restoring."""
+    model, inputs = small_model(), torch.randn(6, 2, 8)
+    perturbation = Perturbation(model.named_parameters(), 0.7, normalization="filter-wise")
+    with InterruptAt(-1, exception) as counter:
+        passes(model, perturbation, inputs)
+    assert counter.count > 50
+    before = snapshot(model)
+    for n in range(1, counter.count + 1):
+        with pytest.raises(type(exception)), InterruptAt(n, exception):
+            passes(model, perturbation, inputs)
+        assert_unchanged(model, before)
+    passes(model, perturbation, inputs)  # and it can be used again
+    assert_unchanged(model, before)
+
+
+def test_gradients_missing_in_either_pass():
+    torch.manual_seed(2)
+    model = nn.ModuleDict({name: nn.Linear(3, 3) for name in ("always", "first", "second")})
+    inputs, before = torch.randn(4, 3), snapshot(model)
+    model["always"](model["first"](inputs)).sum().backward()
+    with Perturbation(model.named_parameters(), 0.5):
+        for w in model["second"].parameters():
+            assert torch.equal(w, before[f"second.{'bias' if w.dim() == 1 else 'weight'}"])
+        model.zero_grad()
+        model["always"](model["second"](inputs)).sum().backward()
+    assert_unchanged(model, before)
+    assert model["first"].weight.grad is None and model["second"].weight.grad is not None
+
+
+def test_a_zero_gradient_perturbs_nothing():
+    for p in (2.0, 1.5, INF):
+        parameters = parameters_of({"w": ([1.0, -2.0], [0.0, 0.0])})
+        perturbation = Perturbation(parameters.items(), 0.5, p=p)
+        with perturbation:
+            assert parameters["w"].tolist() == [1.0, -2.0]
+        assert perturbation.norm == 0.0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_perturbs_nothing_and_says_so(bad):
+    for p in (2.0, 1.5, INF):
+        parameters = parameters_of({"w": ([1.0, -2.0], [0.5, bad]), "v": ([3.0], [1.0])})
+        perturbation = Perturbation(parameters.items(), 0.5, p=p)
+        with perturbation:
+            assert parameters["w"].tolist() == [1.0, -2.0] and parameters["v"].tolist() == [3.0]
+        assert not torch.isfinite(perturbation.norm)
+
+
+def test_half_precision_gradients_whose_norm_leaves_half_precision():
+    w = nn.Parameter(torch.ones(4, dtype=torch.float16))
+    w.grad = torch.full_like(w, 60000.0)
+    with pytest.warns(UserWarning, match="master weights"):
+        perturbation = Perturbation([("w", w)], rho=2.0, normalization="none")
+    with perturbation:
+        assert w.tolist() == [2.0] * 4
+    assert perturbation.norm == 120000.0
+
+
+def test_frozen_parameters_and_rho_zero_move_nothing():
+    model = small_model()
+    model[0].weight.requires_grad_(False)
+    before = snapshot(model)
+    model(torch.randn(6, 2, 8)).sum().backward()
+    with Perturbation(model.named_parameters(), 0.5):
+        assert torch.equal(model[0].weight, before["0.weight"])
+        assert not torch.equal(model[3].weight, before["3.weight"])
+    with Perturbation(model.named_parameters(), 0.0):
+        assert_unchanged(model, before)
+
+
+def relu_network():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 16, bias=False), nn.ReLU(), nn.Linear(16, 3, bias=False)).double()
+
+
+def one_step_sharpness(model, **options):
+    inputs = torch.linspace(-1, 1, 40, dtype=torch.float64).view(8, 5)
+    targets = torch.arange(8) % 3
+    model.zero_grad()
+    loss = nn.functional.cross_entropy(model(inputs), targets)
+    loss.backward()
+    with Perturbation(model.named_parameters(), **options), torch.no_grad():
+        return (nn.functional.cross_entropy(model(inputs), targets) - loss).item()
+
+
+def test_theorem_1():
+    """Rescaling that leaves the network's function alone leaves adaptive sharpness alone, not sharpness."""
+    for p in (2.0, INF):
+        model = relu_network()
+        adaptive = one_step_sharpness(model, rho=0.05, eta=0.0, p=p)
+        plain = one_step_sharpness(model, rho=0.05, p=p, normalization="none")
+        with torch.no_grad():
+            scale = torch.logspace(-1, 1, 16, dtype=torch.float64)  # node by node
+            model[0].weight.mul_(3.0 * scale[:, None])
+            model[2].weight.div_(3.0 * scale)
+        assert one_step_sharpness(model, rho=0.05, eta=0.0, p=p) == pytest.approx(adaptive, rel=1e-6)
+        assert one_step_sharpness(model, rho=0.05, p=p, normalization="none") != pytest.approx(plain, rel=0.1)
+
+
+def test_bad_values_are_refused_in_one_sentence():
+    w = nn.Parameter(torch.ones(2))
+    for options, message in (
+        (dict(rho=-0.1), "rho is -0.1"),
+        (dict(rho=math.nan), "rho is nan"),
+        (dict(rho=INF), "rho is inf"),
+        (dict(rho=0.1, eta=-1), "eta is -1"),
+        (dict(rho=0.1, p=1), "p is 1"),
+        (dict(rho=0.1, p=math.nan), "p is nan"),
+        (dict(rho=0.1, normalization="layer-wise"), "'layer-wise'.*none, element-wise, filter-wise"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Perturbation([("w", w)], **options)
+    with pytest.raises(ValueError, match="v is not a leaf"):
+        Perturbation([("v", w * 2)], 0.1)
+    with pytest.raises(ValueError, match="v has dtype torch.int64"):
+        Perturbation([("v", torch.ones(2, dtype=torch.int64))], 0.1)
+    with pytest.raises(ValueError, match="no parameter to perturb"):
+        Perturbation([], 0.1)
+    with pytest.raises(TypeError, match=r"model.named_parameters\(\)"):
+        Perturbation([w], 0.1)
+
+
+def test_bad_use_is_refused_before_any_weight_moves():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    head = nn.Linear(3, 2)
+    model = nn.Sequential(head, embedding)
+    before = snapshot(model)
+    perturbation = Perturbation(model.named_parameters(), 0.1)
+    with pytest.raises(RuntimeError, match="call backward"), perturbation:
+        pass
+    head(embedding(torch.tensor([1, 2]))).sum().backward()
+    with pytest.raises(ValueError, match=r"gradient of 1.weight is sparse"), perturbation:
+        pass
+    assert_unchanged(model, before)
+    embedding.weight.grad = None
+    with perturbation:
+        with pytest.raises(RuntimeError, match="perturbed already"), perturbation:
+            pass
+        assert not torch.equal(head.weight, before["0.weight"])
+    assert_unchanged(model, before)
