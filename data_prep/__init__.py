@@ -1,0 +1,1 @@
+"""Preparation of the German-English corpora: the embedded dictionary corpus and a generated one."""
