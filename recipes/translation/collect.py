@@ -44,15 +44,17 @@ def main() -> None:
 def collect(runs: list[Path], split: str) -> dict:
     """Return what the table shows.
 
-    `training_seconds` counts the training steps of every epoch once, in whichever call they ran; losses are
-    in bits per token; `ci95` is half the width of the 95 % interval around `mean`.
+    `training_seconds` counts the training steps of every epoch once, in whichever call they ran, each epoch
+    rounded to a second; losses are in bits per token; `ci95` is half the width of the 95 % interval around
+    `mean`. What a baseline can't have is None.
     """
     references = read_lines(runs[0] / f"{split}.ref")
     hypotheses = [(run.name, read_lines(run / f"{split}.hyp")) for run in runs]
     signatures, scores = PairedTest(hypotheses, METRICS, [references], test_type="bs")()
     systems = [training_figures(run) for run in runs]
     for i, system in enumerate(systems):
-        system["time_ratio"] = system["training_seconds"] / systems[0]["training_seconds"]
+        baseline_seconds = systems[0]["training_seconds"]
+        system["time_ratio"] = system["training_seconds"] / baseline_seconds if baseline_seconds else None
         for metric in METRICS:
             result = scores[metric][i]
             system[metric] = {
@@ -93,12 +95,11 @@ def as_markdown(results: dict) -> str:
     for system in results["systems"]:
         minutes, seconds = divmod(round(system["training_seconds"]), 60)
         bleu, chrf = system["BLEU"], system["chrF2"]
-        p_value = "" if bleu["p_value"] is None else f"{bleu['p_value']:.3f}"
         lines.append(
-            f"| {system['name']} | {system['epochs']} | {minutes}:{seconds:02} | {system['time_ratio']:.2f} "
+            f"| {system['name']} | {system['epochs']} | {minutes}:{seconds:02} | {shown(system['time_ratio'], 2)} "
             f"| {system['best_valid_loss']:.3f} ({system['best_epoch']}) "
-            f"| {bleu['score']:.2f} ({bleu['mean']:.2f} ± {bleu['ci95']:.2f}) | {p_value} "
-            f"| {chrf['score']:.2f} |"
+            f"| {bleu['score']:.2f} ({bleu['mean']:.2f} ± {bleu['ci95']:.2f}) "
+            f"| {shown(bleu['p_value'], 3)} | {chrf['score']:.2f} |"
         )
     lines += [
         "",
@@ -107,6 +108,11 @@ def as_markdown(results: dict) -> str:
     ]
     lines += [f"- `{signature}`" for signature in results["signatures"].values()]
     return "\n".join(lines) + "\n"
+
+
+def shown(value: float | None, digits: int) -> str:
+    """Return a number with so many decimals, nothing for None."""
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def draw(runs: dict[str, list[dict[str, float]]]) -> plt.Figure:
         frameon=False,
     )
     sharpness.legend(frameon=False)
+    figure.get_layout_engine().set(wspace=0.05)
     return figure
 
 

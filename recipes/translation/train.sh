@@ -31,7 +31,7 @@ if ! flock --nonblock 9; then
     flock 9
 fi
 
-command="$optimizer $(cd "$data" && pwd) $*"
+command="$optimizer, data $(cat "$data"/bin/*.idx | cksum), $*"
 if [[ -e $run/checkpoint_last.pt && $(cat "$run/command") != "$command" ]]; then
     fail "'$run' holds a run with other data, optimizer or flags (see $run/command): choose another folder or remove it."
 fi
