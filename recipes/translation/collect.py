@@ -96,8 +96,8 @@ def as_markdown(results: dict) -> str:
         minutes, seconds = divmod(round(system["training_seconds"]), 60)
         bleu, chrf = system["BLEU"], system["chrF2"]
         lines.append(
-            f"| {system['name']} | {system['epochs']} | {minutes}:{seconds:02} | {shown(system['time_ratio'], 2)} "
-            f"| {system['best_valid_loss']:.3f} ({system['best_epoch']}) "
+            f"| {system['name']} | {system['epochs']} | {minutes}:{seconds:02} "
+            f"| {shown(system['time_ratio'], 2)} | {system['best_valid_loss']:.3f} ({system['best_epoch']}) "
             f"| {bleu['score']:.2f} ({bleu['mean']:.2f} ± {bleu['ci95']:.2f}) "
             f"| {shown(bleu['p_value'], 3)} | {chrf['score']:.2f} |"
         )

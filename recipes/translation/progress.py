@@ -25,7 +25,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with open(log_path, "a", encoding="utf-8") as log:
         start = log.tell()
-        training = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        # The command inherits train.sh's lock, should it outlive this process.
+        training = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, close_fds=False)
     try:
         show_progress(training, log_path, start, name=log_path.parent.name, epochs=max_epoch(command))
     except KeyboardInterrupt:
