@@ -8,7 +8,12 @@ from itertools import chain
 from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
-from fairseq.optim import OPTIMIZER_DATACLASS_REGISTRY, OPTIMIZER_REGISTRY, FairseqOptimizer, register_optimizer
+from fairseq.optim import (
+    OPTIMIZER_DATACLASS_REGISTRY,
+    OPTIMIZER_REGISTRY,
+    FairseqOptimizer,
+    register_optimizer,
+)
 from torch.nn import Module
 
 from fairseq_asam.sharpness import NORMALIZATIONS, Perturbation

@@ -76,9 +76,9 @@ class Perturbation:
         self._parameters: dict[Tensor, tuple[str, str]] = {}
         for name, parameter in _pairs(named_parameters):
             if not parameter.is_leaf:
-                raise ValueError(f"{name} is not a leaf tensor: only leaves, such as nn.Parameter, get gradients")
+                raise ValueError(f"{name} is not a leaf tensor: pass parameters, which get gradients")
             if not parameter.is_floating_point():
-                raise ValueError(f"{name} has dtype {parameter.dtype}: only real floating-point weights can move")
+                raise ValueError(f"{name} has dtype {parameter.dtype}: pass real floating-point weights")
             if parameter.requires_grad:
                 operator = operator_of(name, parameter, normalization, normalize_bias)
                 self._parameters.setdefault(parameter, (name, operator))
@@ -213,13 +213,14 @@ class _Block:
 def validate(rho: float, eta: float, p: float, normalization: str) -> None:
     """Raise ValueError, in one sentence, if a value is out of the range that :class:`Perturbation` states."""
     if not 0.0 <= rho < math.inf:
-        raise ValueError(f"rho is {rho}, but the radius of the maximization region must be a finite number >= 0")
+        raise ValueError(f"rho is {rho}, but the radius of a region must be a finite number >= 0")
     if not 0.0 <= eta < math.inf:
         raise ValueError(f"eta is {eta}, but it must be a finite number >= 0 (the paper uses 0.01)")
     if not p > 1.0:
         raise ValueError(f"p is {p}, but it must be greater than 1 (the paper uses 2 and inf)")
     if normalization not in NORMALIZATIONS:
-        raise ValueError(f"normalization is {normalization!r}, but it must be one of {', '.join(NORMALIZATIONS)}")
+        choices = ", ".join(NORMALIZATIONS)
+        raise ValueError(f"normalization is {normalization!r}, but it must be one of {choices}")
 
 
 def _pairs(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""What fairseq loads of a ``--user-dir``: imported by it, or by ``import fairseq_asam.tasks`` in a program."""
+"""What fairseq imports of a ``--user-dir``. A program of your own imports it by name."""
 
 from . import checkpoints, sharpness_aware
 

@@ -11,7 +11,8 @@ from fairseq.tasks import FairseqTask
 
 # A fairseq checkpoint holds its arguments as a Namespace, and numpy scalars where a meter made some.
 _multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
-SAFE_TYPES = [argparse.Namespace, _multiarray.scalar, np.dtype, *{type(np.dtype(t)) for t in "?bhilqBHILQefd"}]
+_DTYPES = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
+SAFE_TYPES = [argparse.Namespace, _multiarray.scalar, np.dtype, *_DTYPES]
 
 if hasattr(torch.serialization, "add_safe_globals"):
     torch.serialization.add_safe_globals(SAFE_TYPES)

@@ -90,10 +90,10 @@ class SharpnessAwareTask:
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Module) -> None:
         """Log ``sharpness``, L(w + epsilon) - L(w) in the unit of the ``loss`` column, beside the rest."""
-        at_w = [{k: v for k, v in log.items() if not k.startswith(PERTURBED)} for log in logging_outputs]
-        perturbed = [
-            {k[len(PERTURBED) :]: v for k, v in log.items() if k.startswith(PERTURBED)} for log in logging_outputs
-        ]
+        at_w, perturbed = [], []
+        for log in logging_outputs:
+            at_w.append({k: v for k, v in log.items() if not k.startswith(PERTURBED)})
+            perturbed.append({k[len(PERTURBED) :]: v for k, v in log.items() if k.startswith(PERTURBED)})
         super().reduce_metrics(at_w, criterion)
         if any(perturbed):
             (loss, weight), (perturbed_loss, _) = (self._loss(logs, criterion) for logs in (at_w, perturbed))
@@ -154,7 +154,7 @@ def check_configuration(cfg: Any) -> None:
     validate_config(cfg.optimizer)
     for path in utils.split_paths(getattr(cfg.task, "data", None) or ""):
         if not os.path.exists(path):
-            raise ValueError(f"there is no data in {path}: name a directory that fairseq-preprocess has written")
+            raise ValueError(f"there is no data in {path}: name a directory that fairseq-preprocess wrote")
     refusals = {
         "--fp16": cfg.common.fp16,
         "--bf16": cfg.common.bf16,
@@ -169,7 +169,7 @@ def check_configuration(cfg: Any) -> None:
     }
     for flag, given in refusals.items():
         if given:
-            raise ValueError(f"{flag} is not supported with --optimizer {cfg.optimizer._name}: train without it")
+            raise ValueError(f"--optimizer {cfg.optimizer._name} does not support {flag}: train without it")
 
 
 def _checked_setup_task(setup_task):

@@ -298,7 +298,7 @@ def test_bad_values_are_refused_in_one_sentence():
             Perturbation([("w", w)], **options)
     with pytest.raises(ValueError, match="v is not a leaf"):
         Perturbation([("v", w * 2)], 0.1)
-    with pytest.raises(ValueError, match="v has dtype torch.int64"):
+    with pytest.raises(ValueError, match=r"v has dtype torch\.int64"):
         Perturbation([("v", torch.ones(2, dtype=torch.int64))], 0.1)
     with pytest.raises(ValueError, match="no parameter to perturb"):
         Perturbation([], 0.1)

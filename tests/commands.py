@@ -1,0 +1,88 @@
+"""The real fairseq commands, and what tests ask of their checkpoints."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+PLUGIN = ["--user-dir", str(ROOT / "fairseq_asam")]
+
+# Reductions are to be the same in every run that is compared bit for bit.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+# One process imports fairseq; each command runs in a fork of it, as if started afresh but sooner.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["fairseq_cli.train", "fairseq_cli.generate"])
+
+
+@dataclass
+class Result:
+    """How a command ended: its exit status, and what it printed on both streams together."""
+
+    status: int
+    output: str
+
+
+def _main(command: str, arguments: list[str], log: str) -> None:
+    with open(log, "w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    sys.argv = [f"fairseq-{command}", *arguments]
+    if command == "train":
+        from fairseq_cli.train import cli_main
+    else:
+        from fairseq_cli.generate import cli_main
+    cli_main()
+
+
+def start(command: str, arguments: list, log: Path):
+    """Start ``fairseq-<command>`` with *arguments*, its output in *log*, and return the process."""
+    process = _processes.Process(target=_main, args=(command, [str(a) for a in arguments], str(log)))
+    process.start()
+    return process
+
+
+def recipe(data: Path, save_dir: Path, *flags) -> list:
+    """Arguments of fairseq-train for a model that learns the generated corpus in seconds."""
+    sizes = {"layers": 1, "embed-dim": 32, "ffn-embed-dim": 64, "attention-heads": 2}
+    model = [f"--{part}-{size}={n}" for part in ("encoder", "decoder") for size, n in sizes.items()]
+    return [
+        *(data, "--save-dir", save_dir, "--arch", "transformer", *model, "--share-all-embeddings"),
+        *("--lr", "5e-3", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "20", "--max-tokens", "800"),
+        *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1", "--cpu", "--seed", "3"),
+        *(
+            "--no-epoch-checkpoints",
+            "--no-progress-bar",
+            "--log-format",
+            "json",
+            "--num-workers",
+            "0",
+            *flags,
+        ),
+    ]
+
+
+def checkpoint(save_dir: Path, name: str = "checkpoint_last.pt") -> dict:
+    """The checkpoint of a run; made by these tests, hence trusted."""
+    return torch.load(save_dir / name, weights_only=False)
+
+
+def assert_same_state(a: dict, b: dict) -> None:
+    """Assert that two checkpoints hold, bit for bit, the same weights and optimizer state."""
+    assert a["model"].keys() == b["model"].keys()
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    states = [c["last_optimizer_state"]["state"] for c in (a, b)]
+    assert states[0].keys() == states[1].keys()
+    for parameter, state in states[0].items():
+        for key, value in state.items():
+            other = states[1][parameter][key]
+            assert torch.equal(value, other) if torch.is_tensor(value) else value == other
+    updates = [c["optimizer_history"][-1]["num_updates"] for c in (a, b)]
+    assert updates[0] == updates[1] > 0

@@ -1,0 +1,32 @@
+"""The corpus and the command lines that tests of several folders share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import ROOT, Result, start
+
+
+@pytest.fixture
+def fairseq(tmp_path):
+    """Run a fairseq command to its end: ``fairseq("train", *arguments)``."""
+
+    def run(command: str, *arguments) -> Result:
+        log = tmp_path / "output.log"
+        process = start(command, arguments, log)
+        process.join()
+        return Result(process.exitcode, log.read_text())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """The generated corpus, prepared: ``bin/`` is what fairseq-preprocess wrote."""
+    destination = tmp_path_factory.mktemp("corpus") / "generated"
+    command = [sys.executable, "-m", "data_prep.generated", str(destination), "--pairs", "1000"]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    return destination

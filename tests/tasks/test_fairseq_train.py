@@ -1,0 +1,202 @@
+"""The plugin under the real command lines: fairseq-train, fairseq-generate, checkpoints, logs."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from commands import PLUGIN, ROOT, assert_same_state, checkpoint, recipe
+
+SCRIPTS = Path(sys.executable).parent
+
+
+@pytest.fixture
+def train(fairseq, corpus, tmp_path):
+    """Run fairseq-train into a folder of the test's own, and return its output and last checkpoint."""
+
+    def run(name, *flags, plugin=True):
+        plugin_flags = PLUGIN if plugin else []
+        result = fairseq("train", *recipe(corpus / "bin", tmp_path / name, *flags), *plugin_flags)
+        assert result.status == 0, result.output[-3000:]
+        return result.output, checkpoint(tmp_path / name)
+
+    return run
+
+
+def logged(output, tag="train"):
+    """The JSON log lines of *tag*, with numbers as numbers."""
+    return [
+        {key: float(value) for key, value in json.loads(line).items()}
+        for line in re.findall(rf"\| {tag} \| (\{{.*\}})", output)
+    ]
+
+
+def test_adam_with_the_plugin_is_a_run_without_it(train):
+    _, without = train("without", "--optimizer", "adam", "--max-epoch", "2", plugin=False)
+    output, with_plugin = train("with", "--optimizer", "adam", "--max-epoch", "2")
+    assert_same_state(without, with_plugin)
+    assert "sharpness" not in output
+
+
+@pytest.mark.parametrize("flags", [["asam"], ["sam"], ["asam", "--ascent-scope", "micro-batch"]])
+@pytest.mark.parametrize("update_freq", ["1", "3"])
+def test_rho_zero_is_adam(train, flags, update_freq):
+    """With dropout on: both passes draw the same masks."""
+    common = ["--max-epoch", "2", "--dropout", "0.2", "--clip-norm", "0.5", "--update-freq", update_freq]
+    _, adam = train("adam", "--optimizer", "adam", *common)
+    output, asam = train("asam", "--optimizer", *flags, "--rho", "0", *common)
+    assert_same_state(adam, asam)
+    assert [line["train_sharpness"] for line in logged(output)] == [0.0, 0.0]
+
+
+def test_fresh_masks_are_other_masks_only_under_dropout(train):
+    rho_zero = ["--optimizer", "asam", "--rho", "0", "--max-epoch", "1"]
+    for dropout, same in (("0.0", True), ("0.2", False)):
+        _, adam = train(f"adam{dropout}", "--optimizer", "adam", "--max-epoch", "1", "--dropout", dropout)
+        _, fresh = train(f"fresh{dropout}", *rho_zero, "--fresh-masks", "--dropout", dropout)
+        if same:
+            assert_same_state(adam, fresh)
+        else:
+            assert any(not torch.equal(w, fresh["model"][k]) for k, w in adam["model"].items())
+
+
+def test_asam_learns_and_logs_the_sharpness(train):
+    output, _ = train("asam", "--optimizer", "asam", "--max-epoch", "4", "--log-interval", "5")
+    epochs = logged(output)
+    assert epochs[-1]["train_loss"] < epochs[0]["train_loss"] - 1.0
+    assert all(0.0 < epoch["train_sharpness"] < epoch["train_loss"] for epoch in epochs)
+    assert all(line["sharpness"] > 0.0 for line in logged(output, "train_inner"))
+    assert all("valid_sharpness" not in epoch for epoch in logged(output, "valid"))
+    # to first order sharpness is proportional to rho
+    smaller = logged(train("smaller", "--optimizer", "asam", "--max-epoch", "1", "--rho", "0.1")[0])
+    assert smaller[0]["train_sharpness"] == pytest.approx(epochs[0]["train_sharpness"] / 2, rel=0.15)
+
+
+def test_every_flag_of_adam_and_of_ours_is_taken(train):
+    """The flags change the run; the values reach the checkpoint's configuration."""
+    adam = ["--adam-betas", "(0.9, 0.98)", "--adam-eps", "1e-7", "--weight-decay", "0.01"]
+    ours = ["--rho", "0.5", "--eta", "0.1", "--p-norm", "inf", "--normalization", "filter-wise"]
+    _, saved = train("run", "--optimizer", "asam", "--max-epoch", "1", *adam, *ours, "--normalize-bias")
+    cfg = saved["cfg"]["optimizer"]
+    assert {k: cfg[k] for k in ("rho", "eta", "p_norm", "normalization", "normalize_bias")} == {
+        "rho": 0.5,
+        "eta": 0.1,
+        "p_norm": math.inf,
+        "normalization": "filter-wise",
+        "normalize_bias": True,
+    }
+    group = saved["last_optimizer_state"]["param_groups"][0]
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.98), 1e-7, 0.01)
+    _, default = train("default", "--optimizer", "asam", "--max-epoch", "1", *adam)
+    assert any(not torch.equal(w, default["model"][k]) for k, w in saved["model"].items())
+
+
+def test_the_paper_s_values_are_the_defaults(train):
+    for name, rho in (("asam", 0.2), ("sam", 0.1)):
+        cfg = train(name, "--optimizer", name, "--max-update", "1")[1]["cfg"]["optimizer"]
+        assert (cfg["rho"], cfg["p_norm"], cfg["ascent_scope"]) == (rho, 2.0, "update")
+        if name == "asam":
+            assert (cfg["eta"], cfg["normalization"], cfg["normalize_bias"]) == (0.01, "element-wise", False)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sam", "asam"])
+def test_stopped_and_resumed_is_uninterrupted(train, optimizer):
+    """Stopped inside an epoch and between two."""
+    flags = ["--optimizer", optimizer, "--dropout", "0.2"]
+    _, uninterrupted = train("whole", *flags, "--max-epoch", "4")
+    updates = uninterrupted["optimizer_history"][-1]["num_updates"]
+    stops = (["--max-update", str(updates // 8)], ["--max-epoch", "2"], ["--max-update", str(updates - 3)])
+    for stop in stops:
+        train("pieces", *flags, *stop)
+    _, resumed = train("pieces", *flags, "--max-epoch", "4")
+    assert_same_state(uninterrupted, resumed)
+
+
+def test_runs_change_between_adam_and_asam_with_their_moments(train):
+    train("run", "--optimizer", "adam", "--max-epoch", "1")
+    output, _ = train("run", "--optimizer", "asam", "--max-epoch", "2")
+    assert len(logged(output)) == 1 and logged(output)[0]["train_sharpness"] > 0
+    _, saved = train("run", "--optimizer", "adam", "--max-epoch", "3")
+    (first, *_) = saved["last_optimizer_state"]["state"].values()
+    assert first["step"] == saved["optimizer_history"][-1]["num_updates"]
+
+
+def test_an_asam_checkpoint_translates_with_and_without_the_plugin(train, fairseq, corpus, tmp_path):
+    train("run", "--optimizer", "asam", "--max-epoch", "15", "--dropout", "0")
+    saved = tmp_path / "run" / "checkpoint_best.pt"
+    arguments = [corpus / "bin", "--path", saved, "--cpu", "--beam", "2", "--max-sentences", "50"]
+    arguments += ["--remove-bpe", "sentencepiece", "--scoring", "sacrebleu"]
+    with_plugin = fairseq("generate", *arguments, *PLUGIN)
+    assert with_plugin.status == 0, with_plugin.output[-3000:]
+    bleu = float(re.search(r"BLEU[^=]*= ([\d.]+)", with_plugin.output).group(1))
+    assert bleu > 5.0
+    # A process that has never heard of the plugin; weights_only=True is its one obstacle.
+    loader = (
+        "import sys, functools, torch; torch.load = functools.partial(torch.load, weights_only=False); "
+        "from fairseq_cli.generate import cli_main; cli_main(); assert 'fairseq_asam' not in sys.modules"
+    )
+    command = [sys.executable, "-c", loader, *map(str, arguments)]
+    without = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert without.returncode == 0, without.stderr[-3000:]
+
+    def hypotheses(output):
+        return sorted(re.findall(r"^H-.*$", output, re.MULTILINE))
+
+    assert hypotheses(without.stdout) == hypotheses(with_plugin.output) != []
+
+
+def test_loading_stays_safe(tmp_path):
+    """The plugin allows some types; it does not switch torch's safety off."""
+    program = (
+        "import fairseq_asam.tasks, torch, sys\n"
+        "class Evil:\n    def __reduce__(self): return (print, ('ran',))\n"
+        "torch.save({'model': Evil()}, sys.argv[1])\n"
+        "from fairseq.checkpoint_utils import load_checkpoint_to_cpu\n"
+        "load_checkpoint_to_cpu(sys.argv[1])\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "evil.pt")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if hasattr(torch.serialization, "add_safe_globals"):
+        assert result.returncode != 0 and "ran" not in result.stdout
+        assert "weights_only" in result.stderr.lower().replace(" ", "_")
+
+
+def test_the_installed_commands_work_from_the_repository_root(corpus, tmp_path):
+    """As the README has it, console scripts and a relative --user-dir."""
+    train = [SCRIPTS / "fairseq-train", *recipe(corpus / "bin", tmp_path / "run", "--max-update", "3")]
+    command = [*map(str, train), "--user-dir", "fairseq_asam", "--optimizer", "asam"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "run" / "checkpoint_last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--rho", "-0.1"], "rho is -0.1, but"),
+        (["--p-norm", "1"], "p is 1.0, but"),
+        (["--eta", "nan"], "eta is nan, but"),
+        (["--normalization", "layer-wise"], "'layer-wise' (choose from"),
+        (["--use-bmuf"], "--optimizer asam does not support --use-bmuf"),
+        (["--ddp-backend", "fully_sharded"], "--optimizer asam does not support --ddp-backend fully_sharded"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_sentence(fairseq, corpus, tmp_path, flags, sentence):
+    arguments = recipe(corpus / "bin", tmp_path / "run", "--optimizer", "asam", *flags, *PLUGIN)
+    result = fairseq("train", *arguments)
+    assert result.status != 0
+    assert sentence in result.output.splitlines()[-1]
+    assert "Traceback" not in result.output
+    assert not os.path.exists(tmp_path / "run") or os.listdir(tmp_path / "run") == []
+
+
+def test_a_missing_data_directory_is_named(fairseq, tmp_path):
+    arguments = recipe(tmp_path / "nowhere", tmp_path / "run", "--optimizer", "asam", *PLUGIN)
+    result = fairseq("train", *arguments)
+    assert result.status != 0 and "Traceback" not in result.output
+    assert result.output.splitlines()[-1].startswith(f"fairseq_asam: there is no data in {tmp_path}/nowhere")
