@@ -21,7 +21,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from data_prep.pairs import Pair, Rules
-from data_prep.split import one_word_neighbours, split
+from data_prep.split import in_words_of_sentences, one_word_neighbours, split
 
 SPLITS = ("train", "valid", "test")
 SIDES = {"de": "german", "en": "english"}
@@ -169,6 +169,8 @@ def _write_text(folder: Path, settings: Statistics, source: Source) -> None:
             f"--held-out {held_out}: two such sets and a training set can't be had from "
             f"{sentences} sentences; choose fewer."
         )
+    if settings.get("word_uses"):
+        splits["train"] = in_words_of_sentences(splits["train"], rules, settings["word_uses"])
     training_sentences = list(filter(Pair.is_sentence, splits["train"]))
     for name in SPLITS:
         for language, side in SIDES.items():

@@ -32,6 +32,14 @@ def main() -> None:
         help="a local trans-de-en .deb, or a dictionary file, plain or .gz (default: the installed package, "
         "or else apt-get downloads it)",
     )
+    parser.add_argument(
+        "--word-uses",
+        type=int,
+        default=2,
+        metavar="N",
+        help="train on phrases whose every word stands in N training sentences or more; 0: on all phrases "
+        "(default: %(default)s)",
+    )
     arguments = parser.parse_args()
 
     def pairs(rules: Rules) -> tuple[list[Pair], corpus.Statistics]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable
 
 from data_prep.pairs import Pair, Rules, words
@@ -49,6 +50,24 @@ def split(pairs: list[Pair], rules: Rules, held_out: int, seed: int) -> Splits:
     training = rules.apply(pairs, not_from_an_entry_held_out)
     splits["train"] = rules.apply(training, no_side_held_out)
     return splits
+
+
+def in_words_of_sentences(training: list[Pair], rules: Rules, uses: int) -> list[Pair]:
+    """The sentences among `training` and those phrases whose every word stands in `uses` of them or more.
+
+    The dictionary's phrases are mostly rare technical terms; a small model learns little from them.
+    """
+    sentences = list(filter(Pair.is_sentence, training))
+    german = Counter(word for pair in sentences for word in set(words(pair.german)))
+    english = Counter(word for pair in sentences for word in set(words(pair.english)))
+
+    def a_sentence_or_in_words_of_sentences(pair: Pair) -> bool:
+        return pair.is_sentence() or (
+            all(german[word] >= uses for word in words(pair.german))
+            and all(english[word] >= uses for word in words(pair.english))
+        )
+
+    return rules.apply(training, a_sentence_or_in_words_of_sentences)
 
 
 def one_word_neighbours(texts: Iterable[str], others: Iterable[str]) -> int:
