@@ -30,10 +30,14 @@ grep -qxF "$(installed "$extra")" .venv/installed 2>/dev/null && exit
 command -v "${CXX:-c++}" >/dev/null ||
     fail "no C++ compiler '${CXX:-c++}' was found, and fairseq builds from source: install one (on Debian: apt install g++)."
 
+[[ ! -e .venv || -e .venv/made-for ]] || fail "'.venv' is there and is not of this script's making: move it away."
 # An environment made by another Python, in another place or only by half is made anew.
 made_for="Python $version, $PWD"
 if [[ $(cat .venv/made-for 2>/dev/null) != "$made_for" ]]; then
-    "$python" -m venv --clear .venv
+    rm -rf .venv
+    mkdir .venv
+    touch .venv/made-for
+    "$python" -m venv .venv
     echo "$made_for" >.venv/made-for
 fi
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
