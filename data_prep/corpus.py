@@ -7,6 +7,7 @@ interrupted run finished there, the next run with the same settings takes up.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -152,7 +153,7 @@ def _build(destination: Path, settings: Statistics, workers: int, source: Source
         _write_text(partial, settings, source)
     with tempfile.TemporaryDirectory(dir=partial) as scratch:
         if not ((partial / MODEL).exists() and (partial / VOCABULARY).exists()):
-            _train_sentencepiece(partial, settings["vocab_size"], Path(scratch))
+            _train_sentencepiece(partial, settings["vocab_size"])
         if not (partial / BINARIZED).exists():
             _binarize(partial, workers, Path(scratch))
     os.replace(partial, destination)
@@ -196,12 +197,13 @@ def _write_text(folder: Path, settings: Statistics, source: Source) -> None:
     _write_whole(folder / STATISTICS, [json.dumps(statistics, indent=2, ensure_ascii=False) + "\n"])
 
 
-def _train_sentencepiece(folder: Path, vocabulary: int, scratch: Path) -> None:
+def _train_sentencepiece(folder: Path, vocabulary: int) -> None:
     """A unigram model of the training text of both languages, with every letter that stands in it."""
+    model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(line for language in SIDES for line in _lines(folder / f"train.{language}")),
-            model_prefix=str(scratch / "sentencepiece"),
+            model_writer=model,
             model_type="unigram",
             vocab_size=vocabulary,
             character_coverage=1.0,
@@ -210,15 +212,17 @@ def _train_sentencepiece(folder: Path, vocabulary: int, scratch: Path) -> None:
         )
     except RuntimeError as error:
         raise PreparationError(f"--vocab-size {vocabulary}: sentencepiece says: {error}.") from None
-    for name in (VOCABULARY, MODEL):
-        os.replace(scratch / name, folder / name)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = ((processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.get_piece_size()))
+    _write_whole(folder / VOCABULARY, (f"{piece}\t{score:g}\n" for piece, score in pieces))
+    _write_whole(folder / MODEL, model.getvalue())
 
 
 def _binarize(folder: Path, workers: int, scratch: Path) -> None:
     """Segments the text and hands it to fairseq-preprocess, with one dictionary for both languages."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
     pieces: dict[str, int] = {}
-    for name in tqdm(TEXTS, desc="segmenting", unit="file"):
+    for name in tqdm(TEXTS, desc="segmenting", unit="file", disable=None):
         segmented = [" ".join(line) for line in processor.encode(list(_lines(folder / name)), out_type=str)]
         pieces[name] = sum(line.count(" ") + 1 for line in segmented)
         _write_whole(scratch / name, (line + "\n" for line in segmented))
@@ -241,11 +245,14 @@ def _lines(file: Path) -> Iterable[str]:
             yield line.rstrip("\n")
 
 
-def _write_whole(file: Path, lines: Iterable[str]) -> None:
+def _write_whole(file: Path, content: Iterable[str] | bytes) -> None:
     """Writes under a temporary name first, so that `file` is never seen half written."""
     temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as output:
-        output.writelines(lines)
+    if isinstance(content, bytes):
+        temporary.write_bytes(content)
+    else:
+        with temporary.open("w", encoding="utf-8") as output:
+            output.writelines(content)
     os.replace(temporary, file)
 
 

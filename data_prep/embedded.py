@@ -19,7 +19,7 @@ from data_prep.dictionary import clean_pairs
 from data_prep.package import Unavailable, dictionary_from, fetched_dictionary
 from data_prep.pairs import Pair, Rules
 
-STAND_IN_PAIRS = 30_000
+STAND_IN_PAIRS = 10_000
 
 
 def main() -> None:
@@ -41,6 +41,8 @@ def main() -> None:
         "(default: %(default)s)",
     )
     arguments = parser.parse_args()
+    if arguments.word_uses < 0:
+        raise corpus.PreparationError(f"--word-uses {arguments.word_uses}: must be at least 0.")
 
     def pairs(rules: Rules) -> tuple[list[Pair], corpus.Statistics]:
         try:
@@ -49,7 +51,7 @@ def main() -> None:
             note = f"The generated corpus stands in for the dictionary, which can't be had ({reason})."
             print(note, file=sys.stderr)
             return generated.pairs(STAND_IN_PAIRS, arguments.seed), {"corpus": "generated", "note": note}
-        return clean_pairs(tqdm(lines, desc="reading the dictionary", unit="line"), rules), {
+        return clean_pairs(tqdm(lines, desc="reading the dictionary", unit="line", disable=None), rules), {
             "corpus": "embedded"
         }
 
