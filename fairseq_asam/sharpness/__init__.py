@@ -3,5 +3,6 @@
 from .normalization import NORMALIZATIONS
 from .optimizer import SharpnessAware
 from .perturbation import Perturbation
+from .selection import SELECTIONS, selected_parameters
 
-__all__ = ["NORMALIZATIONS", "Perturbation", "SharpnessAware"]
+__all__ = ["NORMALIZATIONS", "SELECTIONS", "Perturbation", "SharpnessAware", "selected_parameters"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -48,6 +48,9 @@ class Perturbation:
         p: order of the norm that bounds the region, 1 < p <= inf.
         normalization: one of :data:`~fairseq_asam.NORMALIZATIONS`; ``none`` is SAM.
         normalize_bias: normalize biases like other weights (Section 5.2, Figure 4; default: T = 1).
+        masters: the float32 master copy of each half-precision parameter. Epsilon is far below the
+            resolution of half precision; added to the master and rounded once, it survives on average.
+            Masters are read and never changed.
 
     Attributes:
         norm: ||T g||_q of the last entry, a tensor without dimensions on the device of the parameters,
@@ -68,11 +71,13 @@ class Perturbation:
         p: float = 2.0,
         normalization: str = "element-wise",
         normalize_bias: bool = False,
+        masters: Mapping[Tensor, Tensor] | None = None,
     ):
         validate(rho=rho, eta=eta, p=p, normalization=normalization)
         self.rho, self.eta, self.p = float(rho), float(eta), float(p)
         self.norm: Tensor | None = None
         self._saved: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._masters = dict(masters or {})
         self._parameters: dict[Tensor, tuple[str, str]] = {}
         for name, parameter in _pairs(named_parameters):
             if not parameter.is_leaf:
@@ -84,10 +89,13 @@ class Perturbation:
                 self._parameters.setdefault(parameter, (name, operator))
         if not self._parameters:
             raise ValueError("there is no parameter to perturb: none was given that requires a gradient")
-        if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in self._parameters):
+        if any(
+            parameter.dtype in (torch.float16, torch.bfloat16) and parameter not in self._masters
+            for parameter in self._parameters
+        ):
             warnings.warn(
-                "half-precision weights absorb most of epsilon, which is far below their resolution; "
-                "perturb float32 master weights instead",
+                "half-precision weights absorb most of epsilon, which is far below their resolution: give "
+                "their float32 master weights as masters",
                 stacklevel=2,
             )
 
@@ -142,7 +150,11 @@ class Perturbation:
             if diagonals is not None:
                 torch._foreach_mul_(epsilon, diagonals)
             self._saved.append((block.weights, [weight.clone() for weight in block.weights]))
-            torch._foreach_add_(block.weights, epsilon, alpha=self.rho)
+            if block.masters:
+                torch._foreach_mul_(epsilon, self.rho)
+                torch._foreach_copy_(block.weights, torch._foreach_add(block.masters, epsilon))
+            else:
+                torch._foreach_add_(block.weights, epsilon, alpha=self.rho)
 
     @torch.no_grad()
     def _restore(self) -> None:
@@ -166,7 +178,7 @@ class Perturbation:
         gradients = [gradient.to(block.working_dtype) for gradient in block.gradients]
         if block.operator == "none":
             return torch._foreach_mul(gradients, 1.0), None
-        weights = [weight.to(block.working_dtype) for weight in block.weights]
+        weights = [weight.to(block.working_dtype) for weight in block.masters or block.weights]
         diagonals = diagonal(weights, block.operator, self.eta)
         return torch._foreach_mul(gradients, diagonals), diagonals
 
@@ -176,33 +188,37 @@ class Perturbation:
         for parameter, (_, operator) in self._parameters.items():
             if parameter.grad is None or parameter.numel() == 0:
                 continue
-            weight, gradient = parameter.detach(), parameter.grad.detach()
-            limit = _CPU_BLOCK if weight.device.type == "cpu" else _ACCELERATOR_BLOCK
-            pieces = [(weight, gradient)]
-            if operator != "filter-wise" and weight.is_contiguous() and gradient.is_contiguous():
-                pieces = zip(weight.view(-1).split(limit), gradient.view(-1).split(limit))
-            key = (weight.device, weight.dtype, operator)
-            for weight_piece, gradient_piece in pieces:
+            tensors = [parameter.detach(), parameter.grad.detach()]
+            if parameter in self._masters:
+                tensors.append(self._masters[parameter].detach())
+            limit = _CPU_BLOCK if parameter.device.type == "cpu" else _ACCELERATOR_BLOCK
+            pieces = [tensors]
+            if operator != "filter-wise" and all(tensor.is_contiguous() for tensor in tensors):
+                pieces = zip(*(tensor.view(-1).split(limit) for tensor in tensors))
+            key = (parameter.device, parameter.dtype, operator, len(tensors))
+            for piece in pieces:
                 block = open_blocks.get(key)
-                if block is None or block.size + weight_piece.numel() > limit:
+                if block is None or block.size + piece[0].numel() > limit:
                     block = open_blocks[key] = _Block(operator)
                     blocks.append(block)
-                block.add(weight_piece, gradient_piece)
+                block.add(*piece)
         return blocks
 
 
 class _Block:
-    """Pieces of weights and gradients of one device, dtype and normalization operator."""
+    """Pieces of weights, gradients and masters of one device, dtype and normalization operator."""
 
     def __init__(self, operator: str):
         self.operator = operator
         self.weights: list[Tensor] = []
         self.gradients: list[Tensor] = []
+        self.masters: list[Tensor] = []
         self.size = 0
 
-    def add(self, weight: Tensor, gradient: Tensor) -> None:
+    def add(self, weight: Tensor, gradient: Tensor, *master: Tensor) -> None:
         self.weights.append(weight)
         self.gradients.append(gradient)
+        self.masters += master
         self.size += weight.numel()
 
     @property

@@ -2,40 +2,38 @@
 
 fairseq's Trainer calls ``task.train_step`` once per micro-batch and then reduces, scales and clips the
 gradient that it finds. With an optimizer of :mod:`fairseq_asam.optim`, that gradient is the one at
-w + epsilon. With any other optimizer nothing changes.
+w + epsilon.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import random
-from argparse import Namespace
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from fairseq import tasks, utils
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.logging import metrics
 from fairseq.optim import FairseqOptimizer
 from fairseq.tasks import FairseqTask
-from fairseq.trainer import Trainer
+from torch import Tensor
 from torch.nn import Module
 
-from fairseq_asam.optim import OPTIMIZERS, sharpness_aware, validate_config
+from fairseq_asam.optim import master_weights, model_parameters, sharpness_aware
 
 # Prefix of the logging outputs of the pass at w + epsilon, on their way to reduce_metrics.
 PERTURBED = "perturbed_"
 
 
 class SharpnessAwareTask:
-    """What a task's class gets in front of it while an optimizer of :mod:`fairseq_asam.optim` trains it."""
+    """What goes in front of a task's class while an optimizer of :mod:`fairseq_asam.optim` trains it."""
 
     def begin_update(self, num_micro_batches: int) -> None:
         """Called before the first of *num_micro_batches* calls to :meth:`train_step`."""
         self._num_micro_batches = num_micro_batches
+        self._calls = 0
         self._passes: list[_Pass] = []
 
     def train_step(
@@ -47,7 +45,7 @@ class SharpnessAwareTask:
         update_num: int,
         ignore_grad: bool = False,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, int, dict[str, Any]]:
+    ) -> tuple[Tensor, int, dict[str, Any]]:
         """Make the passes at w and w + epsilon; see :meth:`fairseq.tasks.FairseqTask.train_step`.
 
         The loss, the sample size and the logging outputs returned are those at w; ``.grad`` holds what
@@ -58,35 +56,46 @@ class SharpnessAwareTask:
         step = functools.partial(
             super().train_step, sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
         )
-        this = _Pass(step, RandomState() if not asam.sharpness_config.fresh_masks else None)
-        if asam.sharpness_config.ascent_scope == "micro-batch":
-            parameters = list(asam.params)
-            accumulated = [p.grad for p in parameters]
-            for p in parameters:
-                p.grad = None
-            with _no_sync(model, criterion):
-                loss, sample_size, this.logging_output = step()
-            with asam.perturbation(model, criterion):
-                for p, gradient in zip(parameters, accumulated):
-                    p.grad = gradient
-                this.repeat()
-        else:
-            loss, sample_size, this.logging_output = step()
-            self._passes.append(this)
-            if len(self._passes) < self._num_micro_batches:
-                return loss, sample_size, this.logging_output
-            asam.all_reduce_grads(model)
-            asam.all_reduce_grads(criterion)
-            passes, self._passes = self._passes, []
-            with asam.perturbation(model, criterion):
-                for p in asam.params:
-                    p.grad = None
+        this = _Pass(step, None if asam.sharpness_config.fresh_masks else RandomState())
+        perturbation = asam.perturbation(model, criterion, master_weights(optimizer))
+        parameters = model_parameters(optimizer)
+        per_update = asam.sharpness_config.ascent_scope == "update"
+        self._calls += 1
+        is_last = self._calls == self._num_micro_batches
+        try:
+            if per_update:
+                result = this.run()
+                self._passes.append(this)
+                if not is_last:
+                    return result
+                _all_reduce(asam, model, criterion)
+                accumulated = [None] * len(parameters)
+            else:
+                accumulated = [parameter.grad for parameter in parameters]
+                _set_gradients(parameters, [None] * len(parameters))
                 with _no_sync(model, criterion):
-                    for earlier in passes[:-1]:
+                    result = this.run()
+                self._passes = [this]
+            with perturbation, _no_new_update(model):
+                _set_gradients(parameters, accumulated)
+                with _no_sync(model, criterion):
+                    for earlier in self._passes[:-1]:
                         earlier.repeat()
                 this.repeat()
+        except BaseException:
+            # After running out of memory in one worker of several, fairseq goes on with the gradients of
+            # the others, which wait for this one.
+            if per_update and is_last and this.result is None:
+                _set_gradients(parameters, [None] * len(parameters))
+                _all_reduce(asam, model, criterion)
+            self._passes = []
+            asam.ascended = True
+            raise
+        _mark_non_finite(parameters, perturbation.norm)
+        if is_last:
+            self._calls, self._passes = 0, []
         asam.ascended = True
-        return loss, sample_size, this.logging_output
+        return result
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Module) -> None:
         """Log ``sharpness``, L(w + epsilon) - L(w) in the unit of the ``loss`` column, beside the rest."""
@@ -107,20 +116,33 @@ class SharpnessAwareTask:
         return (None, None) if meter is None else (meter.avg, meter.count)
 
 
-class _Pass:
-    """The pass of one micro-batch, to be repeated at w + epsilon with the same random numbers."""
+def with_sharpness_awareness(task: type[FairseqTask]) -> type[FairseqTask]:
+    """Return the class *task* with :class:`SharpnessAwareTask` in front of it, under the same name, under
+    which fairseq files a task's state in checkpoints."""
+    return type(task.__name__, (SharpnessAwareTask, task), {"__doc__": task.__doc__})
 
-    def __init__(self, step, random_state: RandomState | None):
+
+class _Pass:
+    """Forward and backward of one micro-batch, at w and then again at w + epsilon."""
+
+    def __init__(self, step: Callable[[], tuple], random_state: RandomState | None):
         self.step = step
         self.random_state = random_state
-        self.logging_output: dict[str, Any] = {}
+        self.result: tuple | None = None
+
+    def run(self) -> tuple:
+        """Make the pass and return its loss, sample size and logging outputs."""
+        self.result = self.step()
+        return self.result
 
     def repeat(self) -> None:
-        """Repeat the pass and note its logging outputs beside those of the first."""
+        """Repeat the pass, with the same random numbers unless these are to be fresh, and note its
+        logging outputs beside those of the first, which the Trainer has by now."""
         if self.random_state is not None:
             self.random_state.restore()
-        _, _, logging_output = self.step()
-        self.logging_output.update({PERTURBED + k: v for k, v in logging_output.items()})
+        _, _, perturbed = self.step()
+        _, _, logging_output = self.result
+        logging_output.update({PERTURBED + key: value for key, value in perturbed.items()})
 
 
 class RandomState:
@@ -131,6 +153,7 @@ class RandomState:
         self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
     def restore(self) -> None:
+        """Set the generators back."""
         torch.set_rng_state(self.torch)
         np.random.set_state(self.numpy)
         random.setstate(self.python)
@@ -138,8 +161,19 @@ class RandomState:
             torch.cuda.set_rng_state(self.cuda)
 
 
+def _set_gradients(parameters: list[Tensor], gradients: list[Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients):
+        parameter.grad = gradient
+
+
+def _all_reduce(optimizer: FairseqOptimizer, *modules: Module) -> None:
+    """Average gradients over workers where that does not happen in the backward pass (legacy_ddp)."""
+    for module in modules:
+        optimizer.all_reduce_grads(module)
+
+
 @contextlib.contextmanager
-def _no_sync(*modules: Module):
+def _no_sync(*modules: Module) -> Iterator[None]:
     """Keep gradients on this worker, whatever data-parallel wrapper the *modules* have."""
     with contextlib.ExitStack() as stack:
         for module in modules:
@@ -148,64 +182,19 @@ def _no_sync(*modules: Module):
         yield
 
 
-def check_configuration(cfg: Any) -> None:
-    """Raise ValueError, in one sentence, if *cfg*, a whole fairseq configuration, asks a sharpness-aware
-    optimizer for something that it cannot do, or has no data."""
-    validate_config(cfg.optimizer)
-    for path in utils.split_paths(getattr(cfg.task, "data", None) or ""):
-        if not os.path.exists(path):
-            raise ValueError(f"there is no data in {path}: name a directory that fairseq-preprocess wrote")
-    refusals = {
-        "--fp16": cfg.common.fp16,
-        "--bf16": cfg.common.bf16,
-        "--amp": cfg.common.amp,
-        "--tpu": cfg.common.tpu,
-        "--model-parallel-size": cfg.common.model_parallel_size > 1,
-        "--use-bmuf": cfg.optimization.use_bmuf,
-        "--pipeline-model-parallel": cfg.distributed_training.pipeline_model_parallel,
-        "--zero-sharding": cfg.distributed_training.zero_sharding != "none",
-        "--ddp-backend slowmo": cfg.distributed_training.ddp_backend == "slowmo",
-        "--ddp-backend fully_sharded": cfg.distributed_training.ddp_backend == "fully_sharded",
-    }
-    for flag, given in refusals.items():
-        if given:
-            raise ValueError(f"--optimizer {cfg.optimizer._name} does not support {flag}: train without it")
+@contextlib.contextmanager
+def _no_new_update(model: Module) -> Iterator[None]:
+    """Keep the *model* from taking the repeated pass for one of a new update: some models step a moving
+    average of their weights whenever a task tells them the number of the update."""
+    model.set_num_updates = lambda num_updates: None
+    try:
+        yield
+    finally:
+        del model.set_num_updates
 
 
-def _checked_setup_task(setup_task):
-    @functools.wraps(setup_task)
-    def checked(cfg, **kwargs):
-        whole = convert_namespace_to_omegaconf(cfg) if isinstance(cfg, Namespace) else cfg._get_root()
-        if getattr(whole.get("optimizer"), "_name", None) in OPTIMIZERS:
-            try:
-                check_configuration(whole)
-            except ValueError as error:
-                raise SystemExit(f"fairseq_asam: {error}") from None
-        return setup_task(cfg, **kwargs)
-
-    return checked
-
-
-def _sharpness_aware_train_step(train_step):
-    @functools.wraps(train_step)
-    def sharpness_aware_train_step(self, samples, raise_oom=False):
-        asam = sharpness_aware(self.optimizer)
-        if asam is not None:
-            if not isinstance(self.task, SharpnessAwareTask):
-                self.task.__class__ = _with_sharpness_awareness(type(self.task))
-            asam.ascended = False
-            self.task.begin_update(len(samples))
-        return train_step(self, samples, raise_oom)
-
-    return sharpness_aware_train_step
-
-
-def _with_sharpness_awareness(task: type[FairseqTask]) -> type[FairseqTask]:
-    # The name stays: fairseq files a task's state in checkpoints under it.
-    return type(task.__name__, (SharpnessAwareTask, task), {"__doc__": task.__doc__})
-
-
-# The tasks of fairseq are too many, and too many of them name their own class, for a registry of
-# subclasses to reach them all. The Trainer meets every one.
-tasks.setup_task = _checked_setup_task(tasks.setup_task)
-Trainer.train_step = _sharpness_aware_train_step(Trainer.train_step)
+def _mark_non_finite(parameters: list[Tensor], norm: Tensor) -> None:
+    """Make a gradient NaN if the *norm* at w was not finite: there was no epsilon then, and the update is
+    to be skipped, or the run ended, as fairseq does with any other gradient that is not finite."""
+    gradient = next(p.grad for p in parameters if p.grad is not None)
+    gradient[(0,) * gradient.dim()] += torch.where(torch.isfinite(norm), 0.0, torch.nan).to(gradient.device)

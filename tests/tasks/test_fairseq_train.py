@@ -182,8 +182,8 @@ def test_the_installed_commands_work_from_the_repository_root(corpus, tmp_path):
         (["--p-norm", "1"], "p is 1.0, but"),
         (["--eta", "nan"], "eta is nan, but"),
         (["--normalization", "layer-wise"], "'layer-wise' (choose from"),
-        (["--use-bmuf"], "--optimizer asam does not support --use-bmuf"),
-        (["--ddp-backend", "fully_sharded"], "--optimizer asam does not support --ddp-backend fully_sharded"),
+        (["--use-bmuf"], "--use-bmuf does not go with --optimizer asam"),
+        (["--ddp-backend", "fully_sharded"], "--ddp-backend fully_sharded does not go with --optimizer asam"),
     ],
 )
 def test_bad_flags_are_refused_in_one_sentence(fairseq, corpus, tmp_path, flags, sentence):
