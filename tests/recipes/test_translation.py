@@ -1,0 +1,211 @@
+"""The translation recipe's own scripts, on a tiny corpus with a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from commands import ROOT, assert_same_state, checkpoint
+from sacrebleu.metrics import CHRF
+
+RECIPE = ROOT / "recipes" / "translation"
+ENVIRONMENT = {
+    **os.environ,
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+}
+TINY = [
+    *("--arch", "transformer", "--share-all-embeddings", "--dropout", "0.1"),
+    *("--encoder-layers", "1", "--encoder-embed-dim", "32", "--encoder-ffn-embed-dim", "64"),
+    *("--decoder-layers", "1", "--decoder-embed-dim", "32", "--decoder-ffn-embed-dim", "64"),
+    *("--encoder-attention-heads", "2", "--decoder-attention-heads", "2"),
+    *("--lr", "0.01", "--warmup-updates", "20", "--max-tokens", "600", "--max-epoch", "5", "--cpu"),
+]
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess:
+    return subprocess.run(list(map(str, command)), env=ENVIRONMENT, text=True, capture_output=True)
+
+
+def train(corpus: Path, folder: Path, optimizer: str, *flags: str) -> subprocess.CompletedProcess:
+    return run(RECIPE / "train.sh", corpus, folder, optimizer, *TINY, *flags)
+
+
+def script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess:
+    return run(sys.executable, RECIPE / name, *arguments)
+
+
+def succeeded(process: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    assert process.returncode == 0, process.stderr
+    return process
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Finished and scored runs of adam and asam."""
+    folder = tmp_path_factory.mktemp("runs")
+    finished = [folder / "adam", folder / "asam"]
+    for each in finished:
+        succeeded(train(corpus, each, each.name))
+        succeeded(script("score.py", corpus, each))
+    return finished
+
+
+def test_a_finished_run_is_neither_trained_nor_translated_again(corpus: Path, runs: list[Path]):
+    before = {
+        file: file.stat().st_mtime_ns for file in runs[0].iterdir() if file.name not in ("lock", "command")
+    }
+    assert "trained already" in succeeded(train(corpus, runs[0], "adam")).stderr
+    assert "BLEU" in succeeded(script("score.py", corpus, runs[0])).stdout
+    assert before == {file: file.stat().st_mtime_ns for file in before}
+
+
+@contextmanager
+def training_in_epoch_3(corpus: Path, folder: Path, optimizer: str) -> Iterator[subprocess.Popen]:
+    """A train.sh of its own process group that has written the checkpoint of epoch 2."""
+    command = map(str, [RECIPE / "train.sh", corpus, folder, optimizer, *TINY])
+    log = folder / "train.log"
+    with subprocess.Popen(
+        list(command), env=ENVIRONMENT, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        while not (log.exists() and "(epoch 2 @" in log.read_text()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        yield process
+
+
+def test_a_killed_run_goes_on_to_the_weights_of_an_undisturbed_one(
+    corpus: Path, runs: list[Path], tmp_path: Path
+):
+    killed = tmp_path / "asam"
+    with training_in_epoch_3(corpus, killed, "asam") as process:
+        os.killpg(process.pid, signal.SIGKILL)
+    log = killed / "train.log"
+    assert "done training" not in log.read_text()
+    # What a kill in the middle of fairseq's copy of the best checkpoint leaves behind.
+    os.truncate(killed / "checkpoint_last.pt", 10_000)
+
+    succeeded(train(corpus, killed, "asam"))
+    assert "Loaded checkpoint" in log.read_text()
+    assert_same_state(checkpoint(killed), checkpoint(runs[1]))
+    succeeded(script("score.py", corpus, killed))
+    results = collected(tmp_path, [runs[1], killed])
+    assert [system["epochs"] for system in results["systems"]] == [5, 5]
+    assert len({system["best_valid_loss"] for system in results["systems"]}) == 1
+
+
+def test_a_training_that_outlived_its_script_is_waited_for(corpus: Path, tmp_path: Path):
+    with training_in_epoch_3(corpus, tmp_path / "adam", "adam") as process:
+        process.kill()
+    again = succeeded(train(corpus, tmp_path / "adam", "adam"))
+    assert "waiting for its end" in again.stderr
+    assert "trained already" in again.stderr
+    assert (tmp_path / "adam" / "train.log").read_text().count("done training") == 1
+
+
+def test_other_flags_for_a_run_with_checkpoints_are_refused(corpus: Path, runs: list[Path]):
+    process = train(corpus, runs[0], "adam", "--lr", "0.02")
+    assert process.returncode == 1
+    assert len(process.stderr.splitlines()) == 1
+    assert f"'{runs[0]}' holds a run with other data, optimizer or flags" in process.stderr
+
+
+def lines(file: Path) -> list[str]:
+    return file.read_text("utf-8").splitlines()
+
+
+def test_translations_stand_in_the_order_of_the_corpus(corpus: Path, runs: list[Path]):
+    for each in runs:
+        assert (each / "test.src").read_bytes() == (corpus / "test.de").read_bytes()
+        assert (each / "test.ref").read_bytes() == (corpus / "test.en").read_bytes()
+        hypotheses, references = lines(each / "test.hyp"), lines(each / "test.ref")
+        assert len(hypotheses) == len(references)
+        assert not any("\u2581" in hypothesis for hypothesis in hypotheses)
+        in_order, reversed_order = (
+            CHRF().corpus_score(order, [references]).score for order in (hypotheses, hypotheses[::-1])
+        )
+        assert in_order > reversed_order + 1
+
+
+def collected(out: Path, runs: list[Path]) -> dict:
+    succeeded(script("collect.py", out, *runs))
+    return json.loads((out / "results.json").read_text())
+
+
+def test_the_table_agrees_with_the_sacrebleu_command(runs: list[Path], tmp_path: Path):
+    results = collected(tmp_path, runs)
+    hypotheses = [each / "test.hyp" for each in runs]
+    paired = run(
+        "sacrebleu", runs[0] / "test.ref", "-i", *hypotheses, "-m", "bleu", "--paired-bs", "-f", "json"
+    )
+    for system, theirs in zip(results["systems"], json.loads(succeeded(paired).stdout)):
+        assert system["BLEU"] == pytest.approx(
+            {
+                "score": theirs["BLEU"]["score"],
+                "mean": theirs["BLEU"]["mean"],
+                "ci95": theirs["BLEU"]["ci"],
+                "p_value": theirs["BLEU"]["p_value"],
+            }
+        )
+    for system, hypothesis in zip(results["systems"], hypotheses):
+        chrf = run("sacrebleu", runs[0] / "test.ref", "-i", hypothesis, "-m", "chrf", "-b", "-w", "6")
+        assert float(succeeded(chrf).stdout) == pytest.approx(system["chrF2"]["score"], abs=1e-6)
+
+
+def test_pictures_and_samples(runs: list[Path], tmp_path: Path):
+    succeeded(script("curves.py", tmp_path / "curves.png", *runs))
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    succeeded(script("samples.py", tmp_path / "samples.md", *runs))
+    samples = (tmp_path / "samples.md").read_text()
+    assert samples.count("| source |") == samples.count("| asam |") == 5
+
+
+def test_bad_input_is_named_in_one_sentence(corpus: Path, tmp_path: Path):
+    nothing = tmp_path / "nothing"
+    for process, sentence in (
+        (train(nothing, tmp_path / "run", "adam"), f"'{nothing}' holds no corpus"),
+        (train(corpus, tmp_path / "run", "sgd"), "unknown optimizer 'sgd': choose adam, sam or asam."),
+        (script("score.py", corpus, nothing), f"'{nothing / 'checkpoint_best.pt'}' is missing"),
+        (script("collect.py", tmp_path / "out", nothing), f"'{nothing / 'train.log'}' is missing"),
+        (script("curves.py", tmp_path / "out", nothing), f"'{nothing / 'train.log'}' is missing"),
+        (script("samples.py", tmp_path / "out", nothing), f"'{nothing / 'test.hyp'}' is missing"),
+    ):
+        assert process.returncode != 0
+        assert sentence in process.stderr
+        assert len(process.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_command_ends_the_progress_bar_with_its_status_and_last_lines(tmp_path: Path):
+    failing = "print('first'); print('last'); raise SystemExit(7)"
+    process = script("progress.py", tmp_path / "train.log", sys.executable, "-c", failing)
+    assert process.returncode == 7
+    assert "first\nlast\n" in process.stderr
+    assert f"status 7; all of its output is in {tmp_path / 'train.log'}" in process.stderr
+    assert (tmp_path / "train.log").read_text() == "first\nlast\n"
+
+
+def test_a_wrong_flag_ends_train_sh_with_fairseqs_own_message(corpus: Path, tmp_path: Path):
+    process = train(corpus, tmp_path, "adam", "--no-such-flag")
+    assert process.returncode == 2
+    assert "unrecognized arguments: --no-such-flag" in process.stderr
+
+
+def test_ending_the_progress_bar_ends_the_training(tmp_path: Path):
+    waiting = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    command = [sys.executable, RECIPE / "progress.py", tmp_path / "train.log", sys.executable, "-c", waiting]
+    with subprocess.Popen(list(map(str, command)), env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
+        while not ((tmp_path / "train.log").exists() and (tmp_path / "train.log").read_text().endswith("\n")):
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "train.log").read_text()), 0)
