@@ -1,4 +1,4 @@
-"""Lets fairseq load its own checkpoints with torch >= 2.6, and go on from them as if never stopped."""
+"""Lets fairseq load its own checkpoints with newer torch, and go on from them as if never stopped."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import functools
 
 import numpy as np
 import torch
+from fairseq.file_io import PathManager
+from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from fairseq.tasks import FairseqTask
 
-# A fairseq checkpoint holds its arguments as a Namespace, and numpy scalars where a meter made some.
+# torch >= 2.6 loads nothing but tensors and types that are known to be safe. A fairseq checkpoint holds its arguments
+# as a Namespace, and numpy scalars where a meter made some.
 _multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
 _DTYPES = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
 SAFE_TYPES = [argparse.Namespace, _multiarray.scalar, np.dtype, *_DTYPES]
@@ -39,4 +42,21 @@ def _resume_with_the_same_batches(get_batch_iterator):
     return from_first_epoch
 
 
+def _copy_at_once(copy):
+    # fairseq writes the first of its checkpoint files at once or not at all, but copies it to the others
+    # byte by byte: killed meanwhile, it would leave a checkpoint_last.pt that cannot be loaded.
+    @functools.wraps(copy)
+    def copy_at_once(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
+        if not PathManager.supports_rename(dst_path):
+            return copy(src_path, dst_path, overwrite=overwrite)
+        copied = copy(src_path, dst_path + ".tmp", overwrite=True)
+        PathManager.rename(dst_path + ".tmp", dst_path)
+        return copied
+
+    return copy_at_once
+
+
 FairseqTask.get_batch_iterator = _resume_with_the_same_batches(FairseqTask.get_batch_iterator)
+PathManager.copy = staticmethod(_copy_at_once(PathManager.copy))
+# The fast path for inference of fairseq 0.12.2 calls a private function of torch 1.13, which torch 2 changed.
+TransformerEncoderLayerBase.BT_version = property(lambda self: False, lambda self, value: None)

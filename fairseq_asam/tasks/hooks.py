@@ -102,22 +102,22 @@ def _no_sync(self: LegacyDistributedDataParallel) -> Iterator[None]:
         self.accumulate_grads = before
 
 
-def _training_parser_with_help(get_training_parser):
+def _with_help_for_optimizers(parse_args_and_arch):
     # fairseq answers --help before it has added the options of the optimizer.
-    @functools.wraps(get_training_parser)
-    def with_help(*args, **kwargs):
-        parser = get_training_parser(*args, **kwargs)
-        if {"-h", "--help"} & set(sys.argv):
+    @functools.wraps(parse_args_and_arch)
+    def with_help(parser, input_args=None, **kwargs):
+        arguments = sys.argv[1:] if input_args is None else input_args
+        if {"-h", "--help"} & set(arguments):
             for name in OPTIMIZERS:
-                if name in sys.argv:
+                if name in arguments:
                     OPTIMIZER_REGISTRY[name].add_args(parser.add_argument_group(f"--optimizer {name}"))
-        return parser
+        return parse_args_and_arch(parser, input_args, **kwargs)
 
     return with_help
 
 
 tasks.setup_task = _checked_setup_task(tasks.setup_task)
-options.get_training_parser = _training_parser_with_help(options.get_training_parser)
+options.parse_args_and_arch = _with_help_for_optimizers(options.parse_args_and_arch)
 # fairseq has too many tasks, too many of which name their own class, for a registry of subclasses to
 # reach them all. The Trainer meets every one.
 Trainer.train_step = _sharpness_aware_train_step(Trainer.train_step)
