@@ -11,7 +11,7 @@ from fairseq.file_io import PathManager
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from fairseq.tasks import FairseqTask
 
-# torch >= 2.6 loads nothing but tensors and types that are known to be safe. A fairseq checkpoint holds its arguments
+# torch >= 2.6 loads nothing but tensors and types known to be safe. A fairseq checkpoint holds its arguments
 # as a Namespace, and numpy scalars where a meter made some.
 _multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
 _DTYPES = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
