@@ -32,7 +32,7 @@ if ! flock --nonblock 9; then
 fi
 
 command="$optimizer, data $(cat "$data"/bin/*.idx | cksum), $*"
-if [[ -e $run/checkpoint_last.pt && $(cat "$run/command") != "$command" ]]; then
+if [[ -e $run/checkpoint_last.pt && $(cat "$run/command" 2>/dev/null) != "$command" ]]; then
     fail "'$run' holds a run with other data, optimizer or flags (see $run/command): choose another folder or remove it."
 fi
 echo "$command" >"$run/command"
@@ -40,13 +40,6 @@ if grep -qsF '| done training in' "$run/train.log"; then
     echo "train.sh: '$run' is trained already." >&2
     exit
 fi
-# fairseq writes checkpoint_best.pt at once or not at all, but checkpoint_last.pt as a plain copy of it, which a kill
-# can cut short.
-if [[ -e $run/checkpoint_last.pt ]] && ! python -m zipfile -t "$run/checkpoint_last.pt" >/dev/null 2>&1; then
-    cp "$run/checkpoint_best.pt" "$run/checkpoint_last.pt.tmp"
-    mv "$run/checkpoint_last.pt.tmp" "$run/checkpoint_last.pt"
-fi
-
 # Some fairseq versions leave out the last batch, in training and in validation, if its size isn't a multiple of
 # --required-batch-size-multiple (default 8).
 exec python "$here/progress.py" "$run/train.log" fairseq-train "$data/bin" \
