@@ -84,10 +84,12 @@ class SharpnessAwareTask:
                 this.repeat()
         except BaseException:
             # After running out of memory in one worker of several, fairseq goes on with the gradients of
-            # the others, which wait for this one.
+            # the others, which wait for this one, and with the logging outputs that it has.
             if per_update and is_last and this.result is None:
                 _set_gradients(parameters, [None] * len(parameters))
                 _all_reduce(asam, model, criterion)
+            for earlier in self._passes:
+                earlier.note(earlier.result)
             self._passes = []
             asam.ascended = True
             raise
@@ -136,13 +138,16 @@ class _Pass:
         return self.result
 
     def repeat(self) -> None:
-        """Repeat the pass, with the same random numbers unless these are to be fresh, and note its
-        logging outputs beside those of the first, which the Trainer has by now."""
+        """Repeat the pass, with the same random numbers unless these are to be fresh."""
         if self.random_state is not None:
             self.random_state.restore()
-        _, _, perturbed = self.step()
-        _, _, logging_output = self.result
-        logging_output.update({PERTURBED + key: value for key, value in perturbed.items()})
+        self.note(self.step())
+
+    def note(self, repeated: tuple) -> None:
+        """Note the logging outputs of the *repeated* pass beside those of the first, which the Trainer
+        has by now."""
+        (_, _, at_w), (_, _, perturbed) = self.result, repeated
+        at_w.update({PERTURBED + k: v for k, v in perturbed.items() if not k.startswith(PERTURBED)})
 
 
 class RandomState:

@@ -5,40 +5,20 @@ import math
 
 import pytest
 import torch
-from commands import recipe
-from fairseq import options, tasks, utils
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq.trainer import Trainer
-
-import fairseq_asam.tasks  # noqa: F401  registers the optimizers
+from fairseq import utils
+from training import FLOAT64_THROUGHOUT, configuration, trainer_and_batches
 
 RHO, ETA = 0.2, 0.01
 
 
 @pytest.fixture(autouse=True)
 def float64_throughout(monkeypatch):
-    """fairseq takes softmax and gradient norms in float32, whose rounding would hide ours."""
-
-    def clip_grad_norm_(parameters, max_norm, aggregate_norm_fn=None):
-        return torch.nn.utils.clip_grad_norm_(list(parameters), max_norm if max_norm > 0 else math.inf)
-
-    monkeypatch.setattr(utils, "clip_grad_norm_", clip_grad_norm_)
-    monkeypatch.setattr(utils, "softmax", lambda x, dim, onnx_trace=False: x.softmax(dim))
-    monkeypatch.setattr(utils, "log_softmax", lambda x, dim, onnx_trace=False: x.log_softmax(dim))
+    for name, replacement in FLOAT64_THROUGHOUT.items():
+        monkeypatch.setattr(utils, name, replacement)
 
 
-def trainer_and_batches(corpus, *flags):
-    """A Trainer in float64 and the batches of its first epoch."""
-    parser = options.get_training_parser()
-    arguments = recipe(corpus / "bin", corpus, "--dropout", "0", "--max-tokens", "300", *flags)
-    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, [str(a) for a in arguments]))
-    torch.manual_seed(1)
-    task = tasks.setup_task(cfg.task)
-    model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
-    trainer = Trainer(cfg, task, model.double(), criterion)
-    iterator = trainer.get_train_iterator(epoch=1).next_epoch_itr(shuffle=True)
-    trainer.begin_epoch(1)
-    return trainer, list(iterator)
+def setting(corpus, *flags):
+    return trainer_and_batches(configuration(corpus / "bin", *flags))
 
 
 def gradient(trainer, batches):
@@ -82,8 +62,8 @@ def by_hand(trainer, batches, scope, normalization):
 def test_the_step_is_algorithm_1(corpus, scope, optimizer, normalization, clip_norm):
     """Twenty updates of three micro-batches each; the small clip norm bites."""
     flags = ["--ascent-scope", scope, "--rho", str(RHO), "--clip-norm", clip_norm]
-    trainer, batches = trainer_and_batches(corpus, "--optimizer", optimizer, *flags)
-    reference, _ = trainer_and_batches(corpus, "--optimizer", "adam", "--clip-norm", clip_norm)
+    trainer, batches = setting(corpus, "--optimizer", optimizer, *flags)
+    reference, _ = setting(corpus, "--optimizer", "adam", "--clip-norm", clip_norm)
     assert len(batches) > 8
     for update in range(20):
         micro_batches = [batches[(3 * update + i) % len(batches)] for i in range(3)]
@@ -111,7 +91,7 @@ def test_the_step_is_algorithm_1(corpus, scope, optimizer, normalization, clip_n
 
 
 def test_a_step_without_the_pass_at_w_plus_epsilon_is_an_error(corpus):
-    trainer, batches = trainer_and_batches(corpus, "--optimizer", "asam")
+    trainer, batches = setting(corpus, "--optimizer", "asam")
     trainer.train_step(batches[:1])
     trainer.zero_grad()
     trainer.criterion(trainer.model, batches[0])[0].backward()
@@ -121,7 +101,7 @@ def test_a_step_without_the_pass_at_w_plus_epsilon_is_an_error(corpus):
 
 def test_sharpness_is_the_difference_of_two_losses(corpus):
     """In the unit of fairseq's loss column, weighted by the sample size."""
-    trainer, batches = trainer_and_batches(corpus, "--optimizer", "asam")
+    trainer, batches = setting(corpus, "--optimizer", "asam")
 
     def loss():
         with torch.no_grad():

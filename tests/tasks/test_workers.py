@@ -1,0 +1,112 @@
+"""Accumulation and several workers: the same weights however a batch is split."""
+
+import pytest
+import torch
+from training import merged, on_workers, trainer_and_batches
+
+UPDATES, MICRO_BATCHES = 20, 4
+BACKENDS = ["legacy_ddp", "pytorch_ddp"]
+
+
+def trained(cfg, rank, split):
+    """The weights after twenty updates of four micro-batches each, split as asked: ``whole`` in one batch,
+    or each worker its share."""
+    trainer, batches = trainer_and_batches(cfg)
+    workers = cfg.distributed_training.distributed_world_size
+    share = MICRO_BATCHES // workers
+    for update in range(UPDATES):
+        first = update * MICRO_BATCHES
+        micro_batches = [batches[(first + i) % len(batches)] for i in range(MICRO_BATCHES)]
+        mine = micro_batches[rank * share : (rank + 1) * share]
+        trainer.train_step([merged(trainer, micro_batches)] if split == "whole" else mine)
+    assert trainer.get_num_updates() == UPDATES
+    return {name: w.detach().numpy() for name, w in trainer.get_model().named_parameters()}
+
+
+def weights(workers, corpus, *flags, split="share", function=trained):
+    on_each = on_workers(workers, function, [corpus / "bin", "--optimizer", *flags], split)
+    for other in on_each[1:]:  # every worker must end with the same weights
+        assert all((other[name] == w).all() for name, w in on_each[0].items())
+    return on_each[0]
+
+
+def assert_close(actual, expected):
+    for name, w in expected.items():
+        torch.testing.assert_close(
+            torch.as_tensor(actual[name]),
+            torch.as_tensor(w),
+            rtol=1e-10,
+            atol=1e-12,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
+
+
+@pytest.mark.parametrize("optimizer", [["asam"], ["sam", "--clip-norm", "0.05"]])
+def test_scope_update_depends_on_the_batch_alone(corpus, optimizer):
+    whole = weights(1, corpus, *optimizer, split="whole")
+    assert_close(weights(1, corpus, *optimizer), whole)
+    for backend in BACKENDS:
+        assert_close(weights(2, corpus, *optimizer, "--ddp-backend", backend), whole)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scope_micro_batch_depends_on_the_micro_batches_alone(corpus, backend):
+    """Whichever worker has them; one worker is held against a computation by hand in test_train_step."""
+    flags = ["asam", "--ascent-scope", "micro-batch"]
+    one = weights(1, corpus, *flags)
+    assert_close(weights(2, corpus, *flags, "--ddp-backend", backend), one)
+    update = weights(1, corpus, "asam")
+    assert any(abs(update[name] - w).max() > 1e-6 for name, w in one.items())
+
+
+def trained_until_one_runs_out(cfg, rank, _):
+    """The second worker has a batch in the first update and none in the others."""
+    trainer, batches = trainer_and_batches(cfg)
+    for update in range(6):
+        if cfg.distributed_training.distributed_world_size == 1:
+            mine = [batches[0], batches[1]] if update == 0 else [batches[update + 1]]
+        elif rank == 0:
+            mine = [batches[0]] if update == 0 else [batches[update + 1]]
+        else:
+            mine = [batches[1]] if update == 0 else [{}]
+        trainer.train_step(mine)
+    return {name: w.detach().numpy() for name, w in trainer.get_model().named_parameters()}
+
+
+@pytest.mark.parametrize("scope", ["update", "micro-batch"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_worker_without_data_neither_hangs_nor_disturbs(corpus, scope, backend):
+    flags = ["asam", "--ascent-scope", scope]
+    one = weights(1, corpus, *flags, function=trained_until_one_runs_out)
+    two = weights(2, corpus, *flags, "--ddp-backend", backend, function=trained_until_one_runs_out)
+    assert_close(two, one)
+
+
+def trained_out_of_memory(cfg, rank, failing):
+    """The pass *failing* = (worker, call of the criterion) ends out of memory, for once."""
+    trainer, batches = trainer_and_batches(cfg)
+    criterion, calls = trainer.get_criterion(), []
+    forward = criterion.forward
+
+    def out_of_memory(*args, **kwargs):
+        calls.append(None)
+        if failing == (rank, len(calls)):
+            raise RuntimeError("out of memory")
+        return forward(*args, **kwargs)
+
+    criterion.forward = out_of_memory
+    workers = cfg.distributed_training.distributed_world_size
+    for update in range(4):
+        first = (update * workers + rank) * 2
+        trainer.train_step([batches[first], batches[first + 1]])
+    return {name: w.detach().numpy() for name, w in trainer.get_model().named_parameters()}
+
+
+@pytest.mark.parametrize("call", [5, 6, 7, 8])
+@pytest.mark.parametrize("scope", ["update", "micro-batch"])
+def test_out_of_memory_in_one_worker(corpus, scope, call):
+    """In the second update of two micro-batches each: a pass at w or at w + epsilon, the first or the last
+    of the update. As without this plugin, legacy_ddp goes on with the gradients of the other worker."""
+    flags = ["asam", "--ascent-scope", scope, "--ddp-backend", "legacy_ddp"]
+    weights(2, corpus, *flags, split=(1, call), function=trained_out_of_memory)
+    weights(1, corpus, *flags, split=(0, call), function=trained_out_of_memory)

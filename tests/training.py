@@ -1,0 +1,107 @@
+"""fairseq's Trainer in this process, in float64, on one worker or as one of several."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import socket
+import traceback
+from pathlib import Path
+
+import torch
+from commands import recipe
+from fairseq import options, tasks, utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.distributed import utils as distributed_utils
+from fairseq.models import distributed_fairseq_model
+from fairseq.trainer import Trainer
+
+import fairseq_asam.tasks  # noqa: F401  registers the optimizers
+
+_processes = multiprocessing.get_context("forkserver")
+
+
+def clip_grad_norm_(parameters, max_norm, aggregate_norm_fn=None):
+    return torch.nn.utils.clip_grad_norm_(list(parameters), max_norm if max_norm > 0 else math.inf)
+
+
+def softmax(x, dim, onnx_trace=False):
+    return x.softmax(dim)
+
+
+def log_softmax(x, dim, onnx_trace=False):
+    return x.log_softmax(dim)
+
+
+#: fairseq takes softmax and gradient norms in float32, whose rounding would hide ours.
+FLOAT64_THROUGHOUT = {"clip_grad_norm_": clip_grad_norm_, "softmax": softmax, "log_softmax": log_softmax}
+
+
+def configuration(data: Path, *flags):
+    """The fairseq configuration of a small model without dropout."""
+    parser = options.get_training_parser()
+    arguments = recipe(data, data, "--dropout", "0", "--max-tokens", "300", *flags)
+    return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, [str(a) for a in arguments]))
+
+
+def trainer_and_batches(cfg, dtype=torch.float64):
+    """A Trainer in *dtype* with the same initial weights in every call, and the batches of an epoch."""
+    torch.manual_seed(1)
+    task = tasks.setup_task(cfg.task)
+    model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+    trainer = Trainer(cfg, task, model.to(dtype), criterion)
+    iterator = trainer.get_train_iterator(epoch=1, shard_batch_itr=False)
+    trainer.begin_epoch(1)
+    return trainer, list(iterator.next_epoch_itr(shuffle=True))
+
+
+def merged(trainer, batches):
+    """One batch of all the sentences of *batches*."""
+    dataset = trainer.task.dataset("train")
+    return dataset.collater([dataset[i] for batch in batches for i in batch["id"].tolist()])
+
+
+def on_workers(world_size: int, function, cfg_arguments: list, *arguments) -> list:
+    """Run ``function(cfg, rank, *arguments)`` on *world_size* CPU workers that know each other through
+    gloo, and return what each returned, which must be picklable. A worker that hangs fails the test."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    queue = _processes.Queue()
+    workers = [
+        _processes.Process(
+            target=_worker,
+            args=(queue, world_size, rank, port, function, cfg_arguments, arguments),
+            daemon=True,
+        )
+        for rank in range(world_size)
+    ]
+    for worker in workers:
+        worker.start()
+    results = dict(queue.get(timeout=180) for _ in workers)
+    for worker in workers:
+        worker.join(30)
+        worker.kill()
+    failures = [result for result in results.values() if isinstance(result, str)]
+    assert not failures, failures[0]
+    return [results[rank] for rank in range(world_size)]
+
+
+def _worker(queue, world_size, rank, port, function, cfg_arguments, arguments):
+    torch.set_num_threads(1)
+    for name, replacement in FLOAT64_THROUGHOUT.items():
+        setattr(utils, name, replacement)
+    # fairseq names a device even where there is none, which torch's DDP refuses.
+    ddp = distributed_fairseq_model.DistributedDataParallel
+    distributed_fairseq_model.DistributedDataParallel = lambda *args, **kwargs: ddp(
+        *args, **{**kwargs, "device_ids": None, "output_device": None}
+    )
+    results = []
+    try:
+        flags = ["--distributed-world-size", world_size, "--distributed-rank", rank, "--distributed-no-spawn"]
+        flags += ["--distributed-backend", "gloo", "--distributed-init-method", f"tcp://127.0.0.1:{port}"]
+        cfg = configuration(*cfg_arguments, *(flags if world_size > 1 else []))
+        distributed_utils.call_main(cfg, lambda cfg: results.append(function(cfg, rank, *arguments)))
+        queue.put((rank, results[0]))
+    except BaseException:
+        queue.put((rank, traceback.format_exc()))
