@@ -44,11 +44,14 @@ def configuration(data: Path, *flags):
     return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, [str(a) for a in arguments]))
 
 
-def trainer_and_batches(cfg, dtype=torch.float64):
-    """A Trainer in *dtype* with the same initial weights in every call, and the batches of an epoch."""
+def trainer_and_batches(cfg, dtype=torch.float64, weights=None):
+    """A Trainer in *dtype*, unless *cfg* asks for half precision, with the given *weights* or the same
+    random ones in every call, and the batches of an epoch."""
     torch.manual_seed(1)
     task = tasks.setup_task(cfg.task)
     model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
+    if weights is not None:
+        model.load_state_dict(weights)
     trainer = Trainer(cfg, task, model.to(dtype), criterion)
     iterator = trainer.get_train_iterator(epoch=1, shard_batch_itr=False)
     trainer.begin_epoch(1)

@@ -1,0 +1,105 @@
+"""Half precision: epsilon survives through the float32 masters, and overflow skips the update."""
+
+import copy
+
+import pytest
+import torch
+from training import configuration, trainer_and_batches
+
+from fairseq_asam.tasks import sharpness_aware
+
+# With a million weights, |epsilon_i| is typically rho / 1000 of |w_i|: below half a unit in the last place
+# of float16 (5e-4 of |w_i|, 2.5e-4 on average) and far below that of bfloat16 (4e-3).
+SIZES = ["--encoder-embed-dim=128", "--decoder-embed-dim=128", "--encoder-ffn-embed-dim=512"]
+SIZES += ["--decoder-ffn-embed-dim=512", "--encoder-layers=2", "--decoder-layers=2"]
+FLAGS = ["--optimizer", "asam", *SIZES, "--lr", "5e-4", "--lr-scheduler", "fixed", "--fp16-init-scale", "4"]
+STEPS = 100
+
+
+@pytest.fixture(autouse=True)
+def without_cuda(monkeypatch):
+    """fairseq's half precision expects a GPU where it names the device of its buffers, and on overflow."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+
+
+def setting(corpus, *flags, bf16=False, weights=None):
+    cfg = configuration(corpus / "bin", *FLAGS, *flags)
+    cfg.common.bf16 = bf16  # on the command line it would ask for a TPU here
+    trainer, batches = trainer_and_batches(cfg, torch.float32, weights)
+    return trainer, batches
+
+
+def sharpness(trainer, batches, steps=STEPS):
+    seen = [trainer.train_step([batches[i % len(batches)]])["sharpness"] for i in range(steps)]
+    return sum(seen) / len(seen)
+
+
+@pytest.fixture(scope="module")
+def trained(corpus):
+    """Weights after a hundred updates in float32, and the mean sharpness over the next hundred."""
+    trainer, batches = setting(corpus)
+    sharpness(trainer, batches)
+    weights = copy.deepcopy(trainer.model.state_dict())
+    return weights, sharpness(*setting(corpus, weights=weights))
+
+
+def test_bfloat16_sees_the_sharpness_of_float32(trained, corpus, monkeypatch, capsys):
+    weights, expected = trained
+    ours = sharpness(*setting(corpus, bf16=True, weights=weights))
+    monkeypatch.setattr(sharpness_aware, "master_weights", lambda optimizer: {})
+    with pytest.warns(UserWarning, match="half-precision weights absorb most of epsilon"):
+        naive = sharpness(*setting(corpus, bf16=True, weights=weights))
+    with capsys.disabled():
+        print(f"\nmean sharpness: float32 {expected:.4f}, --bf16 {ours:.4f}, added to bfloat16 {naive:.4f}")
+    assert ours == pytest.approx(expected, rel=0.1)
+    assert naive != pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [["--fp16"], ["--fp16", "--fp16-no-flatten-grads"]])
+def test_float16_sees_the_sharpness_of_float32(trained, corpus, monkeypatch, capsys, flags):
+    weights, expected = trained
+    ours = sharpness(*setting(corpus, *flags, weights=weights))
+    monkeypatch.setattr(sharpness_aware, "master_weights", lambda optimizer: {})
+    with pytest.warns(UserWarning, match="half-precision weights absorb most of epsilon"):
+        naive = sharpness(*setting(corpus, *flags, weights=weights))
+    with capsys.disabled():
+        print(f"\nmean sharpness: float32 {expected:.4f}, {flags} {ours:.4f}, added to float16 {naive:.4f}")
+    assert ours == pytest.approx(expected, rel=0.02)
+    assert abs(naive - expected) > 2 * abs(ours - expected)
+
+
+@pytest.mark.parametrize("flags", [["--fp16"], ["--fp16", "--fp16-no-flatten-grads"]])
+@pytest.mark.parametrize("overflowing_pass", [1, 2])
+def test_overflow_in_either_pass_skips_the_update(corpus, flags, overflowing_pass):
+    trainer, batches = setting(corpus, *flags, "--fresh-masks", "--fp16-init-scale", "64")
+    trainer.train_step([batches[0]])
+    before = copy.deepcopy(trainer.model.state_dict())
+    masters = [p.detach().clone() for p in trainer.optimizer.fp32_optimizer.params]
+    criterion, calls = trainer.get_criterion(), []
+    forward = criterion.forward
+
+    def overflowing(model, sample):
+        calls.append(None)
+        loss, sample_size, logging_output = forward(model, sample)
+        return loss * (float("inf") if len(calls) == overflowing_pass else 1.0), sample_size, logging_output
+
+    criterion.forward = overflowing
+    assert trainer.train_step([batches[1]]) is None
+    assert trainer.get_num_updates() == 1
+    assert trainer.optimizer.scaler.loss_scale == 32.0
+    assert all(torch.equal(w, before[name]) for name, w in trainer.model.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(masters, trainer.optimizer.fp32_optimizer.params))
+    assert trainer.train_step([batches[2]]) is not None and trainer.get_num_updates() == 2
+
+
+def test_amp_makes_the_same_step(corpus):
+    """Without a GPU autocast does nothing, so that --amp is float32 through fairseq's AMP optimizer."""
+    trainer, batches = setting(corpus, "--amp")
+    plain, _ = setting(corpus)
+    for i in range(3):
+        trainer.train_step([batches[i]])
+        plain.train_step([batches[i]])
+    for (name, w), (_, other) in zip(trainer.model.named_parameters(), plain.model.named_parameters()):
+        assert torch.equal(w, other), name
