@@ -1,4 +1,4 @@
-"""The corpus folder: raw text, a joint sentencepiece model, fairseq's binarized form, statistics.
+"""The corpus folder: raw text, a joint sentencepiece model, embeddings, fairseq's binarized form, statistics.
 
 A folder is built beside its destination, as `.NAME.partial`, and renamed when it is whole. What an
 interrupted run finished there, the next run with the same settings takes up.
@@ -21,12 +21,15 @@ from typing import Any
 import sentencepiece
 from tqdm import tqdm
 
+from data_prep.embeddings import aligned_counts, embeddings
 from data_prep.pairs import Pair, Rules
-from data_prep.split import in_words_of_sentences, one_word_neighbours, split
+from data_prep.split import one_word_neighbours, split, with_phrases
 
 SPLITS = ("train", "valid", "test")
 SIDES = {"de": "german", "en": "english"}
 TEXTS = tuple(f"{name}.{language}" for name in SPLITS for language in SIDES)
+PHRASES = tuple(f"phrases.{language}" for language in SIDES)
+EMBEDDINGS = tuple(f"embeddings.{language}" for language in SIDES)
 MODEL, VOCABULARY = "sentencepiece.model", "sentencepiece.vocab"
 BINARIZED = "bin"
 STATISTICS = "statistics.json"
@@ -49,6 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser, vocabulary: int, held_out: in
         default=vocabulary,
         metavar="N",
         help="sentencepiece pieces, shared by both languages; a corpus too small for N gets fewer "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--embed-dim",
+        type=int,
+        default=128,
+        metavar="N",
+        help="numbers in an embedding, for fairseq's --encoder-embed-path and --decoder-embed-path "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -94,7 +105,7 @@ def prepare(arguments: argparse.Namespace, source: Source) -> None:
             f"--vocab-size {arguments.vocab_size}: must be at least {SMALLEST_VOCABULARY}, "
             "for letters and marks alone take most of that."
         )
-    for name in ("held_out", "workers"):
+    for name in ("held_out", "embed_dim", "workers"):
         if getattr(arguments, name) < 1:
             option = "--" + name.replace("_", "-")
             raise PreparationError(f"{option} {getattr(arguments, name)}: must be at least 1.")
@@ -129,7 +140,8 @@ def _is_whole(folder: Path, settings: Statistics) -> bool:
                 f"{folder}: was prepared with {name} {statistics['settings'].get(name)}, not {value}; "
                 "name another folder, or remove this one."
             )
-    return all((folder / part).exists() for part in (*TEXTS, MODEL, VOCABULARY, BINARIZED))
+    parts = (*TEXTS, *PHRASES, MODEL, VOCABULARY, *EMBEDDINGS, BINARIZED)
+    return all((folder / part).exists() for part in parts)
 
 
 def _read_statistics(folder: Path) -> Statistics:
@@ -149,13 +161,17 @@ def _build(destination: Path, settings: Statistics, workers: int, source: Source
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
-    if not all((partial / name).exists() for name in (*TEXTS, STATISTICS)):
+    def missing(*names: str) -> bool:
+        return not all((partial / name).exists() for name in names)
+
+    if missing(*TEXTS, *PHRASES, STATISTICS):
         _write_text(partial, settings, source)
-    with tempfile.TemporaryDirectory(dir=partial) as scratch:
-        if not ((partial / MODEL).exists() and (partial / VOCABULARY).exists()):
-            _train_sentencepiece(partial, settings["vocab_size"])
-        if not (partial / BINARIZED).exists():
-            _binarize(partial, workers, Path(scratch))
+    if missing(MODEL, VOCABULARY):
+        _train_sentencepiece(partial, settings["vocab_size"])
+    if missing(*EMBEDDINGS):
+        _make_embeddings(partial, settings["embed_dim"])
+    if missing(BINARIZED):
+        _binarize(partial, workers)
     os.replace(partial, destination)
 
 
@@ -170,18 +186,17 @@ def _write_text(folder: Path, settings: Statistics, source: Source) -> None:
             f"--held-out {held_out}: two such sets and a training set can't be had from "
             f"{sentences} sentences; choose fewer."
         )
-    if settings.get("word_uses"):
-        splits["train"] = in_words_of_sentences(splits["train"], rules, settings["word_uses"])
     training_sentences = list(filter(Pair.is_sentence, splits["train"]))
-    for name in SPLITS:
+    splits["phrases"] = [pair for pair in splits["train"] if not pair.is_sentence()]
+    splits["train"] = with_phrases(splits["train"], rules, settings["phrases"])
+    for name, pairs in splits.items():
         for language, side in SIDES.items():
-            lines = (getattr(pair, side) + "\n" for pair in splits[name])
-            _write_whole(folder / f"{name}.{language}", lines)
+            _write_whole(folder / f"{name}.{language}", (getattr(pair, side) + "\n" for pair in pairs))
     statistics = {
         **about,
         "settings": settings,
         "rules": rules.table,
-        "pairs": {name: len(splits[name]) for name in SPLITS},
+        "pairs": {name: len(pairs) for name, pairs in splits.items()},
         "training sentences": len(training_sentences),
         "held-out sentences one word from a training sentence": {
             name: {
@@ -198,11 +213,11 @@ def _write_text(folder: Path, settings: Statistics, source: Source) -> None:
 
 
 def _train_sentencepiece(folder: Path, vocabulary: int) -> None:
-    """A unigram model of the training text of both languages, with every letter that stands in it."""
+    """A unigram model of the training sentences of both languages, with every letter that stands in them."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for language in SIDES for line in _lines(folder / f"train.{language}")),
+            sentence_iterator=iter([side for pair in _training_sentences(folder) for side in pair]),
             model_writer=model,
             model_type="unigram",
             vocab_size=vocabulary,
@@ -218,8 +233,27 @@ def _train_sentencepiece(folder: Path, vocabulary: int) -> None:
     _write_whole(folder / MODEL, model.getvalue())
 
 
-def _binarize(folder: Path, workers: int, scratch: Path) -> None:
+def _make_embeddings(folder: Path, dimension: int) -> None:
+    """Embeddings from the training sentences and all phrases, in the text format that fairseq reads."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
+    pairs = [*_training_sentences(folder), *zip(*(_lines(folder / name) for name in PHRASES))]
+    segmented = [processor.encode(list(side)) for side in zip(*pairs)]
+    counts = aligned_counts(*segmented, processor.get_piece_size())
+    for name, vectors in zip(EMBEDDINGS, embeddings(counts, dimension)):
+        rows = (
+            " ".join([processor.id_to_piece(piece), *(f"{value:.4f}" for value in vector)]) + "\n"
+            for piece, vector in enumerate(vectors)
+        )
+        _write_whole(folder / name, [f"{len(vectors)} {dimension}\n", *rows])
+
+
+def _binarize(folder: Path, workers: int) -> None:
     """Segments the text and hands it to fairseq-preprocess, with one dictionary for both languages."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        _segment_and_preprocess(folder, workers, Path(scratch))
+
+
+def _segment_and_preprocess(folder: Path, workers: int, scratch: Path) -> None:
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
     pieces: dict[str, int] = {}
     for name in tqdm(TEXTS, desc="segmenting", unit="file", disable=None):
@@ -237,6 +271,11 @@ def _binarize(folder: Path, workers: int, scratch: Path) -> None:
     statistics = {**_read_statistics(folder), "pieces": pieces}
     _write_whole(folder / STATISTICS, [json.dumps(statistics, indent=2, ensure_ascii=False) + "\n"])
     os.replace(scratch / BINARIZED, folder / BINARIZED)
+
+
+def _training_sentences(folder: Path) -> list[tuple[str, str]]:
+    pairs = zip(_lines(folder / "train.de"), _lines(folder / "train.en"))
+    return [(german, english) for german, english in pairs if Pair(german, english, 0).is_sentence()]
 
 
 def _lines(file: Path) -> Iterable[str]:

@@ -24,7 +24,7 @@ STAND_IN_PAIRS = 10_000
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data_prep.embedded", description=__doc__.split("\n")[0])
-    corpus.add_arguments(parser, vocabulary=2000, held_out=1000)
+    corpus.add_arguments(parser, vocabulary=4000, held_out=1000)
     parser.add_argument(
         "--package",
         type=Path,
@@ -33,16 +33,13 @@ def main() -> None:
         "or else apt-get downloads it)",
     )
     parser.add_argument(
-        "--word-uses",
-        type=int,
-        default=2,
-        metavar="N",
-        help="train on phrases whose every word stands in N training sentences or more; 0: on all phrases "
-        "(default: %(default)s)",
+        "--phrases",
+        choices=("none", "common", "all"),
+        default="none",
+        help="train on sentences and: no phrases, those in words that two sentences use, or all; the "
+        "embeddings come from all of them anyway (default: %(default)s)",
     )
     arguments = parser.parse_args()
-    if arguments.word_uses < 0:
-        raise corpus.PreparationError(f"--word-uses {arguments.word_uses}: must be at least 0.")
 
     def pairs(rules: Rules) -> tuple[list[Pair], corpus.Statistics]:
         try:

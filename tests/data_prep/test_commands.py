@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT
 
-from data_prep.corpus import BINARIZED, MODEL, STATISTICS, TEXTS, VOCABULARY
+from data_prep.corpus import BINARIZED, EMBEDDINGS, MODEL, PHRASES, STATISTICS, TEXTS, VOCABULARY
 from data_prep.package import INSTALLED, dictionary_from
 from data_prep.pairs import words
 
@@ -45,6 +45,7 @@ jdn. kennen {vt} | Kennst du diesen Mann gut? :: to know sb. | Do you know this 
 Mann {m} | Männer {pl} | Der alte Mann lacht gern. :: man | men | The old man likes to laugh.
 """
 SMALL = ("--vocab-size", "150", "--held-out", "3", "--workers", "1")
+PARTS = {*TEXTS, *PHRASES, MODEL, VOCABULARY, *EMBEDDINGS, BINARIZED, STATISTICS}
 
 
 def run(*arguments, module: str = "data_prep.embedded", **variables: str) -> subprocess.CompletedProcess:
@@ -113,7 +114,7 @@ def prepared(package, tmp_path_factory) -> tuple[Path, str]:
 
 def test_the_folder_is_whole(prepared):
     folder, _ = prepared
-    assert {file.name for file in folder.iterdir()} == {*TEXTS, MODEL, VOCABULARY, BINARIZED, STATISTICS}
+    assert {file.name for file in folder.iterdir()} == PARTS
     assert [file.name for file in folder.parent.iterdir()] == [folder.name]
     assert len(lines(folder, "test.de")) == len(lines(folder, "test.en")) == 3
     assert len(lines(folder, "valid.de")) == len(lines(folder, "valid.en")) == 3
@@ -158,7 +159,7 @@ def test_the_table_and_the_statistics_count_every_pair(prepared):
             [line[: len(row["rule"])], *line[len(row["rule"]) :].split()] for line in output.splitlines()
         ]
     assert statistics["pairs"] == {
-        name: len(lines(folder, f"{name}.de")) for name in ("train", "valid", "test")
+        name: len(lines(folder, f"{name}.de")) for name in ("train", "valid", "test", "phrases")
     }
     assert set(statistics["pieces"]) == set(TEXTS)
     assert set(statistics["held-out sentences one word from a training sentence"]) == {"valid", "test"}
@@ -186,7 +187,7 @@ def test_killed_at_any_point_it_goes_on_to_the_same_corpus(prepared, package, tm
     folder = tmp_path / "corpus"
     partial = tmp_path / ".corpus.partial"
     command = [sys.executable, "-m", "data_prep.embedded", folder, "--package", package, *SMALL]
-    for milestone in (TEXTS[0], STATISTICS, MODEL):
+    for milestone in (TEXTS[0], STATISTICS, MODEL, EMBEDDINGS[1]):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (partial / milestone).exists():
             assert process.poll() is None
@@ -260,7 +261,7 @@ def test_a_truncated_package_is_refused(package, tmp_path):
         (["--held-out", "0"], "--held-out 0: must be at least 1"),
         (["--held-out", "15"], "--held-out 15"),
         (["--workers", "0"], "--workers 0: must be at least 1"),
-        (["--word-uses", "-1"], "--word-uses -1: must be at least 0"),
+        (["--embed-dim", "0"], "--embed-dim 0: must be at least 1"),
     ],
 )
 def test_values_out_of_range_are_refused(arguments, telling, dictionary, tmp_path):
@@ -307,7 +308,7 @@ def test_the_generated_corpus_comes_in_the_same_layout(tmp_path):
     for folder in (first, second):
         result = run(folder, *arguments, module="data_prep.generated")
         assert result.returncode == 0, result.stderr
-    assert {file.name for file in first.iterdir()} == {*TEXTS, MODEL, VOCABULARY, BINARIZED, STATISTICS}
+    assert {file.name for file in first.iterdir()} == PARTS
     assert [len(lines(first, f"{name}.de")) for name in ("train", "valid", "test")] == [260, 20, 20]
     assert contents(first) == contents(second)
 
