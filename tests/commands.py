@@ -50,23 +50,25 @@ def start(command: str, arguments: list, log: Path):
     return process
 
 
-def recipe(data: Path, save_dir: Path, *flags) -> list:
+TRANSFORMER = [
+    *("--arch", "transformer", "--share-all-embeddings"),
+    *(
+        f"--{part}-{size}={n}"
+        for part in ("encoder", "decoder")
+        for size, n in {"layers": 1, "embed-dim": 32, "ffn-embed-dim": 64, "attention-heads": 2}.items()
+    ),
+]
+LABEL_SMOOTHED = ["--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"]
+
+
+def recipe(data: Path, save_dir: Path, *flags, model=TRANSFORMER, criterion=LABEL_SMOOTHED) -> list:
     """Arguments of fairseq-train for a model that learns the generated corpus in seconds."""
-    sizes = {"layers": 1, "embed-dim": 32, "ffn-embed-dim": 64, "attention-heads": 2}
-    model = [f"--{part}-{size}={n}" for part in ("encoder", "decoder") for size, n in sizes.items()]
     return [
-        *(data, "--save-dir", save_dir, "--arch", "transformer", *model, "--share-all-embeddings"),
-        *("--lr", "5e-3", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "20", "--max-tokens", "800"),
-        *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1", "--cpu", "--seed", "3"),
-        *(
-            "--no-epoch-checkpoints",
-            "--no-progress-bar",
-            "--log-format",
-            "json",
-            "--num-workers",
-            "0",
-            *flags,
-        ),
+        *(data, "--save-dir", save_dir, *model, *criterion, "--cpu", "--seed", "3", "--max-tokens", "800"),
+        *("--lr", "5e-3", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "20", "--num-workers", "0"),
+        *("--no-epoch-checkpoints", "--no-progress-bar", "--log-format", "json"),
+        # fairseq drops a last batch that is not a multiple of this
+        *("--required-batch-size-multiple", "1", *flags),
     ]
 
 

@@ -1,0 +1,116 @@
+"""What else a fairseq user switches on. Each feature runs with asam at rho 0, which must be bit for bit the
+run with adam and the same flags, and with asam as it is, which must learn."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from commands import LABEL_SMOOTHED, PLUGIN, TRANSFORMER, assert_same_state, checkpoint, recipe
+
+FEATURES = {
+    "ema": ["--store-ema", "--ema-fp32"],
+    "layer drop": ["--encoder-layerdrop", "0.5", "--decoder-layerdrop", "0.5", "--encoder-layers", "3"],
+    "checkpoint activations": ["--checkpoint-activations"],
+    "accumulation on a schedule": ["--update-freq", "1,3", "--ema-decay", "0.9", "--store-ema"],
+    "sentence average": ["--sentence-avg", "--clip-norm", "0.1"],
+    "an epsilon for each micro-batch": ["--ascent-scope", "micro-batch", "--update-freq", "2"],
+    "normalization layers": ["--perturbed-weights", "normalization-layers"],
+    "all but embeddings": ["--perturbed-weights", "all-but-embeddings"],
+}
+OURS = ["--ascent-scope", "--perturbed-weights"]
+SIZES = [
+    "--decoder-layers=1",
+    "--decoder-embed-dim=32",
+    "--decoder-ffn-embed-dim=64",
+    "--decoder-attention-heads=2",
+]
+TASKS = {
+    "language_modeling": dict(
+        model=["--arch", "transformer_lm", *SIZES], criterion=["--tokens-per-sample", "40"], monolingual=True
+    ),
+    "masked_lm": dict(
+        model=["--arch", "masked_lm", *(size.replace("decoder", "encoder") for size in SIZES)],
+        criterion=["--criterion", "masked_lm", "--tokens-per-sample", "40"],
+        monolingual=True,
+    ),
+    "multilingual_translation": dict(
+        model=["--arch", "multilingual_transformer", *TRANSFORMER[2:], "--lang-pairs", "de-en"],
+    ),
+    "translation_lev": dict(
+        model=["--arch", "cmlm_transformer", *TRANSFORMER[2:], "--noise", "random_mask"],
+        criterion=["--criterion", "nat_loss", "--label-smoothing", "0.1"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def monolingual(corpus, tmp_path_factory):
+    """The English side of the corpus, binarized word by word."""
+    destination = tmp_path_factory.mktemp("monolingual")
+    prefixes = [f"--{split}pref={corpus}/{split}.en" for split in ("train", "valid", "test")]
+    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", *prefixes]
+    subprocess.run([*command, f"--destdir={destination}"], check=True, capture_output=True)
+    return destination
+
+
+@pytest.fixture
+def train(fairseq, corpus, tmp_path):
+    def run(name, *flags, data=None, **parts):
+        arguments = recipe(data or corpus / "bin", tmp_path / name, "--max-epoch", "2", *flags, **parts)
+        result = fairseq("train", *arguments, *PLUGIN)
+        assert result.status == 0, result.output[-3000:]
+        lines = re.findall(r"\| train \| (\{.*\})", result.output)
+        return [float(json.loads(line)["train_loss"]) for line in lines], checkpoint(tmp_path / name)
+
+    return run
+
+
+def is_adam_at_rho_zero_and_learns(train, *flags, **parts):
+    of_adam = [f for f, before in zip(flags, ["", *flags]) if f not in OURS and before not in OURS]
+    _, adam = train("adam", "--optimizer", "adam", *of_adam, **parts)
+    _, rho_zero = train("rho_zero", "--optimizer", "asam", "--rho", "0", *flags, **parts)
+    assert_same_state(adam, rho_zero)
+    for key, value in adam["extra_state"].get("ema", {}).items():
+        assert torch.equal(value, rho_zero["extra_state"]["ema"][key])
+    losses, asam = train("asam", "--optimizer", "asam", *flags, **parts)
+    assert losses[-1] < losses[0]
+    assert any(not torch.equal(w, adam["model"][name]) for name, w in asam["model"].items())
+    return asam
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_feature(train, feature):
+    asam = is_adam_at_rho_zero_and_learns(train, "--dropout", "0.2", *FEATURES[feature])
+    assert ("ema" in asam["extra_state"]) == ("--store-ema" in FEATURES[feature])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_task(train, task, request):
+    parts = dict(TASKS[task])
+    if parts.pop("monolingual", False):
+        parts["data"] = request.getfixturevalue("monolingual")
+    is_adam_at_rho_zero_and_learns(train, "--task", task, **parts)
+
+
+@pytest.mark.parametrize("base", ["sgd", "nag", "adagrad", "adadelta", "adamax", "adafactor"])
+def test_any_base_optimizer(train, base):
+    """With flags of the base's own, and resumed from its state."""
+    flags = {"sgd": ["--momentum", "0.9"], "nag": ["--momentum", "0.9"]}.get(base, ["--weight-decay", "0.01"])
+    if base == "adafactor":
+        flags = ["--scale-parameter", "--warmup-updates", "20"]
+    common = [*flags, "--lr", {"sgd": "0.5", "nag": "0.5", "adadelta": "1.0"}.get(base, "5e-3")]
+    _, plain = train("plain", "--optimizer", base, *common)
+    _, rho_zero = train("rho_zero", "--optimizer", f"asam_{base}", "--rho", "0", *common)
+    assert_same_state(plain, rho_zero)
+    losses, _ = train("sam", "--optimizer", f"sam_{base}", *common)
+    assert losses[-1] < losses[0]
+
+
+def test_online_backtranslation_is_refused(fairseq, corpus, tmp_path):
+    flags = ["--task", "online_backtranslation", "--optimizer", "asam", "--mono-langs", "de,en"]
+    result = fairseq("train", *recipe(corpus / "bin", tmp_path, *flags, criterion=LABEL_SMOOTHED), *PLUGIN)
+    assert result.status != 0 and "Traceback" not in result.output
+    assert "--task online_backtranslation does not go with --optimizer asam" in result.output.splitlines()[-1]
