@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 from files import whole
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from train_log import read_epochs
+from train_log import read_epochs, read_intervals
 
 
 def main() -> None:
@@ -28,44 +28,47 @@ def main() -> None:
         if not (run / "train.log").exists():
             sys.exit(f"curves.py: '{run / 'train.log'}' is missing: run train.sh for it first.")
 
-    figure = draw({run.name: read_epochs(run / "train.log") for run in args.runs})
+    figure = draw({run.name: run / "train.log" for run in args.runs})
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with whole(args.out) as file:
         figure.savefig(file, format="png", dpi=150)
 
 
-def draw(runs: dict[str, list[dict[str, float]]]) -> plt.Figure:
+def draw(logs: dict[str, Path]) -> plt.Figure:
     """Return a figure of two panels: losses over epochs, and the sharpness of the runs that measured it."""
     figure, (losses, sharpness) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for number, (name, epochs) in enumerate(runs.items()):
+    figure.get_layout_engine().set(wspace=0.05)
+    highest = 0.0
+    for number, (name, log) in enumerate(logs.items()):
         colour = f"C{number}"
-        x = [epoch["epoch"] for epoch in epochs]
-        losses.plot(x, [epoch["valid_loss"] for epoch in epochs], color=colour, marker=".")
-        losses.plot(x, [epoch["train_loss"] for epoch in epochs], color=colour, linestyle="--", linewidth=1)
-        if all("train_sharpness" in epoch for epoch in epochs):
-            sharpness.plot(
-                x, [epoch["train_sharpness"] for epoch in epochs], color=colour, marker=".", label=name
-            )
+        epochs, intervals = read_epochs(log), read_intervals(log)
+        x = [interval["update"] for interval in intervals]
+        losses.plot(x, [interval["loss"] for interval in intervals], color=colour, linewidth=0.8, alpha=0.7)
+        valid = [epoch["valid_loss"] for epoch in epochs]
+        losses.plot([epoch["epoch"] for epoch in epochs], valid, color=colour, marker="o", markersize=4)
+        highest = max([highest, *valid])
+        if all("sharpness" in interval for interval in intervals):
+            sharpness.plot(x, [interval["sharpness"] for interval in intervals], color=colour, label=name)
     losses.set(title="Loss", ylabel="label-smoothed loss (bits per token)")
-    sharpness.set(
-        title="Sharpness $L(w+\\epsilon)-L(w)$ seen in training", ylabel="sharpness (bits per token)"
-    )
+    # The loss before the first validation would squeeze all that follows.
+    losses.set_ylim(top=1.1 * highest)
+    sharpness.set(title="Sharpness $L(w+\\epsilon)-L(w)$ in training", ylabel="sharpness (bits per token)")
     sharpness.set_ylim(bottom=0)
     for axes in (losses, sharpness):
         axes.set_xlabel("epoch")
+        axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     losses.legend(
         handles=[
-            *(Line2D([], [], color=f"C{number}", label=name) for number, name in enumerate(runs)),
-            Line2D([], [], color="grey", marker=".", label="validation"),
-            Line2D([], [], color="grey", linestyle="--", linewidth=1, label="training (with dropout)"),
+            *(Line2D([], [], color=f"C{number}", label=name) for number, name in enumerate(logs)),
+            Line2D([], [], color="grey", marker="o", markersize=4, label="validation"),
+            Line2D([], [], color="grey", linewidth=0.8, alpha=0.7, label="training (with dropout)"),
         ],
         frameon=False,
     )
     sharpness.legend(frameon=False)
-    figure.get_layout_engine().set(wspace=0.05)
     return figure
 
 

@@ -49,4 +49,4 @@ exec python "$here/progress.py" "$run/train.log" fairseq-train "$data/bin" \
     --criterion label_smoothed_cross_entropy --label-smoothing 0.1 \
     --arch transformer_iwslt_de_en --dropout 0.3 --share-decoder-input-output-embed \
     --max-tokens 4096 --required-batch-size-multiple 1 --max-epoch 50 --seed 1 \
-    --save-dir "$run" --no-epoch-checkpoints --log-format json --log-interval 20 "$@"
+    --save-dir "$run" --no-epoch-checkpoints --log-format json --log-interval 50 "$@"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -28,8 +29,22 @@ def read_epochs(path: Path) -> list[dict[str, float]]:
     with its last figures.
     """
     epochs: dict[float, dict[str, float]] = {}
-    with open(path, encoding="utf-8") as log:
-        for tag, figures in filter(None, map(parse, log)):
-            if tag in ("train", "valid"):
-                epochs.setdefault(figures["epoch"], {}).update(figures)
+    for tag, figures in _records(path):
+        if tag in ("train", "valid"):
+            epochs.setdefault(figures["epoch"], {}).update(figures)
     return [epochs[number] for number in sorted(epochs) if "train_loss" in epochs[number]]
+
+
+def read_intervals(path: Path) -> list[dict[str, float]]:
+    """Return the figures of each logging interval of the training, in order, under fairseq's names.
+
+    Among them are `update`, the number of epochs since the start with its fraction, and `loss`; with asam and
+    sam also `sharpness`. An interval that was trained again counts once, with its last figures.
+    """
+    intervals = {figures["update"]: figures for tag, figures in _records(path) if tag == "train_inner"}
+    return [intervals[update] for update in sorted(intervals)]
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    with open(path, encoding="utf-8") as log:
+        yield from filter(None, map(parse, log))
