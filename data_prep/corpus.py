@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data_prep.embeddings import aligned_counts, embeddings
 from data_prep.pairs import Pair, Rules
-from data_prep.split import one_word_neighbours, split, with_phrases
+from data_prep.split import one_word_neighbours, split, without_rare_phrases
 
 SPLITS = ("train", "valid", "test")
 SIDES = {"de": "german", "en": "english"}
@@ -186,9 +186,10 @@ def _write_text(folder: Path, settings: Statistics, source: Source) -> None:
             f"--held-out {held_out}: two such sets and a training set can't be had from "
             f"{sentences} sentences; choose fewer."
         )
-    training_sentences = list(filter(Pair.is_sentence, splits["train"]))
-    splits["phrases"] = [pair for pair in splits["train"] if not pair.is_sentence()]
-    splits["train"] = with_phrases(splits["train"], rules, settings["phrases"])
+    training = without_rare_phrases(splits["train"], rules)
+    training_sentences = list(filter(Pair.is_sentence, training))
+    splits["phrases"] = [pair for pair in training if not pair.is_sentence()]
+    splits["train"] = training if settings["train_on_phrases"] else training_sentences
     for name, pairs in splits.items():
         for language, side in SIDES.items():
             _write_whole(folder / f"{name}.{language}", (getattr(pair, side) + "\n" for pair in pairs))
@@ -234,7 +235,7 @@ def _train_sentencepiece(folder: Path, vocabulary: int) -> None:
 
 
 def _make_embeddings(folder: Path, dimension: int) -> None:
-    """Embeddings from the training sentences and all phrases, in the text format that fairseq reads."""
+    """Embeddings from the training sentences and the phrases, in the text format that fairseq reads."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
     pairs = [*_training_sentences(folder), *zip(*(_lines(folder / name) for name in PHRASES))]
     segmented = [processor.encode(list(side)) for side in zip(*pairs)]

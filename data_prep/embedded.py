@@ -33,11 +33,9 @@ def main() -> None:
         "or else apt-get downloads it)",
     )
     parser.add_argument(
-        "--phrases",
-        choices=("none", "common", "all"),
-        default="none",
-        help="train on sentences and: no phrases, those in words that two sentences use, or all; the "
-        "embeddings come from all of them anyway (default: %(default)s)",
+        "--train-on-phrases",
+        action="store_true",
+        help="train on the phrases as well (default: they serve the embeddings only)",
     )
     arguments = parser.parse_args()
 

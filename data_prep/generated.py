@@ -211,7 +211,7 @@ def main() -> None:
         metavar="N",
         help=f"distinct pairs to make, held-out ones included, up to {MOST_PAIRS} (default: %(default)s)",
     )
-    parser.set_defaults(phrases="none")
+    parser.set_defaults(train_on_phrases=False)
     arguments = parser.parse_args()
 
     def source(_: Rules) -> tuple[list[Pair], corpus.Statistics]:

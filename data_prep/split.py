@@ -52,28 +52,22 @@ def split(pairs: list[Pair], rules: Rules, held_out: int, seed: int) -> Splits:
     return splits
 
 
-def with_phrases(training: list[Pair], rules: Rules, choice: str) -> list[Pair]:
-    """The sentences among `training` with none of its phrases, with the "common" ones, or with all.
+def without_rare_phrases(training: list[Pair], rules: Rules) -> list[Pair]:
+    """The sentences among `training`, and those phrases whose every word stands in two of them or more.
 
-    A phrase is common where each of its words stands in two of the sentences or more; the others are
-    mostly technical terms.
+    The other phrases are mostly technical terms, of which a small model learns nothing for sentences.
     """
-    if choice == "all":
-        return training
     sentences = list(filter(Pair.is_sentence, training))
     german = Counter(word for pair in sentences for word in set(words(pair.german)))
     english = Counter(word for pair in sentences for word in set(words(pair.english)))
 
-    def a_sentence(pair: Pair) -> bool:
-        return pair.is_sentence()
-
-    def a_sentence_or_a_common_phrase(pair: Pair) -> bool:
+    def a_sentence_or_in_words_of_sentences(pair: Pair) -> bool:
         return pair.is_sentence() or (
             all(german[word] >= 2 for word in words(pair.german))
             and all(english[word] >= 2 for word in words(pair.english))
         )
 
-    return rules.apply(training, a_sentence if choice == "none" else a_sentence_or_a_common_phrase)
+    return rules.apply(training, a_sentence_or_in_words_of_sentences)
 
 
 def one_word_neighbours(texts: Iterable[str], others: Iterable[str]) -> int:

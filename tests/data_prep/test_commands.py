@@ -118,10 +118,19 @@ def test_the_folder_is_whole(prepared):
     assert [file.name for file in folder.parent.iterdir()] == [folder.name]
     assert len(lines(folder, "test.de")) == len(lines(folder, "test.en")) == 3
     assert len(lines(folder, "valid.de")) == len(lines(folder, "valid.en")) == 3
-    assert len(lines(folder, "train.de")) == len(lines(folder, "train.en")) > 10
+    assert len(lines(folder, "train.de")) == len(lines(folder, "train.en")) > 8
     assert (folder / BINARIZED / "dict.de.txt").read_bytes() == (
         folder / BINARIZED / "dict.en.txt"
     ).read_bytes()
+
+
+def test_phrases_train_on_request(prepared, package, tmp_path):
+    folder = tmp_path / "corpus"
+    assert run(folder, "--package", package, *SMALL, "--train-on-phrases").returncode == 0
+    train, phrases = lines(folder, "train.de"), lines(folder, "phrases.de")
+    assert phrases == lines(prepared[0], "phrases.de")
+    assert sorted(train) == sorted(lines(prepared[0], "train.de") + phrases)
+    assert (folder / MODEL).read_bytes() == (prepared[0] / MODEL).read_bytes()
 
 
 def test_what_is_held_out_is_not_in_training(prepared):

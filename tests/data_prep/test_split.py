@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 from data_prep.generated import pairs as generated_pairs
 from data_prep.pairs import Pair, Rules, words
-from data_prep.split import one_word_neighbours, split, with_phrases
+from data_prep.split import one_word_neighbours, split, without_rare_phrases
 
 
 def entries(count: int) -> list[Pair]:
@@ -52,18 +50,15 @@ def test_the_seed_alone_chooses():
     assert chosen(1) != chosen(2)
 
 
-@pytest.mark.parametrize(
-    ("choice", "phrases"), [("none", []), ("common", ["der Hund"]), ("all", ["der Hund", "müde"])]
-)
-def test_common_phrases_are_those_in_words_that_two_sentences_use(choice, phrases):
+def test_phrases_are_kept_where_two_sentences_use_each_of_their_words():
     training = [
         Pair("Der Hund hat Hunger.", "The dog is hungry.", 0),
         Pair("Der Hund ist sehr müde.", "The dog is very tired.", 1),
         Pair("der Hund", "the dog", 2),
         Pair("müde", "tired", 3),
     ]
-    kept = [pair.german for pair in with_phrases(training, Rules(), choice)]
-    assert kept == ["Der Hund hat Hunger.", "Der Hund ist sehr müde.", *phrases]
+    kept = [pair.german for pair in without_rare_phrases(training, Rules())]
+    assert kept == ["Der Hund hat Hunger.", "Der Hund ist sehr müde.", "der Hund"]
 
 
 def test_one_word_neighbours_are_found():
