@@ -7,40 +7,38 @@ interrupted run finished there, the next run with the same settings takes up.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-from tqdm import tqdm
-
-from data_prep.embeddings import aligned_counts, embeddings
+from data_prep import PreparationError
 from data_prep.pairs import Pair, Rules
+from data_prep.parts import (
+    BINARIZED,
+    EMBEDDINGS,
+    MODEL,
+    PHRASES,
+    SIDES,
+    SPLITS,
+    TEXTS,
+    VOCABULARY,
+    binarize,
+    make_embeddings,
+    train_sentencepiece,
+    write_whole,
+)
 from data_prep.split import one_word_neighbours, split, without_rare_phrases
 
-SPLITS = ("train", "valid", "test")
-SIDES = {"de": "german", "en": "english"}
-TEXTS = tuple(f"{name}.{language}" for name in SPLITS for language in SIDES)
-PHRASES = tuple(f"phrases.{language}" for language in SIDES)
-EMBEDDINGS = tuple(f"embeddings.{language}" for language in SIDES)
-MODEL, VOCABULARY = "sentencepiece.model", "sentencepiece.vocab"
-BINARIZED = "bin"
 STATISTICS = "statistics.json"
 SMALLEST_VOCABULARY = 100
 
 Statistics = dict[str, Any]
 Source = Callable[[Rules], "tuple[list[Pair], Statistics]"]
-
-
-class PreparationError(Exception):
-    """What keeps a corpus from being prepared, in one sentence for the user."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, vocabulary: int, held_out: int) -> None:
@@ -151,27 +149,33 @@ def _read_statistics(folder: Path) -> Statistics:
         return {}
 
 
+def _write_statistics(folder: Path, statistics: Statistics) -> None:
+    write_whole(folder / STATISTICS, [json.dumps(statistics, indent=2, ensure_ascii=False) + "\n"])
+
+
 def _build(destination: Path, settings: Statistics, workers: int, source: Source) -> None:
     """Makes the parts that are missing, in a folder beside `destination` that takes its name at the end."""
     partial = destination.with_name(f".{destination.name}.partial")
     if destination.exists():  # empty, or a corpus of these settings that lost a part
         shutil.rmtree(partial, ignore_errors=True)
         os.replace(destination, partial)
-    elif _read_statistics(partial).get("settings") != settings:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
 
     def missing(*names: str) -> bool:
         return not all((partial / name).exists() for name in names)
 
-    if missing(*TEXTS, *PHRASES, STATISTICS):
+    if _read_statistics(partial).get("settings") != settings or missing(*TEXTS, *PHRASES):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         _write_text(partial, settings, source)
     if missing(MODEL, VOCABULARY):
-        _train_sentencepiece(partial, settings["vocab_size"])
+        train_sentencepiece(partial, settings["vocab_size"])
     if missing(*EMBEDDINGS):
-        _make_embeddings(partial, settings["embed_dim"])
+        make_embeddings(partial, settings["embed_dim"])
     if missing(BINARIZED):
-        _binarize(partial, workers)
+        with tempfile.TemporaryDirectory(dir=partial) as scratch:
+            pieces = binarize(partial, workers, Path(scratch))
+            _write_statistics(partial, {**_read_statistics(partial), "pieces": pieces})
+            os.replace(Path(scratch, BINARIZED), partial / BINARIZED)
     os.replace(partial, destination)
 
 
@@ -192,7 +196,7 @@ def _write_text(folder: Path, settings: Statistics, source: Source) -> None:
     splits["train"] = training if settings["train_on_phrases"] else training_sentences
     for name, pairs in splits.items():
         for language, side in SIDES.items():
-            _write_whole(folder / f"{name}.{language}", (getattr(pair, side) + "\n" for pair in pairs))
+            write_whole(folder / f"{name}.{language}", (getattr(pair, side) + "\n" for pair in pairs))
     statistics = {
         **about,
         "settings": settings,
@@ -210,90 +214,7 @@ def _write_text(folder: Path, settings: Statistics, source: Source) -> None:
             for name in SPLITS[1:]
         },
     }
-    _write_whole(folder / STATISTICS, [json.dumps(statistics, indent=2, ensure_ascii=False) + "\n"])
-
-
-def _train_sentencepiece(folder: Path, vocabulary: int) -> None:
-    """A unigram model of the training sentences of both languages, with every letter that stands in them."""
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([side for pair in _training_sentences(folder) for side in pair]),
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=vocabulary,
-            character_coverage=1.0,
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise PreparationError(f"--vocab-size {vocabulary}: sentencepiece says: {error}.") from None
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    pieces = ((processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.get_piece_size()))
-    _write_whole(folder / VOCABULARY, (f"{piece}\t{score:g}\n" for piece, score in pieces))
-    _write_whole(folder / MODEL, model.getvalue())
-
-
-def _make_embeddings(folder: Path, dimension: int) -> None:
-    """Embeddings from the training sentences and the phrases, in the text format that fairseq reads."""
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
-    pairs = [*_training_sentences(folder), *zip(*(_lines(folder / name) for name in PHRASES))]
-    segmented = [processor.encode(list(side)) for side in zip(*pairs)]
-    counts = aligned_counts(*segmented, processor.get_piece_size())
-    for name, vectors in zip(EMBEDDINGS, embeddings(counts, dimension)):
-        rows = (
-            " ".join([processor.id_to_piece(piece), *(f"{value:.4f}" for value in vector)]) + "\n"
-            for piece, vector in enumerate(vectors)
-        )
-        _write_whole(folder / name, [f"{len(vectors)} {dimension}\n", *rows])
-
-
-def _binarize(folder: Path, workers: int) -> None:
-    """Segments the text and hands it to fairseq-preprocess, with one dictionary for both languages."""
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        _segment_and_preprocess(folder, workers, Path(scratch))
-
-
-def _segment_and_preprocess(folder: Path, workers: int, scratch: Path) -> None:
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
-    pieces: dict[str, int] = {}
-    for name in tqdm(TEXTS, desc="segmenting", unit="file", disable=None):
-        segmented = [" ".join(line) for line in processor.encode(list(_lines(folder / name)), out_type=str)]
-        pieces[name] = sum(line.count(" ") + 1 for line in segmented)
-        _write_whole(scratch / name, (line + "\n" for line in segmented))
-    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--source-lang", "de", "--target-lang", "en"]
-    for name in SPLITS:
-        command += [f"--{name}pref", str(scratch / name)]
-    command += ["--joined-dictionary", "--workers", str(workers), "--destdir", str(scratch / BINARIZED)]
-    print("binarizing with fairseq-preprocess", flush=True)
-    outcome = subprocess.run(command, capture_output=True, text=True)
-    if outcome.returncode:
-        raise PreparationError(f"fairseq-preprocess failed:\n{outcome.stderr[-2000:]}")
-    statistics = {**_read_statistics(folder), "pieces": pieces}
-    _write_whole(folder / STATISTICS, [json.dumps(statistics, indent=2, ensure_ascii=False) + "\n"])
-    os.replace(scratch / BINARIZED, folder / BINARIZED)
-
-
-def _training_sentences(folder: Path) -> list[tuple[str, str]]:
-    pairs = zip(_lines(folder / "train.de"), _lines(folder / "train.en"))
-    return [(german, english) for german, english in pairs if Pair(german, english, 0).is_sentence()]
-
-
-def _lines(file: Path) -> Iterable[str]:
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield line.rstrip("\n")
-
-
-def _write_whole(file: Path, content: Iterable[str] | bytes) -> None:
-    """Writes under a temporary name first, so that `file` is never seen half written."""
-    temporary = file.with_name(file.name + ".tmp")
-    if isinstance(content, bytes):
-        temporary.write_bytes(content)
-    else:
-        with temporary.open("w", encoding="utf-8") as output:
-            output.writelines(content)
-    os.replace(temporary, file)
+    _write_statistics(folder, statistics)
 
 
 def _print_summary(statistics: Statistics) -> None:

@@ -13,7 +13,7 @@ import argparse
 import random
 from typing import NamedTuple
 
-from data_prep import corpus
+from data_prep import PreparationError, corpus
 from data_prep.pairs import Pair, Rules
 
 MOST_PAIRS = 100_000
@@ -218,7 +218,7 @@ def main() -> None:
         return pairs(arguments.pairs, arguments.seed), {"corpus": "generated"}
 
     if not 1 <= arguments.pairs <= MOST_PAIRS:
-        raise corpus.PreparationError(f"--pairs {arguments.pairs}: must be from 1 to {MOST_PAIRS}.")
+        raise PreparationError(f"--pairs {arguments.pairs}: must be from 1 to {MOST_PAIRS}.")
     corpus.prepare(arguments, source)
 
 

@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from data_prep.corpus import PreparationError
+from data_prep import PreparationError
 
 PACKAGE = "trans-de-en"
 INSIDE = "usr/share/trans/de-en"

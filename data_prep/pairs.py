@@ -50,9 +50,3 @@ class Rules:
         name = rule.__name__.replace("_", " ")
         self.table.append({"rule": name, "kept": verdicts[True], "dropped": verdicts[False]})
         return kept
-
-    def __str__(self) -> str:
-        width = max(len(row["rule"]) for row in self.table)
-        lines = [f"{'rule':{width}}  {'kept':>8}  {'dropped':>8}"]
-        lines += [f"{row['rule']:{width}}  {row['kept']:>8}  {row['dropped']:>8}" for row in self.table]
-        return "\n".join(lines)

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from commands import ROOT
 
-from data_prep.corpus import BINARIZED, EMBEDDINGS, MODEL, PHRASES, STATISTICS, TEXTS, VOCABULARY
+from data_prep.corpus import STATISTICS
 from data_prep.package import INSTALLED, dictionary_from
 from data_prep.pairs import words
+from data_prep.parts import BINARIZED, EMBEDDINGS, MODEL, PHRASES, TEXTS, VOCABULARY
 
 DICTIONARY = """\
 # A comment :: as the dictionary has them

@@ -1,0 +1,104 @@
+"""The parts of a corpus folder that are made from its text: the sentencepiece model, embeddings, bin/."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+from tqdm import tqdm
+
+from data_prep import PreparationError
+from data_prep.embeddings import aligned_counts, embeddings
+from data_prep.pairs import Pair
+
+SPLITS = ("train", "valid", "test")
+SIDES = {"de": "german", "en": "english"}
+TEXTS = tuple(f"{name}.{language}" for name in SPLITS for language in SIDES)
+PHRASES = tuple(f"phrases.{language}" for language in SIDES)
+EMBEDDINGS = tuple(f"embeddings.{language}" for language in SIDES)
+MODEL, VOCABULARY = "sentencepiece.model", "sentencepiece.vocab"
+BINARIZED = "bin"
+
+
+def train_sentencepiece(folder: Path, vocabulary: int) -> None:
+    """A unigram model of the training sentences of both languages, with every letter that stands in them."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([side for pair in _training_sentences(folder) for side in pair]),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocabulary,
+            character_coverage=1.0,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise PreparationError(f"--vocab-size {vocabulary}: sentencepiece says: {error}.") from None
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = ((processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.get_piece_size()))
+    write_whole(folder / VOCABULARY, (f"{piece}\t{score:g}\n" for piece, score in pieces))
+    write_whole(folder / MODEL, model.getvalue())
+
+
+def make_embeddings(folder: Path, dimension: int) -> None:
+    """Embeddings from the training sentences and the phrases, in the text format that fairseq reads."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
+    pairs = [*_training_sentences(folder), *zip(*(lines(folder / name) for name in PHRASES))]
+    segmented = [processor.encode(list(side)) for side in zip(*pairs)]
+    counts = aligned_counts(*segmented, processor.get_piece_size())
+    for name, vectors in zip(EMBEDDINGS, embeddings(counts, dimension)):
+        rows = (
+            " ".join([processor.id_to_piece(piece), *(f"{value:.4f}" for value in vector)]) + "\n"
+            for piece, vector in enumerate(vectors)
+        )
+        write_whole(folder / name, [f"{len(vectors)} {dimension}\n", *rows])
+
+
+def binarize(folder: Path, workers: int, scratch: Path) -> dict[str, int]:
+    """Has fairseq-preprocess make `scratch`/bin, with one dictionary, of the text of `folder`, segmented.
+
+    Returns the number of pieces in each text.
+    """
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
+    pieces: dict[str, int] = {}
+    for name in tqdm(TEXTS, desc="segmenting", unit="file", disable=None):
+        segmented = [" ".join(line) for line in processor.encode(list(lines(folder / name)), out_type=str)]
+        pieces[name] = sum(line.count(" ") + 1 for line in segmented)
+        write_whole(scratch / name, (line + "\n" for line in segmented))
+    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--source-lang", "de", "--target-lang", "en"]
+    for name in SPLITS:
+        command += [f"--{name}pref", str(scratch / name)]
+    command += ["--joined-dictionary", "--workers", str(workers), "--destdir", str(scratch / BINARIZED)]
+    print("binarizing with fairseq-preprocess", flush=True)
+    outcome = subprocess.run(command, capture_output=True, text=True)
+    if outcome.returncode:
+        raise PreparationError(f"fairseq-preprocess failed:\n{outcome.stderr[-2000:]}")
+    return pieces
+
+
+def _training_sentences(folder: Path) -> list[tuple[str, str]]:
+    pairs = zip(lines(folder / "train.de"), lines(folder / "train.en"))
+    return [(german, english) for german, english in pairs if Pair(german, english, 0).is_sentence()]
+
+
+def lines(file: Path) -> Iterable[str]:
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield line.rstrip("\n")
+
+
+def write_whole(file: Path, content: Iterable[str] | bytes) -> None:
+    """Writes under a temporary name first, so that `file` is never seen half written."""
+    temporary = file.with_name(file.name + ".tmp")
+    if isinstance(content, bytes):
+        temporary.write_bytes(content)
+    else:
+        with temporary.open("w", encoding="utf-8") as output:
+            output.writelines(content)
+    os.replace(temporary, file)
