@@ -7,9 +7,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-marker="not slow"
+marker="not slow and not gpu"
 if [[ ${1:-} == --slow ]]; then
-    marker=""
+    marker="not gpu"
     shift
 fi
 recipes/environment.sh test
