@@ -19,6 +19,7 @@ out=runs/quickstart
 runs=("$out/adam" "$out/sam" "$out/asam")
 python -m data_prep.embedded "$data"
 
+# The embedded corpus makes 535 updates an epoch; over the 4 epochs the learning rate falls linearly to 0.
 for run in "${runs[@]}"; do
     recipes/translation/train.sh "$data" "$run" "$(basename "$run")" \
         --arch transformer --encoder-embed-path "$data/embeddings.de" --decoder-embed-path "$data/embeddings.en" \
