@@ -25,8 +25,8 @@ for run in "${runs[@]}"; do
         --arch transformer --encoder-embed-path "$data/embeddings.de" --decoder-embed-path "$data/embeddings.en" \
         --encoder-layers 1 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 --encoder-attention-heads 4 \
         --decoder-layers 1 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 --decoder-attention-heads 4 \
-        --dropout 0.1 --lr 3e-3 --lr-scheduler polynomial_decay --warmup-updates 300 --total-num-update 2000 \
-        --max-tokens 500 --max-epoch 4 --max-update 2000
+        --dropout 0.1 --lr 3e-3 --lr-scheduler polynomial_decay --warmup-updates 300 --total-num-update 2140 \
+        --max-tokens 500 --max-epoch 4
     python recipes/translation/score.py "$data" "$run"
 done
 
