@@ -50,19 +50,20 @@ def start(command: str, arguments: list, log: Path):
     return process
 
 
-TRANSFORMER = [
-    *("--arch", "transformer", "--share-all-embeddings"),
-    *(
-        f"--{part}-{size}={n}"
-        for part in ("encoder", "decoder")
-        for size, n in {"layers": 1, "embed-dim": 32, "ffn-embed-dim": 64, "attention-heads": 2}.items()
-    ),
+SIZES = [
+    f"--{part}-{size}"
+    for part in ("encoder", "decoder")
+    for size in ("layers=1", "embed-dim=32", "ffn-embed-dim=64", "attention-heads=2")
 ]
+TRANSFORMER = ["--arch", "transformer", *SIZES, "--share-all-embeddings"]
 LABEL_SMOOTHED = ["--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"]
 
 
-def recipe(data: Path, save_dir: Path, *flags, model=TRANSFORMER, criterion=LABEL_SMOOTHED) -> list:
-    """Arguments of fairseq-train for a model that learns the generated corpus in seconds."""
+def recipe(data: Path, save_dir: Path, *flags) -> list:
+    """Arguments of fairseq-train for a model, unless *flags* have another, that learns the generated corpus
+    in seconds."""
+    model = [] if "--arch" in flags else TRANSFORMER
+    criterion = [] if "--criterion" in flags or "--tokens-per-sample" in flags else LABEL_SMOOTHED
     return [
         *(data, "--save-dir", save_dir, *model, *criterion, "--cpu", "--seed", "3", "--max-tokens", "800"),
         *("--lr", "5e-3", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "20", "--num-workers", "0"),

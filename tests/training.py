@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from commands import recipe
 from fairseq import options, tasks, utils
+from fairseq.criterions import register_criterion
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed import utils as distributed_utils
 from fairseq.models import distributed_fairseq_model
@@ -35,6 +37,19 @@ def log_softmax(x, dim, onnx_trace=False):
 
 #: fairseq takes softmax and gradient norms in float32, whose rounding would hide ours.
 FLOAT64_THROUGHOUT = {"clip_grad_norm_": clip_grad_norm_, "softmax": softmax, "log_softmax": log_softmax}
+
+
+@register_criterion("scaled_cross_entropy", dataclass=CrossEntropyCriterionConfig)
+class ScaledCrossEntropy(CrossEntropyCriterion):
+    """A criterion with a parameter of its own."""
+
+    def __init__(self, task, sentence_avg):
+        super().__init__(task, sentence_avg)
+        self.scale = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+
+    def forward(self, model, sample, reduce=True):
+        loss, sample_size, logging_output = super().forward(model, sample, reduce)
+        return loss * self.scale.sum().exp(), sample_size, logging_output
 
 
 def configuration(data: Path, *flags):

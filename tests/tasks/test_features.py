@@ -5,10 +5,12 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from commands import LABEL_SMOOTHED, PLUGIN, TRANSFORMER, assert_same_state, checkpoint, recipe
+from commands import PLUGIN, ROOT, SIZES, assert_same_state, checkpoint, recipe
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 FEATURES = {
     "ema": ["--store-ema", "--ema-fp32"],
@@ -21,28 +23,15 @@ FEATURES = {
     "all but embeddings": ["--perturbed-weights", "all-but-embeddings"],
 }
 OURS = ["--ascent-scope", "--perturbed-weights"]
-SIZES = [
-    "--decoder-layers=1",
-    "--decoder-embed-dim=32",
-    "--decoder-ffn-embed-dim=64",
-    "--decoder-attention-heads=2",
-]
+ENCODER, DECODER = SIZES[: len(SIZES) // 2], SIZES[len(SIZES) // 2 :]
 TASKS = {
-    "language_modeling": dict(
-        model=["--arch", "transformer_lm", *SIZES], criterion=["--tokens-per-sample", "40"], monolingual=True
-    ),
-    "masked_lm": dict(
-        model=["--arch", "masked_lm", *(size.replace("decoder", "encoder") for size in SIZES)],
-        criterion=["--criterion", "masked_lm", "--tokens-per-sample", "40"],
-        monolingual=True,
-    ),
-    "multilingual_translation": dict(
-        model=["--arch", "multilingual_transformer", *TRANSFORMER[2:], "--lang-pairs", "de-en"],
-    ),
-    "translation_lev": dict(
-        model=["--arch", "cmlm_transformer", *TRANSFORMER[2:], "--noise", "random_mask"],
-        criterion=["--criterion", "nat_loss", "--label-smoothing", "0.1"],
-    ),
+    "language_modeling": ["--arch", "transformer_lm", *DECODER, "--tokens-per-sample", "40"],
+    "masked_lm": ["--arch", "masked_lm", *ENCODER, "--criterion", "masked_lm", "--tokens-per-sample", "40"],
+    "multilingual_translation": ["--arch", "multilingual_transformer", *SIZES, "--lang-pairs", "de-en"],
+    "translation_lev": [
+        *("--arch", "cmlm_transformer", *SIZES, "--share-all-embeddings", "--noise", "random_mask"),
+        *("--criterion", "nat_loss", "--label-smoothing", "0.1"),
+    ],
 }
 
 
@@ -58,8 +47,8 @@ def monolingual(corpus, tmp_path_factory):
 
 @pytest.fixture
 def train(fairseq, corpus, tmp_path):
-    def run(name, *flags, data=None, **parts):
-        arguments = recipe(data or corpus / "bin", tmp_path / name, "--max-epoch", "2", *flags, **parts)
+    def run(name, *flags, data=None):
+        arguments = recipe(data or corpus / "bin", tmp_path / name, "--max-epoch", "2", *flags)
         result = fairseq("train", *arguments, *PLUGIN)
         assert result.status == 0, result.output[-3000:]
         lines = re.findall(r"\| train \| (\{.*\})", result.output)
@@ -68,14 +57,14 @@ def train(fairseq, corpus, tmp_path):
     return run
 
 
-def is_adam_at_rho_zero_and_learns(train, *flags, **parts):
+def is_adam_at_rho_zero_and_learns(train, *flags, data=None):
     of_adam = [f for f, before in zip(flags, ["", *flags]) if f not in OURS and before not in OURS]
-    _, adam = train("adam", "--optimizer", "adam", *of_adam, **parts)
-    _, rho_zero = train("rho_zero", "--optimizer", "asam", "--rho", "0", *flags, **parts)
+    _, adam = train("adam", "--optimizer", "adam", *of_adam, data=data)
+    _, rho_zero = train("rho_zero", "--optimizer", "asam", "--rho", "0", *flags, data=data)
     assert_same_state(adam, rho_zero)
     for key, value in adam["extra_state"].get("ema", {}).items():
         assert torch.equal(value, rho_zero["extra_state"]["ema"][key])
-    losses, asam = train("asam", "--optimizer", "asam", *flags, **parts)
+    losses, asam = train("asam", "--optimizer", "asam", *flags, data=data)
     assert losses[-1] < losses[0]
     assert any(not torch.equal(w, adam["model"][name]) for name, w in asam["model"].items())
     return asam
@@ -89,10 +78,8 @@ def test_feature(train, feature):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_task(train, task, request):
-    parts = dict(TASKS[task])
-    if parts.pop("monolingual", False):
-        parts["data"] = request.getfixturevalue("monolingual")
-    is_adam_at_rho_zero_and_learns(train, "--task", task, **parts)
+    data = request.getfixturevalue("monolingual") if "--tokens-per-sample" in TASKS[task] else None
+    is_adam_at_rho_zero_and_learns(train, "--task", task, *TASKS[task], data=data)
 
 
 @pytest.mark.parametrize("base", ["sgd", "nag", "adagrad", "adadelta", "adamax", "adafactor"])
@@ -111,6 +98,48 @@ def test_any_base_optimizer(train, base):
 
 def test_online_backtranslation_is_refused(fairseq, corpus, tmp_path):
     flags = ["--task", "online_backtranslation", "--optimizer", "asam", "--mono-langs", "de,en"]
-    result = fairseq("train", *recipe(corpus / "bin", tmp_path, *flags, criterion=LABEL_SMOOTHED), *PLUGIN)
+    result = fairseq("train", *recipe(corpus / "bin", tmp_path, *flags), *PLUGIN)
     assert result.status != 0 and "Traceback" not in result.output
     assert "--task online_backtranslation does not go with --optimizer asam" in result.output.splitlines()[-1]
+
+
+def test_sharpness_reaches_tensorboard(train, tmp_path):
+    train(
+        "run", "--optimizer", "asam", "--tensorboard-logdir", str(tmp_path / "board"), "--log-interval", "5"
+    )
+    events = EventAccumulator(str(tmp_path / "board" / "train")).Reload()
+    assert all(event.value > 0 for event in events.Scalars("sharpness"))
+
+
+@pytest.mark.parametrize("optimizer", ["asam", "sam"])
+def test_hydra_train_with_the_configuration_shipped(corpus, tmp_path, optimizer):
+    """The options of the file and of the command line reach the run."""
+    command = [
+        *(
+            str(Path(sys.executable).parent / "fairseq-hydra-train"),
+            "--config-dir",
+            "recipes/translation/config",
+        ),
+        *(
+            "--config-name",
+            "asam",
+            f"hydra.run.dir={tmp_path}",
+            "common.cpu=true",
+            "optimization.max_update=2",
+        ),
+        *(f"common.user_dir={ROOT}/fairseq_asam", f"task.data={corpus}/bin", "model._name=transformer"),
+        *(
+            f"+model.{part}.{size}"
+            for part in ("encoder", "decoder")
+            for size in ("layers=1", "embed_dim=32")
+        ),
+        *("+model.encoder.ffn_embed_dim=64", "+model.decoder.ffn_embed_dim=64", "optimizer.rho=0.3"),
+    ]
+    if optimizer == "sam":
+        ours = ("eta", "normalization", "normalize_bias")
+        command += ["optimizer._name=sam", *(f"~optimizer.{option}" for option in ours)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+    cfg = checkpoint(tmp_path / "checkpoints")["cfg"]["optimizer"]
+    assert (cfg["_name"], cfg["rho"], cfg["adam_betas"]) == (optimizer, 0.3, "(0.9, 0.98)")
+    assert "train_sharpness" in result.stdout

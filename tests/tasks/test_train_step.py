@@ -115,3 +115,15 @@ def test_sharpness_is_the_difference_of_two_losses(corpus):
     stats = trainer.train_step(copy.deepcopy(batches[:2]))
     assert stats["loss"] == pytest.approx(at_w, abs=2e-3)  # fairseq rounds its columns
     assert stats["sharpness"] == pytest.approx(perturbed - at_w, abs=1e-4)
+
+
+def test_a_model_that_steps_a_moving_average_does_so_at_w(corpus):
+    """As data2vec does, whenever a task tells it the number of the update."""
+    trainer, batches = setting(corpus, "--optimizer", "asam", "--ascent-scope", "micro-batch")
+    model, seen = trainer.get_model(), []
+    model.set_num_updates = lambda n: seen.append((n, model.encoder.embed_tokens.weight.detach().clone()))
+    at_w = []
+    for i in range(3):
+        at_w.append(model.encoder.embed_tokens.weight.detach().clone())
+        trainer.train_step([batches[i]])
+    assert all(any(torch.equal(w, seen_w) for w in at_w) for _, seen_w in seen[:-1])

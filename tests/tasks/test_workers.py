@@ -20,7 +20,8 @@ def trained(cfg, rank, split):
         mine = micro_batches[rank * share : (rank + 1) * share]
         trainer.train_step([merged(trainer, micro_batches)] if split == "whole" else mine)
     assert trainer.get_num_updates() == UPDATES
-    return {name: w.detach().numpy() for name, w in trainer.get_model().named_parameters()}
+    parameters = [*trainer.get_model().named_parameters(), *trainer.get_criterion().named_parameters()]
+    return {name: w.detach().numpy() for name, w in parameters}
 
 
 def weights(workers, corpus, *flags, split="share", function=trained):
@@ -41,9 +42,13 @@ def assert_close(actual, expected):
         )
 
 
-@pytest.mark.parametrize("optimizer", [["asam"], ["sam", "--clip-norm", "0.05"]])
+@pytest.mark.parametrize(
+    "optimizer",
+    [["asam"], ["sam", "--clip-norm", "0.05"], ["asam", "--criterion", "scaled_cross_entropy"]],
+)
 def test_scope_update_depends_on_the_batch_alone(corpus, optimizer):
     whole = weights(1, corpus, *optimizer, split="whole")
+    assert ("scale" in whole) == ("scaled_cross_entropy" in optimizer)
     assert_close(weights(1, corpus, *optimizer), whole)
     for backend in BACKENDS:
         assert_close(weights(2, corpus, *optimizer, "--ddp-backend", backend), whole)
