@@ -72,7 +72,9 @@ def translate(binarized: Path, checkpoint: Path, split: str, sentences: int) -> 
             encoding="utf-8",
             env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
         ) as generation,
-        tqdm(desc=f"{checkpoint.parent.name}, {split}", total=sentences, unit="sentence") as bar,
+        tqdm(
+            desc=f"{checkpoint.parent.name}, {split}", total=sentences, unit="sentence", disable=None
+        ) as bar,
     ):
         for line in generation.stdout:
             # H-<number of the sentence> <tab> <log-probability> <tab> <translation>
