@@ -20,6 +20,6 @@ setup(
     ],
     extras_require={
         "recipes": RECIPES,
-        "test": [*RECIPES, "pytest>=7", "ruff==0.17.6", "scipy>=1.9", "tensorboard>=2.10"],
+        "test": [*RECIPES, "pytest>=7", "pytest-xdist>=3", "ruff==0.17.6", "tensorboard>=2.10"],
     },
 )

@@ -16,4 +16,4 @@ recipes/environment.sh test
 export PATH="$PWD/.venv/bin:$PATH"
 ruff check
 ruff format --check
-pytest -m "$marker" "$@"
+pytest --numprocesses 2 -m "$marker" "$@"

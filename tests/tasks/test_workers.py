@@ -8,10 +8,10 @@ UPDATES, MICRO_BATCHES = 20, 4
 BACKENDS = ["legacy_ddp", "pytorch_ddp"]
 
 
-def trained(cfg, rank, split):
+def trained(cfg, rank, split, dtype=torch.float64):
     """The weights after twenty updates of four micro-batches each, split as asked: ``whole`` in one batch,
     or each worker its share."""
-    trainer, batches = trainer_and_batches(cfg)
+    trainer, batches = trainer_and_batches(cfg, dtype)
     workers = cfg.distributed_training.distributed_world_size
     share = MICRO_BATCHES // workers
     for update in range(UPDATES):
@@ -52,6 +52,25 @@ def test_scope_update_depends_on_the_batch_alone(corpus, optimizer):
     assert_close(weights(1, corpus, *optimizer), whole)
     for backend in BACKENDS:
         assert_close(weights(2, corpus, *optimizer, "--ddp-backend", backend), whole)
+
+
+def trained_in_float32(cfg, rank, split):
+    return trained(cfg, rank, split, torch.float32)
+
+
+def test_in_float32_a_split_costs_no_more_digits_than_with_adam(corpus):
+    """The order of additions does; twice what it does to Adam is allowed."""
+    distance = {}
+    for optimizer in ("adam", "asam"):
+        whole = weights(1, corpus, optimizer, split="whole", function=trained_in_float32)
+        accumulated = weights(1, corpus, optimizer, function=trained_in_float32)
+        workers = weights(2, corpus, optimizer, "--ddp-backend", "legacy_ddp", function=trained_in_float32)
+        distance[optimizer] = [
+            sum(((split[name] - w) ** 2).sum() for name, w in whole.items()) ** 0.5
+            for split in (accumulated, workers)
+        ]
+    for adam, asam in zip(distance["adam"], distance["asam"]):
+        assert 0 < asam <= 2 * adam, distance
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

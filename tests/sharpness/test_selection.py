@@ -1,0 +1,48 @@
+"""Which weights are perturbed."""
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq_asam import Perturbation, selected_parameters
+
+
+class Translator(nn.Module):
+    """Every kind of layer, and an output projection that is the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.layer = nn.Linear(4, 4)
+        self.layer_norm = nn.LayerNorm(4)
+        self.batch_norm = nn.BatchNorm1d(4)
+        self.output = nn.Linear(4, 7)
+        self.output.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.output(self.batch_norm(self.layer_norm(self.layer(self.embed(tokens)))))
+
+
+@pytest.mark.parametrize(
+    "selection, names",
+    [
+        ("all", "embed.weight layer.weight layer.bias layer_norm.weight layer_norm.bias "
+         "batch_norm.weight batch_norm.bias output.bias"),
+        ("normalization-layers", "layer_norm.weight layer_norm.bias batch_norm.weight batch_norm.bias"),
+        ("all-but-embeddings", "layer.weight layer.bias layer_norm.weight layer_norm.bias "
+         "batch_norm.weight batch_norm.bias output.bias"),
+    ],
+)  # fmt: skip
+def test_only_the_selected_weights_move(selection, names):
+    model = Translator()
+    assert [name for name, _ in selected_parameters(model, selection)] == names.split()
+    model(torch.tensor([1, 2, 3])).square().sum().backward()
+    before = {name: w.detach().clone() for name, w in model.named_parameters()}
+    with Perturbation(selected_parameters(model, selection), rho=0.5, normalization="none"):
+        moved = {name for name, w in model.named_parameters() if not torch.equal(w, before[name])}
+    assert moved <= set(names.split()) and moved & {"layer_norm.weight"}
+
+
+def test_an_unknown_selection_lists_those_that_exist():
+    with pytest.raises(ValueError, match=r"'some'.*all, normalization-layers, all-but-embeddings"):
+        list(selected_parameters(Translator(), "some"))
