@@ -32,25 +32,27 @@ def check_configuration(cfg: Any) -> None:
     no_masters = "half-precision weights without float32 masters absorb epsilon"
     moves_weights = "it moves weights between the steps of the optimizer"
     in_parts = "each worker sees only a part of the weights, and epsilon needs the norm over all"
+    backends = {"fully_sharded": in_parts, "slowmo": moves_weights}
     refusals = [
+        (
+            "--bf16",
+            common.bf16 and common.tpu,
+            "fairseq-train takes it for a TPU",
+            "use fairseq-hydra-train with common.bf16=true, or --fp16",
+        ),
+        ("--tpu", common.tpu, "it has not been tried there", "use GPUs or CPUs"),
         ("--memory-efficient-fp16", common.memory_efficient_fp16, no_masters, "use --fp16"),
-        ("--memory-efficient-bf16", common.memory_efficient_bf16, no_masters, "use --bf16"),
+        ("--memory-efficient-bf16", common.memory_efficient_bf16, no_masters, "use common.bf16=true"),
         ("--model-parallel-size", common.model_parallel_size > 1, in_parts, "use data parallelism"),
         ("--pipeline-model-parallel", distributed.pipeline_model_parallel, in_parts, "use data parallelism"),
         ("--zero-sharding", distributed.zero_sharding != "none", in_parts, "use --zero-sharding none"),
-        (
-            "--ddp-backend fully_sharded",
-            distributed.ddp_backend == "fully_sharded",
-            in_parts,
-            "use --ddp-backend pytorch_ddp",
-        ),
-        (
-            "--ddp-backend slowmo",
-            distributed.ddp_backend == "slowmo",
-            moves_weights,
-            "use --ddp-backend pytorch_ddp",
-        ),
         ("--use-bmuf", cfg.optimization.use_bmuf, moves_weights, "use --ddp-backend pytorch_ddp"),
+        (
+            f"--ddp-backend {distributed.ddp_backend}",
+            distributed.ddp_backend in backends,
+            backends.get(distributed.ddp_backend),
+            "use --ddp-backend pytorch_ddp",
+        ),
         (
             "--task online_backtranslation",
             cfg.task._name == "online_backtranslation",

@@ -185,6 +185,8 @@ def test_the_installed_commands_work_from_the_repository_root(corpus, tmp_path):
         (["--p-norm", "1"], "p is 1.0, but"),
         (["--eta", "nan"], "eta is nan, but"),
         (["--normalization", "layer-wise"], "'layer-wise' (choose from"),
+        (["--bf16"], "--bf16 does not go with --optimizer asam: fairseq-train takes it for a TPU; use"),
+        (["--memory-efficient-fp16"], "--memory-efficient-fp16 does not go with --optimizer asam"),
         (["--use-bmuf"], "--use-bmuf does not go with --optimizer asam"),
         (["--ddp-backend", "fully_sharded"], "--ddp-backend fully_sharded does not go with --optimizer asam"),
     ],

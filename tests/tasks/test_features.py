@@ -135,6 +135,7 @@ def test_hydra_train_with_the_configuration_shipped(corpus, tmp_path, optimizer)
         ),
         *("+model.encoder.ffn_embed_dim=64", "+model.decoder.ffn_embed_dim=64", "optimizer.rho=0.3"),
     ]
+    command.append(f"common.bf16={optimizer == 'asam'}")
     if optimizer == "sam":
         ours = ("eta", "normalization", "normalize_bias")
         command += ["optimizer._name=sam", *(f"~optimizer.{option}" for option in ours)]
