@@ -12,24 +12,24 @@ class Translator(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed = nn.Embedding(7, 4)
-        self.layer = nn.Linear(4, 4)
+        self.lookup = nn.Embedding(7, 4)
+        self.embed_layer = nn.Linear(4, 4)
         self.layer_norm = nn.LayerNorm(4)
         self.batch_norm = nn.BatchNorm1d(4)
         self.output = nn.Linear(4, 7)
-        self.output.weight = self.embed.weight
+        self.output.weight = self.lookup.weight
 
     def forward(self, tokens):
-        return self.output(self.batch_norm(self.layer_norm(self.layer(self.embed(tokens)))))
+        return self.output(self.batch_norm(self.layer_norm(self.embed_layer(self.lookup(tokens)))))
 
 
 @pytest.mark.parametrize(
     "selection, names",
     [
-        ("all", "embed.weight layer.weight layer.bias layer_norm.weight layer_norm.bias "
+        ("all", "lookup.weight embed_layer.weight embed_layer.bias layer_norm.weight layer_norm.bias "
          "batch_norm.weight batch_norm.bias output.bias"),
         ("normalization-layers", "layer_norm.weight layer_norm.bias batch_norm.weight batch_norm.bias"),
-        ("all-but-embeddings", "layer.weight layer.bias layer_norm.weight layer_norm.bias "
+        ("all-but-embeddings", "embed_layer.weight embed_layer.bias layer_norm.weight layer_norm.bias "
          "batch_norm.weight batch_norm.bias output.bias"),
     ],
 )  # fmt: skip
