@@ -13,7 +13,7 @@ from .normalization import NORMALIZATIONS, diagonal, operator_of
 
 # Elements that go through the arithmetic together. On a CPU a block and its temporaries should stay in
 # the cache; on an accelerator the number of launches counts, and the bound is on temporary memory.
-_CPU_BLOCK = 2**16
+_CPU_BLOCK = 2**18
 _ACCELERATOR_BLOCK = 2**24
 
 
