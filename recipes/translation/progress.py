@@ -36,12 +36,7 @@ def main() -> int:
         training.terminate()
         status = training.wait()
     if status != 0:
-        with open(log_path, encoding="utf-8", errors="replace") as log:
-            log.seek(start)
-            sys.stderr.writelines(log.readlines()[-LINES_SHOWN_ON_FAILURE:])
-        print(
-            f"{command[0]} failed with status {status}; all of its output is in {log_path}.", file=sys.stderr
-        )
+        show_failure(command[0], status, log_path, start)
     return status if status >= 0 else 128 - status
 
 
