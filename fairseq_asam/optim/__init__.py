@@ -3,17 +3,15 @@
 from .sharpness_aware import (
     OPTIMIZERS,
     SharpnessAwareOptimizer,
-    master_weights,
     model_parameters,
-    sharpness_aware,
+    sharpness_aware_optimizer,
     validate_config,
 )
 
 __all__ = [
     "OPTIMIZERS",
     "SharpnessAwareOptimizer",
-    "master_weights",
     "model_parameters",
-    "sharpness_aware",
+    "sharpness_aware_optimizer",
     "validate_config",
 ]

@@ -101,9 +101,9 @@ class SharpnessAwareOptimizer:
         super().add_args(parser)
         gen_parser_from_dataclass(parser, cls.sharpness_options())
 
-    def perturbation(self, model: Module, criterion: Module, masters: dict[Tensor, Tensor]) -> Perturbation:
-        """Return the perturbation of the weights that this optimizer trains. Made once: fairseq builds a
-        new optimizer when the parameters change."""
+    def perturbation(self, model: Module, criterion: Module, optimizer: FairseqOptimizer) -> Perturbation:
+        """Return the perturbation of the weights that *optimizer*, which is or wraps this one, trains. Made
+        once: fairseq builds a new optimizer when the parameters change."""
         if self._perturbation is None:
             cfg = self.sharpness_config
             self._perturbation = Perturbation(
@@ -113,7 +113,7 @@ class SharpnessAwareOptimizer:
                 eta=getattr(cfg, "eta", 0.0),
                 normalization=str(getattr(cfg, "normalization", "none")),
                 normalize_bias=getattr(cfg, "normalize_bias", False),
-                masters=masters,
+                masters=master_weights(optimizer),
             )
         return self._perturbation
 
@@ -133,7 +133,7 @@ class SharpnessAwareOptimizer:
         return super().step(*args, **kwargs)
 
 
-def sharpness_aware(optimizer: FairseqOptimizer) -> Optional[SharpnessAwareOptimizer]:
+def sharpness_aware_optimizer(optimizer: FairseqOptimizer) -> Optional[SharpnessAwareOptimizer]:
     """Return the sharpness-aware optimizer that *optimizer* is or wraps, or ``None``."""
     optimizer = getattr(optimizer, "fp32_optimizer", optimizer)
     return optimizer if isinstance(optimizer, SharpnessAwareOptimizer) else None

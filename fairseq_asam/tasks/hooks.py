@@ -16,7 +16,7 @@ from fairseq.distributed import LegacyDistributedDataParallel
 from fairseq.optim import OPTIMIZER_REGISTRY
 from fairseq.trainer import Trainer
 
-from fairseq_asam.optim import OPTIMIZERS, sharpness_aware, validate_config
+from fairseq_asam.optim import OPTIMIZERS, sharpness_aware_optimizer, validate_config
 
 from .sharpness_aware import SharpnessAwareTask, with_sharpness_awareness
 
@@ -84,7 +84,7 @@ def _checked_setup_task(setup_task):
 def _sharpness_aware_train_step(train_step):
     @functools.wraps(train_step)
     def sharpness_aware_train_step(self, samples, raise_oom=False):
-        asam = sharpness_aware(self.optimizer)
+        asam = sharpness_aware_optimizer(self.optimizer)
         if asam is not None:
             if not isinstance(self.task, SharpnessAwareTask):
                 self.task.__class__ = with_sharpness_awareness(type(self.task))

@@ -21,7 +21,7 @@ from fairseq.tasks import FairseqTask
 from torch import Tensor
 from torch.nn import Module
 
-from fairseq_asam.optim import master_weights, model_parameters, sharpness_aware
+from fairseq_asam.optim import model_parameters, sharpness_aware_optimizer
 
 # Prefix of the logging outputs of the pass at w + epsilon, on their way to reduce_metrics.
 PERTURBED = "perturbed_"
@@ -52,12 +52,12 @@ class SharpnessAwareTask:
         the passes at w + epsilon have accumulated. With ``--ascent-scope update`` these follow the pass
         at w of the update's last micro-batch.
         """
-        asam = sharpness_aware(optimizer)
+        asam = sharpness_aware_optimizer(optimizer)
         step = functools.partial(
             super().train_step, sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
         )
         this = _Pass(step, None if asam.sharpness_config.fresh_masks else RandomState())
-        perturbation = asam.perturbation(model, criterion, master_weights(optimizer))
+        perturbation = asam.perturbation(model, criterion, optimizer)
         parameters = model_parameters(optimizer)
         per_update = asam.sharpness_config.ascent_scope == "update"
         self._calls += 1
@@ -76,24 +76,25 @@ class SharpnessAwareTask:
                 with _no_sync(model, criterion):
                     result = this.run()
                 self._passes = [this]
+            smallest = min((p for p in parameters if p.grad is not None), key=Tensor.numel)
             with perturbation, _no_new_update(model):
                 _set_gradients(parameters, accumulated)
+                _mark_non_finite(smallest, perturbation.norm)
                 with _no_sync(model, criterion):
                     for earlier in self._passes[:-1]:
                         earlier.repeat()
                 this.repeat()
-        except BaseException:
+        except RuntimeError:
             # After running out of memory in one worker of several, fairseq goes on with the gradients of
             # the others, which wait for this one, and with the logging outputs that it has.
-            if per_update and is_last and this.result is None:
+            if per_update and is_last and this.logging_output is None:
                 _set_gradients(parameters, [None] * len(parameters))
                 _all_reduce(asam, model, criterion)
             for earlier in self._passes:
-                earlier.note(earlier.result)
+                earlier.note(earlier.logging_output)
             self._passes = []
             asam.ascended = True
             raise
-        _mark_non_finite(parameters, perturbation.norm)
         if is_last:
             self._calls, self._passes = 0, []
         asam.ascended = True
@@ -130,24 +131,24 @@ class _Pass:
     def __init__(self, step: Callable[[], tuple], random_state: RandomState | None):
         self.step = step
         self.random_state = random_state
-        self.result: tuple | None = None
+        self.logging_output: dict[str, Any] | None = None
 
     def run(self) -> tuple:
         """Make the pass and return its loss, sample size and logging outputs."""
-        self.result = self.step()
-        return self.result
+        result = self.step()
+        self.logging_output = result[2]
+        return result
 
     def repeat(self) -> None:
         """Repeat the pass, with the same random numbers unless these are to be fresh."""
         if self.random_state is not None:
             self.random_state.restore()
-        self.note(self.step())
+        self.note(self.step()[2])
 
-    def note(self, repeated: tuple) -> None:
-        """Note the logging outputs of the *repeated* pass beside those of the first, which the Trainer
-        has by now."""
-        (_, _, at_w), (_, _, perturbed) = self.result, repeated
-        at_w.update({PERTURBED + k: v for k, v in perturbed.items() if not k.startswith(PERTURBED)})
+    def note(self, perturbed: dict[str, Any]) -> None:
+        """Note the logging outputs at w + epsilon beside those at w, which the Trainer has by now."""
+        marked = {PERTURBED + k: v for k, v in perturbed.items() if not k.startswith(PERTURBED)}
+        self.logging_output.update(marked)
 
 
 class RandomState:
@@ -198,8 +199,11 @@ def _no_new_update(model: Module) -> Iterator[None]:
         del model.set_num_updates
 
 
-def _mark_non_finite(parameters: list[Tensor], norm: Tensor) -> None:
-    """Make a gradient NaN if the *norm* at w was not finite: there was no epsilon then, and the update is
-    to be skipped, or the run ended, as fairseq does with any other gradient that is not finite."""
-    gradient = next(p.grad for p in parameters if p.grad is not None)
-    gradient[(0,) * gradient.dim()] += torch.where(torch.isfinite(norm), 0.0, torch.nan).to(gradient.device)
+def _mark_non_finite(parameter: Tensor, norm: Tensor) -> None:
+    """Start the gradient of *parameter* with NaN if the *norm* at w is not finite: there is no epsilon then,
+    and the update is to be skipped on every worker, or the run to end, as fairseq does with any other
+    gradient that is not finite."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    first = parameter.grad[(0,) * parameter.dim()]
+    first += torch.where(torch.isfinite(norm), 0.0, torch.nan).to(first)

@@ -10,8 +10,8 @@ from fairseq_cli.train import cli_main
 from torch import nn
 from training import configuration, trainer_and_batches
 
+import fairseq_asam.optim.sharpness_aware as plugin
 from fairseq_asam import NORMALIZATIONS, Perturbation
-from fairseq_asam.tasks import sharpness_aware
 
 pytestmark = pytest.mark.gpu
 
@@ -91,7 +91,7 @@ def trained(corpus):
 def test_half_precision_sees_the_sharpness_of_float32(trained, corpus, monkeypatch, capsys, flags):
     weights, expected = trained
     ours = sharpness(*setting(corpus, *flags, weights=weights))
-    monkeypatch.setattr(sharpness_aware, "master_weights", lambda optimizer: {})
+    monkeypatch.setattr(plugin, "master_weights", lambda optimizer: {})
     naive = sharpness(*setting(corpus, *flags, weights=weights))
     with capsys.disabled():
         print(f"\nmean sharpness: float32 {expected:.4f}, {' '.join(flags)} {ours:.4f}, naive {naive:.4f}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from training import configuration, trainer_and_batches
 
-from fairseq_asam.tasks import sharpness_aware
+import fairseq_asam.optim.sharpness_aware as plugin
 
 # With a million weights, |epsilon_i| is typically rho / 1000 of |w_i|: below half a unit in the last place
 # of float16 (5e-4 of |w_i|, 2.5e-4 on average) and far below that of bfloat16 (4e-3).
@@ -47,7 +47,7 @@ def trained(corpus):
 def test_bfloat16_sees_the_sharpness_of_float32(trained, corpus, monkeypatch, capsys):
     weights, expected = trained
     ours = sharpness(*setting(corpus, bf16=True, weights=weights))
-    monkeypatch.setattr(sharpness_aware, "master_weights", lambda optimizer: {})
+    monkeypatch.setattr(plugin, "master_weights", lambda optimizer: {})
     with pytest.warns(UserWarning, match="half-precision weights absorb most of epsilon"):
         naive = sharpness(*setting(corpus, bf16=True, weights=weights))
     with capsys.disabled():
@@ -61,7 +61,7 @@ def test_bfloat16_sees_the_sharpness_of_float32(trained, corpus, monkeypatch, ca
 def test_float16_sees_the_sharpness_of_float32(trained, corpus, monkeypatch, capsys, flags):
     weights, expected = trained
     ours = sharpness(*setting(corpus, *flags, weights=weights))
-    monkeypatch.setattr(sharpness_aware, "master_weights", lambda optimizer: {})
+    monkeypatch.setattr(plugin, "master_weights", lambda optimizer: {})
     with pytest.warns(UserWarning, match="half-precision weights absorb most of epsilon"):
         naive = sharpness(*setting(corpus, *flags, weights=weights))
     with capsys.disabled():

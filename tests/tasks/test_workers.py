@@ -1,5 +1,8 @@
 """Accumulation and several workers: the same weights however a batch is split."""
 
+import contextlib
+
+import fairseq.trainer
 import pytest
 import torch
 from training import merged, on_workers, trainer_and_batches
@@ -134,3 +137,32 @@ def test_out_of_memory_in_one_worker(corpus, scope, call):
     flags = ["asam", "--ascent-scope", scope, "--ddp-backend", "legacy_ddp"]
     weights(2, corpus, *flags, split=(1, call), function=trained_out_of_memory)
     weights(1, corpus, *flags, split=(0, call), function=trained_out_of_memory)
+
+
+def trained_on_a_nan(cfg, rank, _):
+    """One worker's loss at w is NaN, once: whether the run ended, and how many updates there were."""
+    trainer, batches = trainer_and_batches(cfg)
+    criterion, calls = trainer.get_criterion(), []
+    forward = criterion.forward
+
+    def nan_once(*args, **kwargs):
+        calls.append(None)
+        loss, sample_size, logging_output = forward(*args, **kwargs)
+        return loss * (float("nan") if (rank, len(calls)) == (1, 1) else 1.0), sample_size, logging_output
+
+    criterion.forward = nan_once
+    # What fairseq runs to find the layer of the NaN fails with newer torch, whatever the optimizer.
+    fairseq.trainer.NanDetector = contextlib.nullcontext
+    try:
+        trainer.train_step([batches[rank]])
+    except FloatingPointError:
+        return "ended", trainer.get_num_updates()
+
+
+@pytest.mark.parametrize("scope", ["update", "micro-batch"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_at_w_that_is_not_finite_counts_on_every_worker(corpus, tmp_path, scope, backend):
+    """Although the pass at w + epsilon, with other masks, might be finite."""
+    flags = ["--optimizer", "asam", "--ascent-scope", scope, "--fresh-masks", "--ddp-backend", backend]
+    arguments = [corpus / "bin", *flags, "--save-dir", tmp_path]
+    assert on_workers(2, trained_on_a_nan, arguments, None) == [("ended", 0), ("ended", 0)]
