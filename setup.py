@@ -1,6 +1,13 @@
 from setuptools import find_packages, setup
 
-RECIPES = ["matplotlib>=3.7", "sacrebleu>=2.3", "sentencepiece>=0.1.99", "tqdm>=4.60"]
+RECIPES = [
+    "matplotlib>=3.7",
+    "sacrebleu>=2.3",
+    "sacremoses>=0.1",
+    "sentencepiece>=0.1.99",
+    "subword-nmt>=0.3.8",
+    "tqdm>=4.60",
+]
 
 setup(
     name="fairseq_asam",

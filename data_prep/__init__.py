@@ -1,4 +1,4 @@
-"""Preparation of the German-English corpora: the embedded dictionary corpus and a generated one."""
+"""Preparation of the German-English corpora: the embedded dictionary, a generated one, and IWSLT'14."""
 
 
 class PreparationError(Exception):

@@ -7,12 +7,13 @@ interrupted run finished there, the next run with the same settings takes up.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,16 @@ def add_arguments(parser: argparse.ArgumentParser, vocabulary: int, held_out: in
     parser.add_argument(
         "--seed", type=int, default=1, help="which sentences are held out (default: %(default)s)"
     )
+    add_workers(parser)
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=int,
         default=os.cpu_count() or 1,
         metavar="N",
-        help="processes for fairseq-preprocess (default: all %(default)s cores)",
+        help="processes at a time (default: all %(default)s cores)",
     )
 
 
@@ -113,23 +118,31 @@ def prepare(arguments: argparse.Namespace, source: Source) -> None:
         for name, value in vars(arguments).items()
         if name not in ("destination", "workers")
     }
-    try:
-        if _is_whole(destination, settings):
+    with writing(destination, megabytes=200):
+        if is_whole(destination, settings, (*TEXTS, *PHRASES, MODEL, VOCABULARY, *EMBEDDINGS, BINARIZED)):
             print(f"{destination} is complete: nothing to do.")
         else:
             _build(destination, settings, arguments.workers, source)
+    _print_summary(read_statistics(destination))
+
+
+@contextlib.contextmanager
+def writing(destination: Path, megabytes: int) -> Iterator[None]:
+    """Turns an OSError into a PreparationError that says what `destination` must be like."""
+    try:
+        yield
     except OSError as error:
         raise PreparationError(
             f"{destination}: cannot be written ({error.strerror}: {error.filename}); "
-            "choose a folder that you may write to, with 200 MB free."
+            f"choose a folder that you may write to, with {megabytes} MB free."
         ) from None
-    _print_summary(_read_statistics(destination))
 
 
-def _is_whole(folder: Path, settings: Statistics) -> bool:
+def is_whole(folder: Path, settings: Statistics, parts: tuple[str, ...]) -> bool:
+    """True where `folder` has all `parts`; raises PreparationError where it holds something else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    statistics = _read_statistics(folder)
+    statistics = read_statistics(folder)
     if not statistics:
         raise PreparationError(f"{folder}: exists and is no corpus made here; name a new folder.")
     for name, value in settings.items():
@@ -138,18 +151,17 @@ def _is_whole(folder: Path, settings: Statistics) -> bool:
                 f"{folder}: was prepared with {name} {statistics['settings'].get(name)}, not {value}; "
                 "name another folder, or remove this one."
             )
-    parts = (*TEXTS, *PHRASES, MODEL, VOCABULARY, *EMBEDDINGS, BINARIZED)
     return all((folder / part).exists() for part in parts)
 
 
-def _read_statistics(folder: Path) -> Statistics:
+def read_statistics(folder: Path) -> Statistics:
     try:
         return json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
 
 
-def _write_statistics(folder: Path, statistics: Statistics) -> None:
+def write_statistics(folder: Path, statistics: Statistics) -> None:
     write_whole(folder / STATISTICS, [json.dumps(statistics, indent=2, ensure_ascii=False) + "\n"])
 
 
@@ -163,7 +175,7 @@ def _build(destination: Path, settings: Statistics, workers: int, source: Source
     def missing(*names: str) -> bool:
         return not all((partial / name).exists() for name in names)
 
-    if _read_statistics(partial).get("settings") != settings or missing(*TEXTS, *PHRASES):
+    if read_statistics(partial).get("settings") != settings or missing(*TEXTS, *PHRASES):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_text(partial, settings, source)
@@ -174,7 +186,7 @@ def _build(destination: Path, settings: Statistics, workers: int, source: Source
     if missing(BINARIZED):
         with tempfile.TemporaryDirectory(dir=partial) as scratch:
             pieces = binarize(partial, workers, Path(scratch))
-            _write_statistics(partial, {**_read_statistics(partial), "pieces": pieces})
+            write_statistics(partial, {**read_statistics(partial), "pieces": pieces})
             os.replace(Path(scratch, BINARIZED), partial / BINARIZED)
     os.replace(partial, destination)
 
@@ -214,7 +226,7 @@ def _write_text(folder: Path, settings: Statistics, source: Source) -> None:
             for name in SPLITS[1:]
         },
     }
-    _write_statistics(folder, statistics)
+    write_statistics(folder, statistics)
 
 
 def _print_summary(statistics: Statistics) -> None:

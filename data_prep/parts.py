@@ -71,15 +71,20 @@ def binarize(folder: Path, workers: int, scratch: Path) -> dict[str, int]:
         segmented = [" ".join(line) for line in processor.encode(list(lines(folder / name)), out_type=str)]
         pieces[name] = sum(line.count(" ") + 1 for line in segmented)
         write_whole(scratch / name, (line + "\n" for line in segmented))
+    preprocess(scratch, scratch / BINARIZED, workers, "--joined-dictionary")
+    return pieces
+
+
+def preprocess(segmented: Path, destination: Path, workers: int, *flags: str) -> None:
+    """Has fairseq-preprocess make `destination` of the segmented text of all splits; `flags` are its own."""
     command = [sys.executable, "-m", "fairseq_cli.preprocess", "--source-lang", "de", "--target-lang", "en"]
     for name in SPLITS:
-        command += [f"--{name}pref", str(scratch / name)]
-    command += ["--joined-dictionary", "--workers", str(workers), "--destdir", str(scratch / BINARIZED)]
+        command += [f"--{name}pref", str(segmented / name)]
+    command += ["--workers", str(workers), "--destdir", str(destination), *flags]
     print("binarizing with fairseq-preprocess", flush=True)
     outcome = subprocess.run(command, capture_output=True, text=True)
     if outcome.returncode:
         raise PreparationError(f"fairseq-preprocess failed:\n{outcome.stderr[-2000:]}")
-    return pieces
 
 
 def _training_sentences(folder: Path) -> list[tuple[str, str]]:

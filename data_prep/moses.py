@@ -1,0 +1,36 @@
+"""What Moses's scripts tokenizer.perl, lowercase.perl and clean-corpus-n.perl do to a line."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from sacremoses import MosesTokenizer
+
+LONGEST_SENTENCE = 175
+LONGEST_WORD = 1000
+GREATEST_RATIO = 1.5
+
+_tokenizer = cache(MosesTokenizer)
+
+
+def tokenize(text: str, language: str) -> str:
+    """The tokens of `text`, separated by spaces, with the characters that Moses reserves escaped."""
+    return _tokenizer(language).tokenize(text, return_str=True)
+
+
+def lowercase(text: str) -> str:
+    """`text` in lower case, letter by letter: unlike Python, Perl knows no final sigma."""
+    return text.replace("\N{GREEK CAPITAL LETTER SIGMA}", "\N{GREEK SMALL LETTER SIGMA}").lower()
+
+
+def is_clean(*tokenized: str) -> bool:
+    """True where both sides have 1 to 175 tokens of at most 1,000 letters and neither has over 1.5 times
+    as many as the other."""
+    sides = [text.split() for text in tokenized]
+    shorter, longer = sorted(map(len, sides))
+    return (
+        shorter > 0
+        and longer <= LONGEST_SENTENCE
+        and longer / shorter <= GREATEST_RATIO
+        and max(len(word) for side in sides for word in side) <= LONGEST_WORD
+    )
