@@ -218,6 +218,8 @@ def test_interrupted_it_says_how_to_go_on(package, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # a shell's background jobs, and what they start, ignore Ctrl-C unless told otherwise
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (tmp_path / ".corpus.partial" / MODEL).exists():
         time.sleep(0.001)
