@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 from sacremoses import MosesTokenizer
@@ -10,12 +11,16 @@ LONGEST_SENTENCE = 175
 LONGEST_WORD = 1000
 GREATEST_RATIO = 1.5
 
+# Since 2018 Moses splits off the dot that ends a line, even after an abbreviation; sacremoses doesn't.
+FINAL_DOT = re.compile(r"(?<=[^\s.])\.$")
+
 _tokenizer = cache(MosesTokenizer)
 
 
 def tokenize(text: str, language: str) -> str:
     """The tokens of `text`, separated by spaces, with the characters that Moses reserves escaped."""
-    return _tokenizer(language).tokenize(text, return_str=True)
+    text = _tokenizer(language).tokenize(text, return_str=True).strip()
+    return FINAL_DOT.sub(" .", text)
 
 
 def lowercase(text: str) -> str:
