@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import time
+from typing import IO, Any
 
 import numpy as np
 import torch
+from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from fairseq.tasks import FairseqTask
@@ -56,7 +59,23 @@ def _copy_at_once(copy):
     return copy_at_once
 
 
+def _save_from_the_start(obj: Any, f: IO[bytes]) -> None:
+    # fairseq tries to save three times, but goes on in the file where the last attempt broke off: a disk
+    # that was full for a moment would leave a checkpoint that cannot be loaded.
+    for pause in (2.5, 2.5, None):
+        if f.seekable():
+            f.seek(0)
+            f.truncate()
+        try:
+            return torch.save(obj, f)
+        except Exception:
+            if pause is None:
+                raise
+            time.sleep(pause)
+
+
 FairseqTask.get_batch_iterator = _resume_with_the_same_batches(FairseqTask.get_batch_iterator)
+checkpoint_utils._torch_persistent_save = _save_from_the_start
 PathManager.copy = staticmethod(_copy_at_once(PathManager.copy))
 # The fast path for inference of fairseq 0.12.2 calls a private function of torch 1.13, which torch 2 changed.
 TransformerEncoderLayerBase.BT_version = property(lambda self: False, lambda self, value: None)

@@ -1,0 +1,211 @@
+"""Runs fairseq-train in a process in which something goes wrong at an exact place.
+
+The plugin knows nothing of this: what is wrapped here is wrapped from outside, in that process alone.
+"""
+
+from __future__ import annotations
+
+import enum
+import io
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Kind(enum.Enum):
+    """What goes wrong, by the name that the table gives it."""
+
+    KILL = "kill -9"
+    TERMINATE = "SIGTERM"
+    EXCEPTION = "exception in the criterion"
+    OUT_OF_MEMORY = "out of memory"
+    NAN = "NaN loss"
+    FULL_DISK = "full disk"
+    BRIEFLY_FULL_DISK = "full disk, for a second"
+    SKIP = "skipped update"  # no fault: what running out of memory is to come to
+
+
+SIGNALS = {Kind.KILL: signal.SIGKILL, Kind.TERMINATE: signal.SIGTERM}
+
+
+class Place(enum.Enum):
+    """Where a process is. BETWEEN these are start-up, reading data, optimizer steps and validation."""
+
+    BETWEEN = "elsewhere"
+    AT_W = "pass at w"
+    PERTURBED = "pass at w + epsilon"
+    WRITING = "writing a checkpoint"
+    COPYING = "copying a checkpoint"
+
+
+PLACES = list(Place)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that goes wrong once.
+
+    `place` is None for a signal at any moment after the start. `visit` counts how often the process has come
+    to the place: micro-batches, checkpoint files, or, for SKIP, updates; from 1. `fraction`, from 0 to 1, is
+    how far through the pass or the file the process gets.
+    """
+
+    kind: Kind
+    place: Place | None
+    visit: int = 1
+    fraction: float = 0.5
+
+
+def train(arguments: list[str], log: Path, fault: Fault | None, parent: Connection, place: Any) -> None:
+    """Run fairseq-train with `arguments`, its output in `log`.
+
+    `place`, a shared integer, is kept at the index in PLACES of where the process is. For a fault that is a
+    signal, `parent` is told when to send it, and the process doesn't leave the fault's place alive.
+    """
+    # Importing fairseq takes seconds and talks: only where it trains.
+    from fairseq.trainer import Trainer
+    from fairseq_cli.train import cli_main
+
+    with open(log, "w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv = ["fairseq-train", *arguments]
+    initialize = Trainer.__init__
+
+    def initialize_and_inject(trainer, *args, **kwargs):
+        initialize(trainer, *args, **kwargs)
+        _Injection(fault, parent, place).install(trainer)
+
+    # By then fairseq has imported the plugin.
+    Trainer.__init__ = initialize_and_inject
+    cli_main()
+
+
+class _Injection:
+    def __init__(self, fault: Fault | None, parent: Connection, place: Any):
+        self.fault, self.parent, self.place = fault, parent, place
+        self.visits = 0
+        self.perturbed = False
+        self.signal_is_due = False
+
+    def install(self, trainer: Any) -> None:
+        from fairseq import checkpoint_utils
+
+        from fairseq_asam.sharpness import Perturbation
+
+        criterion = trainer.get_criterion()
+        criterion.forward = self.around_criterion(criterion, criterion.forward)
+        Perturbation.__enter__ = self.around_enter(Perturbation.__enter__)
+        Perturbation.__exit__ = self.around_exit(Perturbation.__exit__)
+        trainer.train_step = self.around_update(trainer.train_step)
+        checkpoint_utils._torch_persistent_save = self.around_save(checkpoint_utils._torch_persistent_save)
+        shutil.copyfile = self.around_copy(shutil.copyfile)
+        if self.fault is not None and self.fault.place is None:
+            self.parent.send(None)
+
+    def come_to(self, place: Place) -> Kind | None:
+        """Note the place, and return what is to go wrong in it."""
+        self.place.value = PLACES.index(place)
+        if self.fault is None or place != self.fault.place:
+            return None
+        self.visits += 1
+        return self.fault.kind if self.visits == self.fault.visit else None
+
+    def call_for_signal(self) -> None:
+        self.signal_is_due = True
+        self.parent.send(None)
+
+    def leave(self) -> None:
+        if self.signal_is_due:
+            self.parent.recv()  # which sends nothing but the signal
+        self.place.value = PLACES.index(Place.BETWEEN)
+
+    def around_criterion(self, criterion, forward):
+        def passing(*args, **kwargs):
+            if not criterion.training:
+                return forward(*args, **kwargs)
+            kind = self.come_to(Place.PERTURBED if self.perturbed else Place.AT_W)
+            if kind in SIGNALS:
+                self.call_for_signal()
+            loss, sample_size, logging_output = forward(*args, **kwargs)
+            if kind is Kind.EXCEPTION:
+                raise ValueError("an injected fault")
+            if kind is Kind.OUT_OF_MEMORY:
+                raise RuntimeError("out of memory (an injected fault)")
+            return loss * math.nan if kind is Kind.NAN else loss, sample_size, logging_output
+
+        return passing
+
+    def around_enter(self, enter):
+        def entering(perturbation):
+            self.leave()
+            entered = enter(perturbation)
+            self.perturbed = True
+            self.place.value = PLACES.index(Place.PERTURBED)
+            return entered
+
+        return entering
+
+    def around_exit(self, exit_):
+        def exiting(perturbation, *exception):
+            self.leave()
+            self.perturbed = False
+            return exit_(perturbation, *exception)
+
+        return exiting
+
+    def around_update(self, train_step):
+        def update(*args, **kwargs):
+            if self.come_to(Place.BETWEEN) is Kind.SKIP:
+                return None
+            return train_step(*args, **kwargs)
+
+        return update
+
+    def around_save(self, save):
+        def saving(state, file):
+            kind = self.come_to(Place.WRITING)
+            if kind is not None:
+                whole = io.BytesIO()
+                torch.save(state, whole)
+                self.stop_short(kind, whole.getvalue(), file)
+            save(state, file)
+            self.leave()
+
+        return saving
+
+    def around_copy(self, copyfile):
+        def copying(source, destination):
+            kind = self.come_to(Place.COPYING)
+            if kind is not None:
+                with open(destination, "wb") as file:
+                    self.stop_short(kind, Path(source).read_bytes(), file)
+            copied = copyfile(source, destination)
+            self.leave()
+            return copied
+
+        return copying
+
+    def stop_short(self, kind: Kind, whole: bytes, file) -> None:
+        """Let only the fault's fraction of the bytes reach the file."""
+        length = int(self.fault.fraction * len(whole))
+        if kind in SIGNALS:
+            file.write(whole[:length])
+            file.flush()
+            self.call_for_signal()
+            self.leave()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (length, limits[1]))
+        if kind is Kind.BRIEFLY_FULL_DISK:
+            threading.Timer(1.0, resource.setrlimit, (resource.RLIMIT_FSIZE, limits)).start()
