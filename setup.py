@@ -27,6 +27,8 @@ setup(
     ],
     extras_require={
         "recipes": RECIPES,
+        # models and data sets to train with the core on images
+        "vision": ["torchvision>=0.15"],
         "test": [*RECIPES, "pytest>=7", "pytest-xdist>=3", "ruff==0.17.6", "tensorboard>=2.10"],
     },
 )
