@@ -36,7 +36,7 @@ SAVE_INTERVAL = 3  # updates: shorter than an epoch, and no divisor of one
 MICRO_BATCHES = 2  # to an update
 UPDATES_BEFORE_SIGNAL = 5  # at most, in each process: some make a checkpoint and some don't
 PASS_SECONDS = 0.02
-TRAINING_SECONDS = 2.0  # in which a signal at any moment comes
+UPDATE_SECONDS = 0.1  # with what comes between two
 HANGING_SECONDS = 120
 SIGTERMS = 5
 
@@ -133,10 +133,12 @@ class Trial:
 
 
 class End(NamedTuple):
-    """How a process ended: its exit status, minus a signal's number, None if it hung, and where it was."""
+    """How a process ended: its exit status, minus a signal's number, None if it hung; where it was; and
+    whether the fault had struck."""
 
     status: int | None
     place: Place
+    struck: bool
 
 
 class State(NamedTuple):
@@ -160,7 +162,7 @@ class Training:
             *(f"--{part}-{size}={n}" for part in ("encoder", "decoder") for size, n in sizes.items()),
             *("--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1"),
             *("--lr", "5e-3", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", "20"),
-            *("--cpu", "--seed", "3", "--num-workers", "0", "--no-progress-bar", "--max-epoch", "6"),
+            *("--cpu", "--seed", "3", "--num-workers", "0", "--no-progress-bar", "--max-epoch", "3"),
             *("--max-tokens", "500", "--update-freq", str(MICRO_BATCHES)),
             *("--required-batch-size-multiple", "1", "--save-interval-updates", str(SAVE_INTERVAL)),
             *flags,
@@ -179,14 +181,15 @@ class Training:
         process.start()
         there.close()
         hangs = not here.poll(HANGING_SECONDS)
-        if not hangs and told(here):
-            time.sleep(fault.fraction * (TRAINING_SECONDS if fault.place is None else PASS_SECONDS))
+        struck = not hangs and told(here)
+        if struck and fault.kind in SIGNALS:
+            time.sleep(fault.fraction * (UPDATE_SECONDS if fault.place is None else PASS_SECONDS))
             process.kill() if fault.kind is Kind.KILL else process.terminate()
         process.join(0 if hangs else HANGING_SECONDS)
         status = process.exitcode
         process.kill()
         process.join()
-        return End(status, PLACES[place.value])
+        return End(status, PLACES[place.value], struck)
 
     def states(self) -> tuple[dict[str, State], list[str]]:
         """Return the states in the checkpoints, by file name, and a sentence for each that doesn't load."""
@@ -228,7 +231,7 @@ class FaultTrials:
         """Return the state after each update of a run that ends by itself."""
         training = self.training("--save-interval-updates", "1")
         end = training.run(fault)
-        if end.status != 0:
+        if end.status != 0 or end.struck != (fault is not None):
             sys.exit(f"faults.py: fairseq-train failed even without a fault: see {training.folder}.")
         states, failures = training.states()
         if failures:
@@ -252,7 +255,7 @@ class FaultTrials:
             if not suffered:
                 fault = waiting.popleft()
                 place = fault.place or Place.BETWEEN
-                self.add(Trial(fault.kind.value, place.value, ["the run ended before it came there"]))
+                self.add(Trial(fault.kind.value, place.value, ["the run went to its end without it"]))
             elif not suffered[-1].failures:
                 failures = self.compare_end(training, self.uninterrupted)
                 for trial in suffered:
@@ -262,6 +265,8 @@ class FaultTrials:
     def judge(self, fault: Fault, end: End, training: Training) -> Trial:
         """Return how the checkpoints came through a fault that ended the process."""
         trial = Trial(fault.kind.value, (fault.place or end.place).value)
+        if not end.struck:
+            trial.failures.append("the process ended before the fault struck")
         expected = -SIGNALS[fault.kind] if fault.kind in SIGNALS else 1
         if end.status != expected:
             trial.failures.append(f"the process ended with status {end.status}, not {expected}")
@@ -290,6 +295,8 @@ class FaultTrials:
         training = self.training()
         end = training.run(fault)
         trial = Trial(fault.kind.value, fault.place.value)
+        if not end.struck:
+            trial.failures.append("the run ended before the fault struck")
         if end.status != 0:
             trial.failures.append(f"the process ended with status {end.status}, not 0")
         trial.failures += self.compare_end(training, expected)

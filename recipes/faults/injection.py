@@ -55,9 +55,9 @@ PLACES = list(Place)
 class Fault:
     """Something that goes wrong once.
 
-    `place` is None for a signal at any moment after the start. `visit` counts how often the process has come
-    to the place: micro-batches, checkpoint files, or, for SKIP, updates; from 1. `fraction`, from 0 to 1, is
-    how far through the pass or the file the process gets.
+    `place` is None for a signal at any moment after an update has begun. `visit` counts from 1 how often the
+    process has come to the place: micro-batches, checkpoint files, or, for SKIP and None, updates.
+    `fraction`, from 0 to 1, is how far through the pass or the file the process gets.
     """
 
     kind: Kind
@@ -69,8 +69,9 @@ class Fault:
 def train(arguments: list[str], log: Path, fault: Fault | None, parent: Connection, place: Any) -> None:
     """Run fairseq-train with `arguments`, its output in `log`.
 
-    `place`, a shared integer, is kept at the index in PLACES of where the process is. For a fault that is a
-    signal, `parent` is told when to send it, and the process doesn't leave the fault's place alive.
+    `place`, a shared integer, is kept at the index in PLACES of where the process is. `parent` is told when
+    the fault strikes. It then has to send the signal, if the fault is one, and until it does the process
+    doesn't leave the fault's place.
     """
     # Importing fairseq takes seconds and talks: only where it trains.
     from fairseq.trainer import Trainer
@@ -111,20 +112,19 @@ class _Injection:
         trainer.train_step = self.around_update(trainer.train_step)
         checkpoint_utils._torch_persistent_save = self.around_save(checkpoint_utils._torch_persistent_save)
         shutil.copyfile = self.around_copy(shutil.copyfile)
-        if self.fault is not None and self.fault.place is None:
-            self.parent.send(None)
 
     def come_to(self, place: Place) -> Kind | None:
         """Note the place, and return what is to go wrong in it."""
         self.place.value = PLACES.index(place)
-        if self.fault is None or place != self.fault.place:
-            return None
+        return self.count_visit() if self.fault is not None and self.fault.place is place else None
+
+    def count_visit(self) -> Kind | None:
         self.visits += 1
         return self.fault.kind if self.visits == self.fault.visit else None
 
-    def call_for_signal(self) -> None:
-        self.signal_is_due = True
+    def strike(self) -> None:
         self.parent.send(None)
+        self.signal_is_due = self.fault.kind in SIGNALS and self.fault.place is not None
 
     def leave(self) -> None:
         if self.signal_is_due:
@@ -136,8 +136,8 @@ class _Injection:
             if not criterion.training:
                 return forward(*args, **kwargs)
             kind = self.come_to(Place.PERTURBED if self.perturbed else Place.AT_W)
-            if kind in SIGNALS:
-                self.call_for_signal()
+            if kind is not None:
+                self.strike()
             loss, sample_size, logging_output = forward(*args, **kwargs)
             if kind is Kind.EXCEPTION:
                 raise ValueError("an injected fault")
@@ -168,7 +168,10 @@ class _Injection:
     def around_update(self, train_step):
         def update(*args, **kwargs):
             if self.come_to(Place.BETWEEN) is Kind.SKIP:
+                self.strike()
                 return None
+            if self.fault is not None and self.fault.place is None and self.count_visit():
+                self.strike()
             return train_step(*args, **kwargs)
 
         return update
@@ -203,8 +206,9 @@ class _Injection:
         if kind in SIGNALS:
             file.write(whole[:length])
             file.flush()
-            self.call_for_signal()
+            self.strike()
             self.leave()
+        self.strike()
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (length, limits[1]))
         if kind is Kind.BRIEFLY_FULL_DISK:

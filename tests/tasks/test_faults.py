@@ -16,10 +16,11 @@ from injection import Fault, Kind, Place  # noqa: E402
 
 
 def test_killed_at_w_plus_epsilon_and_resumed_is_uninterrupted(corpus, tmp_path):
-    uninterrupted = Training(tmp_path / "uninterrupted", corpus / "bin")
+    epochs = ["--max-epoch", "2"]
+    uninterrupted = Training(tmp_path / "uninterrupted", corpus / "bin", *epochs)
     assert uninterrupted.run().status == 0
-    killed = Training(tmp_path / "killed", corpus / "bin")
-    end = killed.run(Fault(Kind.KILL, Place.PERTURBED, visit=40))
+    killed = Training(tmp_path / "killed", corpus / "bin", *epochs)
+    end = killed.run(Fault(Kind.KILL, Place.PERTURBED, visit=60))
     assert (end.status, end.place) == (-signal.SIGKILL, Place.PERTURBED)
     before = checkpoint(killed.folder)["optimizer_history"][-1]["num_updates"]
     assert killed.run().status == 0

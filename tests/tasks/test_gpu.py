@@ -8,7 +8,7 @@ import torch
 from commands import checkpoint, recipe
 from fairseq_cli.train import cli_main
 from torch import nn
-from training import configuration, trainer_and_batches
+from training import configuration, mean_sharpness, trainer_and_batches
 
 import fairseq_asam.optim.sharpness_aware as plugin
 from fairseq_asam import NORMALIZATIONS, Perturbation
@@ -72,17 +72,12 @@ def setting(corpus, *flags, weights=None):
     return trainer_and_batches(cfg, torch.float32, weights)
 
 
-def sharpness(trainer, batches, steps=100):
-    seen = [trainer.train_step([batches[i % len(batches)]])["sharpness"] for i in range(steps)]
-    return sum(seen) / len(seen)
-
-
 @pytest.fixture(scope="module")
 def trained(corpus):
     trainer, batches = setting(corpus)
-    sharpness(trainer, batches)
+    mean_sharpness(trainer, batches)
     weights = {name: w.cpu() for name, w in trainer.model.state_dict().items()}
-    return weights, sharpness(*setting(corpus, weights=weights))
+    return weights, mean_sharpness(*setting(corpus, weights=weights))
 
 
 @pytest.mark.parametrize(
@@ -90,9 +85,9 @@ def trained(corpus):
 )
 def test_half_precision_sees_the_sharpness_of_float32(trained, corpus, monkeypatch, capsys, flags):
     weights, expected = trained
-    ours = sharpness(*setting(corpus, *flags, weights=weights))
+    ours = mean_sharpness(*setting(corpus, *flags, weights=weights))
     monkeypatch.setattr(plugin, "master_weights", lambda optimizer: {})
-    naive = sharpness(*setting(corpus, *flags, weights=weights))
+    naive = mean_sharpness(*setting(corpus, *flags, weights=weights))
     with capsys.disabled():
         print(f"\nmean sharpness: float32 {expected:.4f}, {' '.join(flags)} {ours:.4f}, naive {naive:.4f}")
     assert ours == pytest.approx(expected, rel=0.1)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from training import configuration, trainer_and_batches
+from training import configuration, mean_sharpness, trainer_and_batches
 
 import fairseq_asam.optim.sharpness_aware as plugin
 
@@ -13,7 +13,6 @@ import fairseq_asam.optim.sharpness_aware as plugin
 SIZES = ["--encoder-embed-dim=128", "--decoder-embed-dim=128", "--encoder-ffn-embed-dim=512"]
 SIZES += ["--decoder-ffn-embed-dim=512", "--encoder-layers=2", "--decoder-layers=2"]
 FLAGS = ["--optimizer", "asam", *SIZES, "--lr", "5e-4", "--lr-scheduler", "fixed", "--fp16-init-scale", "4"]
-STEPS = 100
 
 
 @pytest.fixture(autouse=True)
@@ -30,26 +29,21 @@ def setting(corpus, *flags, bf16=False, weights=None):
     return trainer, batches
 
 
-def sharpness(trainer, batches, steps=STEPS):
-    seen = [trainer.train_step([batches[i % len(batches)]])["sharpness"] for i in range(steps)]
-    return sum(seen) / len(seen)
-
-
 @pytest.fixture(scope="module")
 def trained(corpus):
     """Weights after a hundred updates in float32, and the mean sharpness over the next hundred."""
     trainer, batches = setting(corpus)
-    sharpness(trainer, batches)
+    mean_sharpness(trainer, batches)
     weights = copy.deepcopy(trainer.model.state_dict())
-    return weights, sharpness(*setting(corpus, weights=weights))
+    return weights, mean_sharpness(*setting(corpus, weights=weights))
 
 
 def test_bfloat16_sees_the_sharpness_of_float32(trained, corpus, monkeypatch, capsys):
     weights, expected = trained
-    ours = sharpness(*setting(corpus, bf16=True, weights=weights))
+    ours = mean_sharpness(*setting(corpus, bf16=True, weights=weights))
     monkeypatch.setattr(plugin, "master_weights", lambda optimizer: {})
     with pytest.warns(UserWarning, match="half-precision weights absorb most of epsilon"):
-        naive = sharpness(*setting(corpus, bf16=True, weights=weights))
+        naive = mean_sharpness(*setting(corpus, bf16=True, weights=weights))
     with capsys.disabled():
         print(f"\nmean sharpness: float32 {expected:.4f}, --bf16 {ours:.4f}, added to bfloat16 {naive:.4f}")
     assert ours == pytest.approx(expected, rel=0.1)
@@ -60,10 +54,10 @@ def test_bfloat16_sees_the_sharpness_of_float32(trained, corpus, monkeypatch, ca
 @pytest.mark.parametrize("flags", [["--fp16"], ["--fp16", "--fp16-no-flatten-grads"]])
 def test_float16_sees_the_sharpness_of_float32(trained, corpus, monkeypatch, capsys, flags):
     weights, expected = trained
-    ours = sharpness(*setting(corpus, *flags, weights=weights))
+    ours = mean_sharpness(*setting(corpus, *flags, weights=weights))
     monkeypatch.setattr(plugin, "master_weights", lambda optimizer: {})
     with pytest.warns(UserWarning, match="half-precision weights absorb most of epsilon"):
-        naive = sharpness(*setting(corpus, *flags, weights=weights))
+        naive = mean_sharpness(*setting(corpus, *flags, weights=weights))
     with capsys.disabled():
         print(f"\nmean sharpness: float32 {expected:.4f}, {flags} {ours:.4f}, added to float16 {naive:.4f}")
     assert ours == pytest.approx(expected, rel=0.02)
