@@ -78,4 +78,4 @@ FairseqTask.get_batch_iterator = _resume_with_the_same_batches(FairseqTask.get_b
 checkpoint_utils._torch_persistent_save = _save_from_the_start
 PathManager.copy = staticmethod(_copy_at_once(PathManager.copy))
 # The fast path for inference of fairseq 0.12.2 calls a private function of torch 1.13, which torch 2 changed.
-TransformerEncoderLayerBase.BT_version = property(lambda self: False, lambda self, value: None)
+TransformerEncoderLayerBase.can_use_fastpath = property(lambda self: False, lambda self, value: None)

@@ -140,7 +140,7 @@ def test_an_asam_checkpoint_translates_with_and_without_the_plugin(train, fairse
     loader = (
         "import sys, functools, torch; torch.load = functools.partial(torch.load, weights_only=False); "
         "from fairseq.modules.transformer_layer import TransformerEncoderLayerBase as layer; "
-        "layer.BT_version = property(lambda self: False, lambda self, value: None); "
+        "layer.can_use_fastpath = property(lambda self: False, lambda self, value: None); "
         "from fairseq_cli.generate import cli_main; cli_main(); assert 'fairseq_asam' not in sys.modules"
     )
     command = [sys.executable, "-c", loader, *map(str, arguments)]
