@@ -191,6 +191,11 @@ class Training:
         process.join()
         return End(status, PLACES[place.value], struck)
 
+    def last_words(self) -> str:
+        """Return the last line that the last process printed."""
+        log = self.folder / f"process-{self.processes}.log"
+        return (log.read_text("utf-8", errors="replace").strip().splitlines() or ["nothing"])[-1]
+
     def states(self) -> tuple[dict[str, State], list[str]]:
         """Return the states in the checkpoints, by file name, and a sentence for each that doesn't load."""
         states, failures = {}, []
@@ -232,7 +237,7 @@ class FaultTrials:
         training = self.training("--save-interval-updates", "1")
         end = training.run(fault)
         if end.status != 0 or end.struck != (fault is not None):
-            sys.exit(f"faults.py: fairseq-train failed even without a fault: see {training.folder}.")
+            sys.exit(f"faults.py: training failed even without a fault: {training.last_words()}")
         states, failures = training.states()
         if failures:
             sys.exit(f"faults.py: without a fault, {failures[0]}.")
@@ -320,9 +325,7 @@ class FaultTrials:
         """Resume the run if need be, and return how its end and checkpoints differ from what is expected."""
         end = training.run()
         if end.status != 0:
-            return [
-                f"the run could not be resumed: see {training.folder / f'process-{training.processes}.log'}"
-            ]
+            return [f"the run could not be resumed: {training.last_words()}"]
         failures = self.compare(training, expected)
         last = training.states()[0].get("checkpoint_last.pt")
         if last is not None and last.updates != max(expected):

@@ -105,6 +105,7 @@ class _Injection:
 
         from fairseq_asam.sharpness import Perturbation
 
+        self.parameters = list(trainer.get_model().parameters())
         criterion = trainer.get_criterion()
         criterion.forward = self.around_criterion(criterion, criterion.forward)
         Perturbation.__enter__ = self.around_enter(Perturbation.__enter__)
@@ -150,6 +151,8 @@ class _Injection:
     def around_enter(self, enter):
         def entering(perturbation):
             self.leave()
+            if self.fault is None:
+                self.weights = [w.detach().clone() for w in self.parameters]
             entered = enter(perturbation)
             self.perturbed = True
             self.place.value = PLACES.index(Place.PERTURBED)
@@ -161,7 +164,11 @@ class _Injection:
         def exiting(perturbation, *exception):
             self.leave()
             self.perturbed = False
-            return exit_(perturbation, *exception)
+            left = exit_(perturbation, *exception)
+            # Otherwise the run against which all are held would itself have checkpoints of perturbed weights.
+            if self.fault is None and not all(map(torch.equal, self.weights, self.parameters)):
+                raise RuntimeError("the pass at w + epsilon left other weights behind than it found")
+            return left
 
         return exiting
 
