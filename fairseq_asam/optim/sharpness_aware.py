@@ -108,10 +108,7 @@ class SharpnessAwareOptimizer:
             cfg = self.sharpness_config
             self._perturbation = Perturbation(
                 chain(*(selected_parameters(m, str(cfg.perturbed_weights)) for m in (model, criterion))),
-                rho=cfg.rho,
-                p=cfg.p_norm,
-                eta=getattr(cfg, "eta", 0.0),
-                normalization=str(getattr(cfg, "normalization", "none")),
+                **_region(cfg),
                 normalize_bias=getattr(cfg, "normalize_bias", False),
                 masters=master_weights(optimizer),
             )
@@ -161,12 +158,17 @@ def master_weights(optimizer: FairseqOptimizer) -> dict[Tensor, Tensor]:
 
 def validate_config(cfg: Any) -> None:
     """Raise ValueError, in one sentence, if an option of *cfg* is out of range."""
-    validate(
-        rho=cfg.rho,
-        eta=getattr(cfg, "eta", 0.0),
-        p=cfg.p_norm,
-        normalization=str(getattr(cfg, "normalization", "none")),
-    )
+    validate(**_region(cfg))
+
+
+def _region(cfg: Any) -> dict[str, Any]:
+    """The maximization region that *cfg* describes, as :class:`Perturbation` names it; ``sam`` has T = 1."""
+    return {
+        "rho": cfg.rho,
+        "p": cfg.p_norm,
+        "eta": getattr(cfg, "eta", 0.0),
+        "normalization": str(getattr(cfg, "normalization", "none")),
+    }
 
 
 def _register(name: str, options: type, base_name: str) -> None:

@@ -96,7 +96,7 @@ def _sharpness_aware_train_step(train_step):
 
 
 @contextlib.contextmanager
-def _no_sync(self: LegacyDistributedDataParallel) -> Iterator[None]:
+def _no_sync_until_left(self: LegacyDistributedDataParallel) -> Iterator[None]:
     before, self.accumulate_grads = self.accumulate_grads, True
     try:
         yield
@@ -124,4 +124,4 @@ options.parse_args_and_arch = _with_help_for_optimizers(options.parse_args_and_a
 # reach them all. The Trainer meets every one.
 Trainer.train_step = _sharpness_aware_train_step(Trainer.train_step)
 # fairseq's own stays in force after an exception, such as running out of memory.
-LegacyDistributedDataParallel.no_sync = _no_sync
+LegacyDistributedDataParallel.no_sync = _no_sync_until_left
