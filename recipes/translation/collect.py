@@ -81,6 +81,8 @@ def training_figures(run: Path) -> dict:
         "training_seconds": sum(epoch["train_train_wall"] for epoch in epochs),
         "best_valid_loss": best["valid_loss"],
         "best_epoch": int(best["epoch"]),
+        "last_valid_loss": epochs[-1]["valid_loss"],
+        "last_train_loss": epochs[-1]["train_loss"],
     }
 
 

@@ -28,9 +28,14 @@ def main() -> None:
         if not (run / "train.log").exists():
             sys.exit(f"curves.py: '{run / 'train.log'}' is missing: run train.sh for it first.")
 
-    figure = draw({run.name: run / "train.log" for run in args.runs})
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with whole(args.out) as file:
+    save_curves(args.out, {run.name: run for run in args.runs})
+
+
+def save_curves(out: Path, runs: dict[str, Path]) -> None:
+    """Draw the curves of the runs in these folders, under their names, as the PNG file `out`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure = draw({name: folder / "train.log" for name, folder in runs.items()})
+    with whole(out) as file:
         figure.savefig(file, format="png", dpi=150)
 
 

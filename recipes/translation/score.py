@@ -3,14 +3,19 @@
     python recipes/translation/score.py DATA RUN [--split test]
 
 DATA is a corpus folder of data_prep, RUN a folder of train.sh. Writes the sources, references and hypotheses,
-one sentence a line, to RUN/SPLIT.src, RUN/SPLIT.ref and RUN/SPLIT.hyp. A translation that is newer than its
-checkpoint is not made again.
+one sentence a line, to RUN/SPLIT.src, RUN/SPLIT.ref and RUN/SPLIT.hyp, and to RUN/SPLIT.json sacrebleu's BLEU
+of these and the BLEU of tokens that fairseq-generate prints: two scales, not to be compared with each other.
+A translation that is newer than its checkpoint is not made again.
+
+Where the corpus is of tokenized text (it has bpe.codes), sacremoses detokenizes references and translations.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +24,7 @@ from pathlib import Path
 from files import read_lines, whole
 from progress import show_failure
 from sacrebleu.metrics import BLEU
+from sacremoses import MosesDetokenizer
 from tqdm import tqdm
 
 PLUGIN = Path(__file__).resolve().parents[2] / "fairseq_asam"
@@ -36,23 +42,41 @@ def main() -> None:
         if not file.exists():
             sys.exit(f"score.py: '{file}' is missing: prepare the corpus and train on it first.")
 
-    references = read_lines(texts["ref"])
-    hypotheses = args.run / f"{args.split}.hyp"
-    if not hypotheses.exists() or hypotheses.stat().st_mtime < checkpoint.stat().st_mtime:
-        translations = translate(args.data / "bin", checkpoint, args.split, len(references))
-        for ending, text in texts.items():
+    scores = args.run / f"{args.split}.json"
+    if not scores.exists() or scores.stat().st_mtime < checkpoint.stat().st_mtime:
+        tokenized = (args.data / "bpe.codes").exists()
+        pieces = "subword_nmt" if tokenized else "sentencepiece"
+        sentences = len(read_lines(texts["ref"]))
+        hypotheses, bleu_of_tokens = translate(args.data / "bin", checkpoint, args.split, pieces, sentences)
+        references = read_lines(texts["ref"])
+        if tokenized:
+            hypotheses, references = detokenized(hypotheses), detokenized(references)
+        with whole(args.run / f"{args.split}.src") as file:
+            shutil.copyfile(texts["src"], file)
+        for ending, lines in (("ref", references), ("hyp", hypotheses)):
             with whole(args.run / f"{args.split}.{ending}") as file:
-                shutil.copyfile(text, file)
-        with whole(hypotheses) as file:
-            file.write_text("".join(line + "\n" for line in translations), "utf-8")
+                file.write_text("".join(line + "\n" for line in lines), "utf-8")
+        bleu = BLEU()
+        result = {
+            "BLEU": bleu.corpus_score(hypotheses, [references]).score,
+            "signature": f"BLEU|{bleu.get_signature()}",
+            "BLEU of tokens": bleu_of_tokens,
+        }
+        with whole(scores) as file:
+            file.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
 
-    bleu = BLEU()
-    score = bleu.corpus_score(read_lines(hypotheses), [references])
-    print(f"{args.run.name}, {args.split}: {score.format(signature=str(bleu.get_signature()))}")
+    result = json.loads(scores.read_text("utf-8"))
+    print(
+        f"{args.run.name}, {args.split}: BLEU {result['BLEU']:.2f} ({result['signature']}); "
+        f"of tokens, by fairseq-generate, {result['BLEU of tokens']:.2f}"
+    )
 
 
-def translate(binarized: Path, checkpoint: Path, split: str, sentences: int) -> list[str]:
-    """Return the detokenized translations of a split with so many sentences, in their order.
+def translate(
+    binarized: Path, checkpoint: Path, split: str, pieces: str, sentences: int
+) -> tuple[list[str], float]:
+    """Return the translations of a split with so many sentences, in their order and without the marks of
+    `pieces`, and the BLEU that fairseq-generate prints.
 
     fairseq-generate's messages go to generate.log beside the checkpoint.
     """
@@ -60,8 +84,9 @@ def translate(binarized: Path, checkpoint: Path, split: str, sentences: int) -> 
     command += ["--gen-subset", split, "--beam", "5", "--max-tokens", "4096"]
     # Some fairseq versions leave out the last batch if its size isn't a multiple of this number.
     command += ["--required-batch-size-multiple", "1"]
-    command += ["--post-process", "sentencepiece", "--no-progress-bar"]
+    command += ["--post-process", pieces, "--no-progress-bar"]
     translations: dict[int, str] = {}
+    bleu = None
     log_path = checkpoint.with_name("generate.log")
     with (
         open(log_path, "w", encoding="utf-8") as log,
@@ -82,12 +107,20 @@ def translate(binarized: Path, checkpoint: Path, split: str, sentences: int) -> 
                 number, _, translation = line[2:].rstrip("\n").split("\t", 2)
                 translations[int(number)] = translation
                 bar.update()
+            elif found := re.search(r"^Generate .*BLEU4 = ([\d.]+)", line):
+                bleu = float(found[1])
     if generation.returncode != 0:
         show_failure("fairseq-generate", generation.returncode, log_path)
         sys.exit(generation.returncode)
-    if sorted(translations) != list(range(sentences)):
+    if sorted(translations) != list(range(sentences)) or bleu is None:
         sys.exit(f"score.py: fairseq-generate translated {len(translations)} of {sentences} sentences.")
-    return [translations[number] for number in range(sentences)]
+    return [translations[number] for number in range(sentences)], bleu
+
+
+def detokenized(lines: list[str]) -> list[str]:
+    """Return lines of English tokens as text."""
+    english = MosesDetokenizer(lang="en")
+    return [english.detokenize(line.split()) for line in lines]
 
 
 if __name__ == "__main__":

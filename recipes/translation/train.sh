@@ -4,8 +4,8 @@
 #   recipes/translation/train.sh DATA RUN OPTIMIZER [fairseq-train flags]
 #
 # DATA is a corpus folder of data_prep, OPTIMIZER adam, sam or asam. RUN gets the log (train.log) and the
-# checkpoints of the last and the best epoch (the lowest validation loss). Flags after OPTIMIZER win over those
-# below. A finished run is left alone.
+# checkpoints of the last and the best epoch (the lowest validation loss), and with `--keep-last-epochs N` those of
+# the last N. Flags after OPTIMIZER win over those below. A finished run is left alone.
 set -euo pipefail
 
 fail() {
@@ -40,6 +40,7 @@ if grep -qsF '| done training in' "$run/train.log"; then
     echo "train.sh: '$run' is trained already." >&2
     exit
 fi
+[[ " $* " == *" --keep-last-epochs "* ]] || set -- --no-epoch-checkpoints "$@"
 # Some fairseq versions leave out the last batch, in training and in validation, if its size isn't a multiple of
 # --required-batch-size-multiple (default 8).
 exec python "$here/progress.py" "$run/train.log" fairseq-train "$data/bin" \
@@ -49,4 +50,4 @@ exec python "$here/progress.py" "$run/train.log" fairseq-train "$data/bin" \
     --criterion label_smoothed_cross_entropy --label-smoothing 0.1 \
     --arch transformer_iwslt_de_en --dropout 0.3 --share-decoder-input-output-embed \
     --max-tokens 4096 --required-batch-size-multiple 1 --max-epoch 50 --seed 1 \
-    --save-dir "$run" --no-epoch-checkpoints --log-format json --log-interval 50 "$@"
+    --save-dir "$run" --log-format json --log-interval 50 "$@"

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from commands import ROOT, assert_same_state, checkpoint
 from sacrebleu.metrics import CHRF
 
@@ -22,6 +24,7 @@ ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "OMP_NUM_THREADS": "1",
 }
+PAIRED = ("-m", "bleu", "--paired-bs", "-f", "json")
 TINY = [
     *("--arch", "transformer", "--share-all-embeddings", "--dropout", "0.1"),
     *("--encoder-layers", "1", "--encoder-embed-dim", "32", "--encoder-ffn-embed-dim", "64"),
@@ -141,9 +144,7 @@ def collected(out: Path, runs: list[Path]) -> dict:
 def test_the_table_agrees_with_the_sacrebleu_command(runs: list[Path], tmp_path: Path):
     results = collected(tmp_path, runs)
     hypotheses = [each / "test.hyp" for each in runs]
-    paired = run(
-        "sacrebleu", runs[0] / "test.ref", "-i", *hypotheses, "-m", "bleu", "--paired-bs", "-f", "json"
-    )
+    paired = run("sacrebleu", runs[0] / "test.ref", "-i", *hypotheses, *PAIRED)
     for system, theirs in zip(results["systems"], json.loads(succeeded(paired).stdout)):
         assert system["BLEU"] == pytest.approx(
             {
@@ -207,3 +208,59 @@ def test_ending_the_progress_bar_ends_the_training(tmp_path: Path):
         assert process.wait(timeout=30) == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "train.log").read_text()), 0)
+
+
+def test_the_last_epochs_average_in_float64(corpus: Path, tmp_path: Path):
+    succeeded(train(corpus, tmp_path / "adam", "adam", "--keep-last-epochs", "2"))
+    weights = [checkpoint(tmp_path / "adam", f"checkpoint{epoch}.pt")["model"] for epoch in (4, 5)]
+    succeeded(script("average.py", tmp_path / "adam", tmp_path / "mean", "--last", "2"))
+    mean = checkpoint(tmp_path / "mean", "checkpoint_best.pt")["model"]
+    assert all(
+        torch.equal(mean[name], ((weight.double() + weights[1][name].double()) / 2).float())
+        for name, weight in weights[0].items()
+    )
+    succeeded(script("score.py", corpus, tmp_path / "mean"))
+
+    too_many = script("average.py", tmp_path / "adam", tmp_path / "mean", "--last", "3")
+    assert "has the checkpoints of 2 epochs, not of 3" in too_many.stderr
+
+
+def test_rho_is_the_one_with_the_highest_validation_bleu(corpus: Path, tmp_path: Path):
+    search = ("embedded", "--data", corpus, "--out", tmp_path, "--optimizers", "asam", "--epochs", "2")
+    search += ("--rho", "0.1", "50", "--jobs", "2", "--cpu")
+    printed = succeeded(script("rho_search.py", *search)).stdout
+    points = json.loads((tmp_path / "rho_search.json").read_text())
+    assert [point["rho"] for point in points] == [0.1, 50]
+    for point in points:
+        folder = tmp_path / f"asam-2-epochs-rho-{point['rho']:g}-seed-1"
+        theirs = run("sacrebleu", corpus / "valid.en", "-i", folder / "valid.hyp", "-b", "-w", "6")
+        assert float(succeeded(theirs).stdout) == pytest.approx(point["BLEU"], abs=1e-6)
+        assert not (folder / "test.hyp").exists()
+    assert points[0]["BLEU"] > points[1]["BLEU"]
+    assert "asam: the best rho is 0.1" in printed
+    assert (tmp_path / "rho_search.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_table_5_over_two_seeds(corpus: Path, tmp_path: Path):
+    table5 = ("embedded", "--data", corpus, "--out", tmp_path, "--seeds", "1", "2", "--epochs", "2")
+    succeeded(script("table5.py", *table5, "--rho", "0.1", "0.2", "--jobs", "2", "--cpu"))
+    results = json.loads((tmp_path / "table5.json").read_text())
+    names = [row["system"] for row in results["systems"]]
+    assert names == ["Adam", "Adam, twice the epochs", "Adam+SAM", "Adam+ASAM"]
+    adam = tmp_path / "adam-2-epochs-seed-1" / "test.hyp"
+    for row in results["systems"]:
+        for scale in ("test BLEU", "test BLEU of tokens"):
+            scores = [figures[scale] for figures in row["runs"]]
+            assert row["mean"][scale] == pytest.approx(np.mean(scores))
+            assert row["sd"][scale] == pytest.approx(np.std(scores, ddof=1))
+        if row["system"] != "Adam":
+            rho = "" if row["rho"] is None else f"-rho-{row['rho']:g}"
+            optimizer = row["system"].split(",")[0].split("+")[-1].lower()
+            hypothesis = tmp_path / f"{optimizer}-{row['epochs']}-epochs{rho}-seed-1" / "test.hyp"
+            paired = run("sacrebleu", corpus / "test.en", "-i", adam, hypothesis, *PAIRED)
+            theirs = json.loads(succeeded(paired).stdout)[1]["BLEU"]
+            assert row["runs"][0]["p_value"] == pytest.approx(theirs["p_value"])
+            assert row["runs"][0]["test BLEU"] == pytest.approx(theirs["score"])
+    assert "| Adam+ASAM |" in (tmp_path / "table5.md").read_text()
+    assert {file.name for file in tmp_path.glob("*.png")} == {"rho_search.png", "curves.png"}
