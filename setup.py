@@ -8,6 +8,7 @@ RECIPES = [
     "subword-nmt>=0.3.8",
     "tqdm>=4.60",
 ]
+CLUSTER = ["hydra-submitit-launcher>=1.0"]
 
 setup(
     name="fairseq_asam",
@@ -29,6 +30,8 @@ setup(
         "recipes": RECIPES,
         # models and data sets to train with the core on images
         "vision": ["torchvision>=0.15"],
-        "test": [*RECIPES, "pytest>=7", "pytest-xdist>=3", "ruff==0.17.6", "tensorboard>=2.10"],
+        # recipes/translation/cluster.sh
+        "cluster": CLUSTER,
+        "test": [*RECIPES, *CLUSTER, "pytest>=7", "pytest-xdist>=3", "ruff==0.17.6", "tensorboard>=2.10"],
     },
 )

@@ -4,8 +4,11 @@
 #   recipes/translation/train.sh DATA RUN OPTIMIZER [fairseq-train flags]
 #
 # DATA is a corpus folder of data_prep, OPTIMIZER adam, sam or asam. RUN gets the log (train.log) and the
-# checkpoints of the last and the best epoch (the lowest validation loss), and with `--keep-last-epochs N` those of
-# the last N. Flags after OPTIMIZER win over those below. A finished run is left alone.
+# checkpoints of the last and the best epoch (the lowest validation loss), with `--keep-last-epochs N` those of the
+# last N as well. Flags after OPTIMIZER win over those below. A finished run is left alone.
+#
+# fairseq-train takes all GPUs that CUDA_VISIBLE_DEVICES shows. LAUNCHER, if set, is a command that starts it, for
+# example 'torchrun --nproc_per_node 4 --no-python'.
 set -euo pipefail
 
 fail() {
@@ -43,7 +46,8 @@ fi
 [[ " $* " == *" --keep-last-epochs "* ]] || set -- --no-epoch-checkpoints "$@"
 # Some fairseq versions leave out the last batch, in training and in validation, if its size isn't a multiple of
 # --required-batch-size-multiple (default 8).
-exec python "$here/progress.py" "$run/train.log" fairseq-train "$data/bin" \
+# shellcheck disable=SC2086
+exec python "$here/progress.py" "$run/train.log" ${LAUNCHER:-} fairseq-train "$data/bin" \
     --user-dir "$root/fairseq_asam" --optimizer "$optimizer" \
     --adam-betas '(0.9, 0.98)' --weight-decay 1e-4 --clip-norm 0 \
     --lr 5e-4 --lr-scheduler inverse_sqrt --warmup-updates 4000 \

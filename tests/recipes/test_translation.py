@@ -264,3 +264,36 @@ def test_table_5_over_two_seeds(corpus: Path, tmp_path: Path):
             assert row["runs"][0]["test BLEU"] == pytest.approx(theirs["score"])
     assert "| Adam+ASAM |" in (tmp_path / "table5.md").read_text()
     assert {file.name for file in tmp_path.glob("*.png")} == {"rho_search.png", "curves.png"}
+
+
+def test_a_launcher_starts_several_workers(corpus: Path, tmp_path: Path):
+    """fairseq takes ranks from torchrun on GPUs alone; on a CPU they have to be passed on."""
+    worker = tmp_path / "worker"
+    worker.write_text(
+        '#!/bin/sh\nexec "$@" --distributed-rank "$RANK" --distributed-world-size 2 '
+        "--distributed-init-method env:// --distributed-no-spawn"
+    )
+    worker.chmod(0o755)
+    launcher = {"LAUNCHER": f"torchrun --nproc_per_node 2 --no-python {worker}"}
+    gloo = ("--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp", "--max-epoch", "1")
+    command = map(str, (RECIPE / "train.sh", corpus, tmp_path / "run", "asam", *TINY, *gloo))
+    succeeded(subprocess.run(list(command), env={**ENVIRONMENT, **launcher}, text=True, capture_output=True))
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.count("training on 2 devices") == 1
+    assert log.count("done training") == 1
+
+
+def test_a_dry_run_shows_the_jobs_of_a_cluster(corpus: Path, tmp_path: Path):
+    values = ("common.seed=1,2,3", "optimizer.rho=0.1,0.2", "hydra.launcher.partition=gpu")
+    out = tmp_path / "sweep"
+    printed = succeeded(run(RECIPE / "cluster.sh", "--dry-run", corpus, out, *values)).stdout
+    assert "#SBATCH --array=0-5%6\n" in printed
+    assert "#SBATCH --partition=gpu\n" in printed
+    assert f"-m submitit.core._submit {out}/.submitit/%j" in printed
+    jobs = [line for line in printed.splitlines() if line.startswith("#5 : ")]
+    assert len(jobs) == 1 and jobs[0].endswith("common.seed=3 optimizer.rho=0.2")
+    assert not out.exists()
+
+    wrong = run(RECIPE / "cluster.sh", "--dry-run", tmp_path, out)
+    assert wrong.returncode == 1
+    assert f"'{tmp_path}' holds no corpus" in wrong.stderr
