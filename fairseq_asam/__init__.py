@@ -6,6 +6,24 @@ Neural Networks", ICML 2021. Equation, section and table numbers in this package
 Importing this package needs torch alone. fairseq finds the rest through ``--user-dir fairseq_asam``.
 """
 
-from .sharpness import NORMALIZATIONS, SELECTIONS, Perturbation, SharpnessAware, selected_parameters
+from .sharpness import (
+    NORMALIZATIONS,
+    SELECTIONS,
+    Perturbation,
+    Region,
+    Sharpness,
+    SharpnessAware,
+    measure,
+    selected_parameters,
+)
 
-__all__ = ["NORMALIZATIONS", "SELECTIONS", "Perturbation", "SharpnessAware", "selected_parameters"]
+__all__ = [
+    "NORMALIZATIONS",
+    "SELECTIONS",
+    "Perturbation",
+    "Region",
+    "Sharpness",
+    "SharpnessAware",
+    "measure",
+    "selected_parameters",
+]

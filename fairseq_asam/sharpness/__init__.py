@@ -1,8 +1,18 @@
 """The mathematics of sharpness-aware training. Imports torch and nothing else."""
 
+from .measure import Region, Sharpness, measure
 from .normalization import NORMALIZATIONS
 from .optimizer import SharpnessAware
 from .perturbation import Perturbation
 from .selection import SELECTIONS, selected_parameters
 
-__all__ = ["NORMALIZATIONS", "SELECTIONS", "Perturbation", "SharpnessAware", "selected_parameters"]
+__all__ = [
+    "NORMALIZATIONS",
+    "SELECTIONS",
+    "Perturbation",
+    "Region",
+    "Sharpness",
+    "SharpnessAware",
+    "measure",
+    "selected_parameters",
+]

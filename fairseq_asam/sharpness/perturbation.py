@@ -17,7 +17,45 @@ _CPU_BLOCK = 2**18
 _ACCELERATOR_BLOCK = 2**24
 
 
-class Perturbation:
+class Displacement:
+    """Context manager that moves weights, and back on exit: then every weight is bit for bit what it was,
+    in the same storage, whatever happened inside the block. A subclass says where to in :meth:`_move`."""
+
+    def __init__(self):
+        self._saved: list[tuple[list[Tensor], list[Tensor]]] = []
+
+    def __enter__(self) -> Displacement:
+        if self._saved:
+            raise RuntimeError("the weights are perturbed already: leave the block before entering it again")
+        try:
+            self._move()
+        except BaseException:
+            self._restore()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            self._restore()
+        except BaseException:  # a KeyboardInterrupt half way
+            self._restore()
+            raise
+
+    def _move(self) -> None:
+        """Move the weights, each list of them after a call of :meth:`_save`."""
+        raise NotImplementedError
+
+    def _save(self, weights: list[Tensor]) -> None:
+        self._saved.append((weights, [weight.clone() for weight in weights]))
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for weights, saved in self._saved:
+            torch._foreach_copy_(weights, saved)
+        self._saved = []
+
+
+class Perturbation(Displacement):
     """Context manager that moves the weights from w to w + epsilon(w, g), and back on exit.
 
     The gradients g are those in ``.grad`` on entry::
@@ -73,10 +111,10 @@ class Perturbation:
         normalize_bias: bool = False,
         masters: Mapping[Tensor, Tensor] | None = None,
     ):
+        super().__init__()
         validate(rho=rho, eta=eta, p=p, normalization=normalization)
         self.rho, self.eta, self.p = float(rho), float(eta), float(p)
         self.norm: Tensor | None = None
-        self._saved: list[tuple[list[Tensor], list[Tensor]]] = []
         self._masters = dict(masters or {})
         self._parameters: dict[Tensor, tuple[str, str]] = {}
         for name, parameter in _pairs(named_parameters):
@@ -99,9 +137,7 @@ class Perturbation:
                 stacklevel=2,
             )
 
-    def __enter__(self) -> Perturbation:
-        if self._saved:
-            raise RuntimeError("the weights are perturbed already: leave the block before entering it again")
+    def _move(self) -> None:
         if all(parameter.grad is None for parameter in self._parameters):
             raise RuntimeError("no parameter has a gradient: call backward() at w before entering the block")
         for parameter, (name, _) in self._parameters.items():
@@ -110,19 +146,7 @@ class Perturbation:
                     f"the gradient of {name} is sparse, which sharpness-aware training does not support: "
                     "use a dense gradient (for nn.Embedding, sparse=False)"
                 )
-        try:
-            self._perturb()
-        except BaseException:
-            self._restore()
-            raise
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        try:
-            self._restore()
-        except BaseException:  # a KeyboardInterrupt half way
-            self._restore()
-            raise
+        self._perturb()
 
     @torch.no_grad()
     def _perturb(self) -> None:
@@ -149,18 +173,12 @@ class Perturbation:
                 epsilon = [power.copysign_(e) for power, e in zip(powers, epsilon)]
             if diagonals is not None:
                 torch._foreach_mul_(epsilon, diagonals)
-            self._saved.append((block.weights, [weight.clone() for weight in block.weights]))
+            self._save(block.weights)
             if block.masters:
                 torch._foreach_mul_(epsilon, self.rho)
                 torch._foreach_copy_(block.weights, torch._foreach_add(block.masters, epsilon))
             else:
                 torch._foreach_add_(block.weights, epsilon, alpha=self.rho)
-
-    @torch.no_grad()
-    def _restore(self) -> None:
-        for weights, saved in self._saved:
-            torch._foreach_copy_(weights, saved)
-        self._saved = []
 
     def _norm_of(self, blocks: list[_Block], order: float, unit: Tensor | None = None) -> Tensor:
         """||T g||_order over all *blocks*; with *unit*, computed in multiples of it."""
