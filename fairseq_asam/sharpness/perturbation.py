@@ -155,14 +155,19 @@ class Perturbation(Displacement):
         # Powers other than squares soon leave the range of float32: take them in units of the largest.
         unit = None if q in (1.0, 2.0) else self._norm_of(blocks, math.inf)
         self.norm = self._norm_of(blocks, q, unit)
-        usable = torch.isfinite(self.norm) & (self.norm > 0)
+        inverse = 1.0 / self.norm
+        usable = torch.isfinite(self.norm) & torch.isfinite(inverse)
         on_cpu = self.norm.device.type == "cpu"  # elsewhere, to look at a value would stall the device
         if self.rho == 0.0 or (on_cpu and not usable):
             return
-        inverse = torch.where(usable, 1.0 / self.norm, 0.0)
+        inverse = torch.where(usable, inverse, 0.0)
         for block in blocks:
-            epsilon, diagonals = self._normalized_gradients(block)
-            torch._foreach_mul_(epsilon, inverse.to(epsilon[0].device))
+            self._save(block.weights)
+            if on_cpu and q == 2.0 and block.weights[0].dtype == block.working_dtype:
+                self._add_epsilon(block, self.rho * inverse.item())
+                continue
+            diagonals = self._diagonals(block)
+            epsilon = torch._foreach_mul(block.normalized(diagonals), inverse.to(block.weights[0].device))
             if not on_cpu:  # 0 * inf and 0 * nan, where the norm is not finite
                 for e in epsilon:
                     e.nan_to_num_(0.0, 0.0, 0.0)
@@ -173,32 +178,39 @@ class Perturbation(Displacement):
                 epsilon = [power.copysign_(e) for power, e in zip(powers, epsilon)]
             if diagonals is not None:
                 torch._foreach_mul_(epsilon, diagonals)
-            self._save(block.weights)
             if block.masters:
                 torch._foreach_mul_(epsilon, self.rho)
                 torch._foreach_copy_(block.weights, torch._foreach_add(block.masters, epsilon))
             else:
                 torch._foreach_add_(block.weights, epsilon, alpha=self.rho)
 
+    def _add_epsilon(self, block: _Block, scale: float) -> None:
+        """Add *scale* T^2 g, which is epsilon for p = 2, in the fewest passes over memory."""
+        diagonals = self._diagonals(block)
+        if diagonals is None:
+            torch._foreach_add_(block.weights, block.gradients, alpha=scale)
+        else:
+            torch._foreach_mul_(diagonals, diagonals)
+            torch._foreach_addcmul_(block.weights, diagonals, block.gradients, value=scale)
+
     def _norm_of(self, blocks: list[_Block], order: float, unit: Tensor | None = None) -> Tensor:
         """||T g||_order over all *blocks*; with *unit*, computed in multiples of it."""
         norms: list[Tensor] = []
         for block in blocks:
-            normalized, _ = self._normalized_gradients(block)
+            normalized = block.normalized(self._diagonals(block))
             if unit is not None:
-                torch._foreach_div_(normalized, torch.where(unit > 0, unit, 1.0).to(normalized[0].device))
+                divisor = torch.where(unit > 0, unit, 1.0).to(normalized[0].device)
+                normalized = torch._foreach_div(normalized, divisor)
             norms += torch._foreach_norm(normalized, order)
         norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]), order)
         return norm if unit is None else norm * unit
 
-    def _normalized_gradients(self, block: _Block) -> tuple[list[Tensor], list[Tensor] | None]:
-        """T g, in at least float32, and the diagonal of T (``None`` where T = 1)."""
-        gradients = [gradient.to(block.working_dtype) for gradient in block.gradients]
+    def _diagonals(self, block: _Block) -> list[Tensor] | None:
+        """The diagonal of T for each weight, in at least float32; ``None`` where T = 1."""
         if block.operator == "none":
-            return torch._foreach_mul(gradients, 1.0), None
+            return None
         weights = [weight.to(block.working_dtype) for weight in block.masters or block.weights]
-        diagonals = diagonal(weights, block.operator, self.eta)
-        return torch._foreach_mul(gradients, diagonals), diagonals
+        return diagonal(weights, block.operator, self.eta)
 
     def _blocks(self) -> list[_Block]:
         blocks: list[_Block] = []
@@ -238,6 +250,11 @@ class _Block:
         self.gradients.append(gradient)
         self.masters += master
         self.size += weight.numel()
+
+    def normalized(self, diagonals: list[Tensor] | None) -> list[Tensor]:
+        """T g, in at least float32; the gradients themselves where *diagonals*, those of T, are ``None``."""
+        gradients = [gradient.to(self.working_dtype) for gradient in self.gradients]
+        return gradients if diagonals is None else torch._foreach_mul(gradients, diagonals)
 
     @property
     def working_dtype(self) -> torch.dtype:
