@@ -9,6 +9,15 @@ RECIPES = [
     "tqdm>=4.60",
 ]
 
+VISION = [
+    "accelerate>=0.30",
+    "pytorchcv>=0.0.67",
+    "scikit-learn>=1.0",
+    "tensorboard>=2.10",
+    "torchvision>=0.16",
+    "tqdm>=4.60",
+]
+
 setup(
     name="fairseq_asam",
     version="0.1.0",
@@ -28,7 +37,7 @@ setup(
     extras_require={
         "recipes": RECIPES,
         # models and data sets to train with the core on images
-        "vision": ["torchvision>=0.15"],
-        "test": [*RECIPES, "pytest>=7", "pytest-xdist>=3", "ruff==0.17.6", "tensorboard>=2.10"],
+        "vision": VISION,
+        "test": [*RECIPES, *VISION, "pytest>=7", "pytest-xdist>=3", "ruff==0.17.6"],
     },
 )

@@ -6,6 +6,20 @@ Neural Networks", ICML 2021. Equation, section and table numbers in this package
 Importing this package needs torch alone. fairseq finds the rest through ``--user-dir fairseq_asam``.
 """
 
-from .sharpness import NORMALIZATIONS, SELECTIONS, Perturbation, SharpnessAware, selected_parameters
+from .sharpness import (
+    NORMALIZATIONS,
+    SELECTIONS,
+    Perturbation,
+    SharpnessAware,
+    frozen_batch_norm_statistics,
+    selected_parameters,
+)
 
-__all__ = ["NORMALIZATIONS", "SELECTIONS", "Perturbation", "SharpnessAware", "selected_parameters"]
+__all__ = [
+    "NORMALIZATIONS",
+    "SELECTIONS",
+    "Perturbation",
+    "SharpnessAware",
+    "frozen_batch_norm_statistics",
+    "selected_parameters",
+]
