@@ -33,7 +33,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "digits": {"epochs": 15, "rho": {"sam": 0.05, "asam": 0.5}, "workers": 0},
 }
-COMMON = {"batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "m": None, "cutmix": False, "workers": 2}
+COMMON = {
+    "batch_size": 128,
+    "lr": 0.1,
+    "weight_decay": 5e-4,
+    "m": None,
+    "augmentation": "standard",
+    "cutmix": False,
+    "workers": 2,
+}
 #: Section 5.2: what PyramidNet-272 has instead on CIFAR.
 PYRAMIDNET = {
     "epochs": 900,
