@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, FileNotFoundError) as error:
         train.error(str(error))
     run.finish()
+    run.accelerator.end_training()
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +52,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--p-norm", type=float, help="norm that bounds it, 1 < p <= inf (default: 2)")
     add("--normalization", choices=NORMALIZATIONS, help="operator T_w (default: element-wise; for sam, none)")
     add("--normalize-bias", action="store_true", help="normalize biases like other weights (Figure 4)")
-    add("--m", type=int, help="images that have an epsilon of their own (m-sharpness); 0: the whole batch")
+    add(
+        "--m",
+        "--m-sharpness",  # torchrun takes --m for one of its own
+        type=int,
+        metavar="M",
+        help="images that have an epsilon of their own (m-sharpness); 0: the whole batch",
+    )
     add(
         "--batch-norm-statistics",
         choices=BATCH_NORM_STATISTICS,

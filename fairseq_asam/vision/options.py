@@ -110,8 +110,8 @@ class TrainOptions:
     mixed_precision: str = "no"
     workers: int | None = None
 
-    def resolved(self, processes: int) -> TrainOptions:
-        """Return these options with defaults filled in and checked, for so many processes.
+    def resolved(self) -> TrainOptions:
+        """Return these options with defaults filled in, and checked.
 
         Raises:
             ValueError: in one sentence, the first value that cannot be.
@@ -128,10 +128,10 @@ class TrainOptions:
         defaults["normalization"] = "element-wise" if self.optimizer == "asam" else "none"
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         options = TrainOptions(**{**defaults, **given, "m": given.get("m", defaults["m"]) or None})
-        options._check(processes)
+        options._check()
         return options
 
-    def _check(self, processes: int) -> None:
+    def _check(self) -> None:
         _one_of("batch_norm_statistics", self.batch_norm_statistics, BATCH_NORM_STATISTICS)
         _one_of("mixed_precision", self.mixed_precision, MIXED_PRECISION)
         validate(rho=self.rho, eta=self.eta, p=self.p_norm, normalization=self.normalization)
@@ -146,12 +146,21 @@ class TrainOptions:
         for name in ("batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but it must be at least 1")
+        if self.m is not None and self.m < 1:
+            raise ValueError(f"m is {self.m}, but it must be at least 1, or 0 for one epsilon for the batch")
+
+    def check_shares(self, processes: int) -> None:
+        """Check that so many processes can share a batch.
+
+        Raises:
+            ValueError: in one sentence, if they cannot, or not in groups of m.
+        """
         if self.batch_size % processes:
             raise ValueError(
                 f"batch_size is {self.batch_size}, which {processes} processes can't share: choose a multiple"
             )
         share = self.batch_size // processes
-        if self.m is not None and (self.m < 1 or share % self.m):
+        if self.m is not None and share % self.m:
             raise ValueError(
                 f"m is {self.m}, which does not divide the {share} images that a process has of a batch: "
                 "choose a divisor"

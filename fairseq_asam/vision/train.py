@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
-from accelerate.utils import set_seed
+from accelerate import Accelerator
+from accelerate.utils import broadcast, set_seed
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.transforms import v2
@@ -60,20 +59,20 @@ class Run:
     """A training run, ready to go on from its last epoch; raises what :func:`train` does."""
 
     def __init__(self, options: TrainOptions):
-        state = PartialState()
-        self.options = options = options.resolved(state.num_processes)
-        if options.mixed_precision == "fp16" and state.device.type == "cpu":
+        self.options = options = options.resolved()
+        has_gpu = torch.cuda.is_available()
+        if options.mixed_precision == "fp16" and not has_gpu:
             raise ValueError("mixed_precision is fp16, which needs a GPU: choose no or bf16 on a CPU")
+        self.accelerator = Accelerator(
+            mixed_precision=options.mixed_precision,
+            cpu=not has_gpu,  # processes of torchrun would each train for themselves if this were not said
+        )
+        options.check_shares(self.accelerator.num_processes)
         self.folder = RunFolder(options.output, options.of_the_run())
         self.result = self.folder.result()
         if self.result is not None:
             return
         checkpoint = self.folder.checkpoint()
-        self.accelerator = Accelerator(
-            mixed_precision=options.mixed_precision,
-            # Statistics are averaged at the end of an epoch, not copied from one process at each pass.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
         torch.backends.cudnn.deterministic = True
         self._load_data()
         self._build_model()
@@ -109,7 +108,7 @@ class Run:
         return self.result
 
     def _load_data(self) -> None:
-        options, state = self.options, PartialState()
+        options, accelerator = self.options, self.accelerator
         loading = {
             "label_noise": options.label_noise,
             "hold_out": options.hold_out,
@@ -124,8 +123,8 @@ class Run:
                 "training images: choose a smaller one"
             )
         self.num_classes = augmented.num_classes
-        share = (state.process_index, state.num_processes)
-        place = (options.workers, state.device)
+        share = (accelerator.process_index, accelerator.num_processes)
+        place = (options.workers, accelerator.device)
         self.batches = Batches(len(augmented.train), options.batch_size, options.seed, *share)
         self.training = training_loader(augmented.train, self.batches, *place)
         self.evaluation_on_training = evaluation_loader(plain.train, *place, *share)
@@ -195,7 +194,8 @@ class Run:
         record = {"epoch": epoch, **{f"train_{k}": means[k] for k in ("loss", "accuracy")}}
         record["sharpness"] = means["sharpness"]
         record["seconds"] = time.perf_counter() - begin
-        self._average_batch_norm_statistics()
+        # Batch-normalization statistics are process 0's, as they are in training (DistributedDataParallel).
+        broadcast(list(self.model.buffers()))
         record.update({f"test_{k}": v for k, v in self._evaluate(self.evaluation).items()})
         return record
 
@@ -217,15 +217,6 @@ class Run:
         device = self.accelerator.device
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
         return images, targets.to(device, non_blocking=True)
-
-    def _average_batch_norm_statistics(self) -> None:
-        """Give every process the mean of what each has gathered from its share of the batches."""
-        if self.accelerator.num_processes == 1:
-            return
-        for layer in self.model.modules():
-            if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
-                for statistics in (layer.running_mean, layer.running_var):
-                    statistics.copy_(self.accelerator.reduce(statistics, "mean"))
 
     def _summary(self, diverged: bool) -> dict[str, Any]:
         begin = time.perf_counter()
@@ -275,7 +266,7 @@ class Run:
         self._print(f"epoch {record['epoch']}/{self.options.epochs}: {values}")
 
     def _print(self, line: str) -> None:
-        if PartialState().is_main_process:
+        if self.accelerator.is_main_process:
             tqdm.write(line)
 
     def _hardware(self) -> str:
