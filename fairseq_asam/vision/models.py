@@ -10,7 +10,7 @@ import torchvision
 from pytorchcv.models import shakedropresnet_cifar
 from pytorchcv.models.pyramidnet import PyrUnit
 from pytorchcv.models.pyramidnet_cifar import get_pyramidnet_cifar
-from pytorchcv.models.resnet_cifar import get_resnet_cifar
+from pytorchcv.models.resnet_cifar import CIFARResNet, get_resnet_cifar
 from pytorchcv.models.resnext_cifar import get_resnext_cifar
 from pytorchcv.models.wrn_cifar import get_wrn_cifar
 from torch import Tensor, nn
@@ -55,11 +55,17 @@ def vgg19_bn(num_classes: int) -> nn.Module:
     return model
 
 
+def resnet8(num_classes: int) -> nn.Module:
+    """A ResNet of one block a stage and half the width of the others: small enough to train on a CPU."""
+    return CIFARResNet([[8], [16], [32]], init_block_channels=8, bottleneck=False, num_classes=num_classes)
+
+
 #: Name -> function of the number of classes. ``resnet50`` takes ImageNet's images, the others images of
 #: 32 x 32 pixels. ``densenet121`` is the ImageNet network all the same: its paper has no other of this depth.
-#: The ResNets' shortcuts are projections where the shape changes (He et al. 2016, Section 3.3, option B).
+#: Where the shape changes, the shortcuts of the CIFAR ResNets are projections (option B of He et al. 2016).
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "densenet121": lambda num_classes: torchvision.models.densenet121(num_classes=num_classes),
+    "resnet8": resnet8,
     "resnet20": partial(get_resnet_cifar, blocks=20, bottleneck=False),
     "resnet32": partial(get_resnet_cifar, blocks=32, bottleneck=False),
     "resnet56": partial(get_resnet_cifar, blocks=56, bottleneck=False),
