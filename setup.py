@@ -1,12 +1,21 @@
 from setuptools import find_packages, setup
 
+VISION = [
+    "accelerate>=0.30",
+    "pytorchcv>=0.0.67",
+    "scikit-learn>=1.0",
+    "tensorboard>=2.10",
+    "torchvision>=0.16",
+    "tqdm>=4.60",
+]
 RECIPES = [
+    *VISION,
     "matplotlib>=3.7",
     "sacrebleu>=2.3",
     "sacremoses>=0.1",
+    "scipy>=1.7",
     "sentencepiece>=0.1.99",
     "subword-nmt>=0.3.8",
-    "tqdm>=4.60",
 ]
 CLUSTER = ["hydra-submitit-launcher>=1.0"]
 
@@ -27,11 +36,11 @@ setup(
         "torch<2.4; python_version<'3.11'",
     ],
     extras_require={
+        # python -m fairseq_asam.vision
+        "vision": VISION,
         "recipes": RECIPES,
-        # models and data sets to train with the core on images
-        "vision": ["torchvision>=0.15"],
         # recipes/translation/cluster.sh
         "cluster": CLUSTER,
-        "test": [*RECIPES, *CLUSTER, "pytest>=7", "pytest-xdist>=3", "ruff==0.17.6", "tensorboard>=2.10"],
+        "test": [*RECIPES, *CLUSTER, "pytest>=7", "pytest-xdist>=3", "ruff==0.17.6"],
     },
 )

@@ -13,6 +13,7 @@ from .sharpness import (
     Region,
     Sharpness,
     SharpnessAware,
+    frozen_batch_norm_statistics,
     measure,
     selected_parameters,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "Region",
     "Sharpness",
     "SharpnessAware",
+    "frozen_batch_norm_statistics",
     "measure",
     "selected_parameters",
 ]

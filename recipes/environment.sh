@@ -42,15 +42,16 @@ if [[ $(cat .venv/made-for 2>/dev/null) != "$made_for" ]]; then
 fi
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
-torch=2.13.0
+torch=2.14.1 torchvision=0.29.1
 if ! at_least 3.11; then
-    torch=2.3.1
+    torch=2.3.1 torchvision=0.18.1
     # pip 24.1 and newer refuse the metadata of omegaconf 2.0, which fairseq 0.12.2 requires.
     pip install 'pip<24.1'
 fi
 # PyPI's torch for Linux carries several GB of CUDA libraries, of no use without an NVIDIA GPU.
 if ! nvidia-smi -L >/dev/null 2>&1; then
-    pip install --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "torch==$torch"
+    pip install --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu \
+        "torch==$torch" "torchvision==$torchvision"
 fi
 echo "Installing fairseq and the rest; where pip must build fairseq, that takes about 4 minutes."
 pip install --editable ".[$extra]"

@@ -1,5 +1,6 @@
 """The mathematics of sharpness-aware training. Imports torch and nothing else."""
 
+from .batch_norm import frozen_batch_norm_statistics
 from .measure import Region, Sharpness, measure
 from .normalization import NORMALIZATIONS
 from .optimizer import SharpnessAware
@@ -13,6 +14,7 @@ __all__ = [
     "Region",
     "Sharpness",
     "SharpnessAware",
+    "frozen_batch_norm_statistics",
     "measure",
     "selected_parameters",
 ]

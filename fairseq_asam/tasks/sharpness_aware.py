@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from fairseq.logging import metrics
 from fairseq.optim import FairseqOptimizer
@@ -22,6 +20,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from fairseq_asam.optim import model_parameters, sharpness_aware_optimizer
+from fairseq_asam.sharpness.random_state import RandomState
 
 # Prefix of the logging outputs of the pass at w + epsilon, on their way to reduce_metrics.
 PERTURBED = "perturbed_"
@@ -149,22 +148,6 @@ class _Pass:
         """Note the logging outputs at w + epsilon beside those at w, which the Trainer has by now."""
         marked = {PERTURBED + k: v for k, v in perturbed.items() if not k.startswith(PERTURBED)}
         self.logging_output.update(marked)
-
-
-class RandomState:
-    """The state of every random number generator that a forward pass may use, as it is when made."""
-
-    def __init__(self):
-        self.torch, self.numpy, self.python = torch.get_rng_state(), np.random.get_state(), random.getstate()
-        self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-
-    def restore(self) -> None:
-        """Set the generators back."""
-        torch.set_rng_state(self.torch)
-        np.random.set_state(self.numpy)
-        random.setstate(self.python)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
 
 
 def _set_gradients(parameters: list[Tensor], gradients: list[Tensor | None]) -> None:

@@ -1,0 +1,227 @@
+"""Data sets by name, with their augmentation, label noise and held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR10, CIFAR100, ImageNet
+from torchvision.transforms import v2
+
+DIGITS_IN_TEST = 600
+
+
+@dataclass(frozen=True)
+class Data:
+    """What :func:`load` returns. Items of both data sets are (image, label): float32 of 3 x H x W,
+    normalized, and int."""
+
+    train: Dataset
+    test: Dataset
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """A data set and what is done to its images.
+
+    Attributes:
+        num_classes: labels are 0 to ``num_classes - 1``.
+        fetch: returns the training and the test set, given a folder and whether to download.
+        mean, std: of each channel over the training images, in [0, 1]; normalization takes them out.
+        augmentations: name -> transforms of training images, applied in this order.
+        framing: what brings images that are not augmented to one size.
+    """
+
+    num_classes: int
+    fetch: Callable[[Path | None, bool], tuple[Dataset, Dataset]]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    augmentations: dict[str, list[v2.Transform]]
+    framing: list[v2.Transform]
+
+
+class Digits(Dataset):
+    """The 1,797 handwritten digits of scikit-learn, enlarged from 8 x 8 to the shape of CIFAR, uint8. Which
+    of them are test images, :data:`DIGITS_IN_TEST` in the proportions of the classes, never changes."""
+
+    def __init__(self, train: bool):
+        images, labels = load_digits(return_X_y=True)
+        parts = train_test_split(images, labels, test_size=DIGITS_IN_TEST, random_state=0, stratify=labels)
+        images, labels = parts[0::2] if train else parts[1::2]
+        images = torch.from_numpy(images * 255 / 16).view(-1, 1, 8, 8)
+        images = F.interpolate(images, size=(32, 32), mode="bilinear", align_corners=False)
+        self.images = images.round().to(torch.uint8).expand(-1, 3, -1, -1)
+        self.targets = labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], self.targets[index]
+
+
+def _digits(root: Path | None, download: bool) -> tuple[Dataset, Dataset]:
+    return Digits(train=True), Digits(train=False)
+
+
+def _cifar(cifar: type[CIFAR10]) -> Callable[[Path | None, bool], tuple[Dataset, Dataset]]:
+    def fetch(root: Path | None, download: bool) -> tuple[Dataset, Dataset]:
+        if root is None:
+            raise FileNotFoundError(f"{cifar.__name__} needs a folder: name one with --data")
+        try:
+            return tuple(cifar(str(root), train, download=download) for train in (True, False))
+        except (RuntimeError, OSError) as error:
+            remedy = f"the download failed ({error})" if download else "fetch it with --download"
+            raise FileNotFoundError(
+                f"'{root}' has no {cifar.__name__}, whole and unchanged, in '{cifar.base_folder}': {remedy}, "
+                f"or unpack {cifar.url} there"
+            ) from error
+
+    return fetch
+
+
+def _imagenet(root: Path | None, download: bool) -> tuple[Dataset, Dataset]:
+    archives = "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar"
+    if root is None:
+        raise FileNotFoundError(f"ImageNet needs a folder: name the one that has {archives} with --data")
+    try:
+        return tuple(ImageNet(str(root), split) for split in ("train", "val"))
+    except (RuntimeError, OSError) as error:
+        raise FileNotFoundError(
+            f"'{root}' has no ImageNet: get {archives} from image-net.org, which wants you to register, and "
+            "put them there; they are unpacked when first used"
+        ) from error
+
+
+def _cifar_spec(cifar: type[CIFAR10], num_classes: int, mean: tuple, std: tuple) -> DatasetSpec:
+    standard = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
+    autoaugment = [*standard, v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)]
+    augmentations = {"none": [], "standard": standard, "autoaugment": autoaugment}
+    return DatasetSpec(num_classes, _cifar(cifar), mean, std, augmentations, framing=[])
+
+
+_IMAGENET_FRAMING = [v2.Resize(256), v2.CenterCrop(224)]
+_IMAGENET_STANDARD = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]
+
+#: The data sets by name; each has the augmentation ``standard`` (Section 5.2), and ``none``.
+DATASETS: dict[str, DatasetSpec] = {
+    "cifar10": _cifar_spec(CIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": _cifar_spec(CIFAR100, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": DatasetSpec(
+        num_classes=1000,
+        fetch=_imagenet,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        augmentations={
+            "none": _IMAGENET_FRAMING,
+            "standard": _IMAGENET_STANDARD,
+            "autoaugment": [*_IMAGENET_STANDARD, v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET)],
+        },
+        framing=_IMAGENET_FRAMING,
+    ),
+    "digits": DatasetSpec(
+        num_classes=10,
+        fetch=_digits,
+        mean=(0.3054,) * 3,
+        std=(0.3236,) * 3,
+        # no flip: the mirror image of a digit is none
+        augmentations={"none": [], "standard": [v2.RandomCrop(32, padding=4)]},
+        framing=[],
+    ),
+}
+
+
+class _View(Dataset):
+    """Some images of a data set, by number, with labels and a transform of their own."""
+
+    def __init__(self, images: Dataset, numbers: list[int], labels: list[int], transform: v2.Transform):
+        self.images, self.numbers, self.labels, self.transform = images, numbers, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, _ = self.images[self.numbers[index]]
+        return self.transform(image), self.labels[index]
+
+
+def load(
+    name: str,
+    root: Path | None = None,
+    *,
+    label_noise: float = 0.0,
+    augmentation: str = "standard",
+    hold_out: int = 0,
+    seed: int = 0,
+    download: bool = False,
+) -> Data:
+    """Return the training images, augmented, and the test images, neither augmented nor changed.
+
+    Args:
+        name: one of :data:`DATASETS`.
+        root: folder of the data; ``digits`` needs none.
+        label_noise: share of the training images, in [0, 1), that get a wrong label (Section 5.4): so many of
+            them, rounded, drawn with *seed*, and the label drawn uniformly from the other classes. This is
+            the symmetric noise of van Rooyen et al. (2015), who flip a binary label with that probability.
+        augmentation: ``none``, ``standard`` or, but for ``digits``, ``autoaugment``.
+        hold_out: evaluate on so many training images instead of the test set, and train on the others, so as
+            to choose rho without the test set. Drawn with *seed* in the proportions of the classes, they
+            keep their labels.
+        seed: of label noise and held-out images.
+        download: fetch CIFAR if it is missing.
+
+    Raises:
+        ValueError: a value that is not allowed.
+        FileNotFoundError: the data is missing.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"there is no data set '{name}': choose one of {', '.join(DATASETS)}")
+    spec = DATASETS[name]
+    if augmentation not in spec.augmentations:
+        choices = ", ".join(spec.augmentations)
+        raise ValueError(f"{name} has no augmentation '{augmentation}': choose one of {choices}")
+    if not 0 <= label_noise < 1:
+        raise ValueError(
+            f"label_noise is {label_noise}, but it is a share of the labels: choose it in [0, 1)"
+        )
+    train, test = spec.fetch(root, download)
+    numbers, labels = list(range(len(train))), list(train.targets)
+    if hold_out:
+        at_most = len(train) - spec.num_classes
+        if not spec.num_classes <= hold_out <= at_most:
+            raise ValueError(
+                f"hold_out is {hold_out}, but {name} can hold out 0 or {spec.num_classes} to {at_most} images"
+            )
+        numbers, held_out = train_test_split(numbers, test_size=hold_out, random_state=seed, stratify=labels)
+        test, test_numbers = train, held_out
+    else:
+        test_numbers = list(range(len(test)))
+    test_labels = [test.targets[number] for number in test_numbers]
+    labels = with_noise([labels[number] for number in numbers], label_noise, spec.num_classes, seed)
+    return Data(
+        _View(train, numbers, labels, _transform(spec, spec.augmentations[augmentation])),
+        _View(test, test_numbers, test_labels, _transform(spec, spec.framing)),
+        spec.num_classes,
+    )
+
+
+def with_noise(labels: list[int], share: float, num_classes: int, seed: int) -> list[int]:
+    """Return *labels* with wrong ones in place of a *share* of them, as :func:`load` explains."""
+    generator = torch.Generator().manual_seed(seed)
+    noisy = torch.tensor(labels)
+    chosen = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
+    noisy[chosen] += torch.randint(1, num_classes, (len(chosen),), generator=generator)
+    return (noisy % num_classes).tolist()
+
+
+def _transform(spec: DatasetSpec, steps: list[v2.Transform]) -> v2.Transform:
+    to_float = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    return v2.Compose([*steps, *to_float, v2.Normalize(spec.mean, spec.std), v2.ToPureTensor()])

@@ -1,0 +1,94 @@
+"""The networks of the paper's Section 5.2 by name, with fresh weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torchvision
+from pytorchcv.models import shakedropresnet_cifar
+from pytorchcv.models.pyramidnet import PyrUnit
+from pytorchcv.models.pyramidnet_cifar import get_pyramidnet_cifar
+from pytorchcv.models.resnet_cifar import CIFARResNet, get_resnet_cifar
+from pytorchcv.models.resnext_cifar import get_resnext_cifar
+from pytorchcv.models.wrn_cifar import get_wrn_cifar
+from torch import Tensor, nn
+
+# The probability that the last residual branch lives; it falls to this linearly from the first on (p_L of
+# Yamada et al. 2019).
+_LAST_LIFE = 0.5
+
+
+class ShakeDrop(nn.Module):
+    """ShakeDrop regularization (Yamada et al. 2019) of a residual branch, N x C x H x W in and out, which
+    lives with the probability *life*: else its output is multiplied by alpha, uniform in [-1, 1], and its
+    gradient by beta, uniform in [0, 1], one of each for an image."""
+
+    def __init__(self, life: float):
+        super().__init__()
+        self.life = life
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training:
+            return self.life * branch
+        lives = torch.bernoulli(branch.new_full((1,), self.life))
+        alpha = branch.new_empty(len(branch), 1, 1, 1).uniform_(-1, 1)
+        return shakedropresnet_cifar.ShakeDrop.apply(branch, lives, alpha)
+
+
+def pyramidnet272(num_classes: int) -> nn.Module:
+    """PyramidNet-272 (alpha = 200, bottlenecks), with ShakeDrop at the end of every residual branch."""
+    model = get_pyramidnet_cifar(num_classes, blocks=272, alpha=200, bottleneck=True)
+    units = [module for module in model.modules() if isinstance(module, PyrUnit)]
+    for number, unit in enumerate(units, start=1):
+        unit.bn = nn.Sequential(unit.bn, ShakeDrop(1 - (1 - _LAST_LIFE) * number / len(units)))
+    return model
+
+
+def vgg19_bn(num_classes: int) -> nn.Module:
+    """VGG-19 with batch normalization, and one linear layer in place of the three that classify ImageNet: of
+    a 32 x 32 image the convolutions leave 512 numbers."""
+    model = torchvision.models.vgg19_bn()
+    model.avgpool = nn.Identity()
+    model.classifier = nn.Linear(512, num_classes)
+    return model
+
+
+def resnet8(num_classes: int) -> nn.Module:
+    """A ResNet of one block a stage and half the width of the others: small enough to train on a CPU."""
+    return CIFARResNet([[8], [16], [32]], init_block_channels=8, bottleneck=False, num_classes=num_classes)
+
+
+#: Name -> function of the number of classes. ``resnet50`` takes ImageNet's images, the others images of
+#: 32 x 32 pixels. ``densenet121`` is the ImageNet network all the same: its paper has no other of this depth.
+#: Where the shape changes, the shortcuts of the CIFAR ResNets are projections (option B of He et al. 2016).
+MODELS: dict[str, Callable[[int], nn.Module]] = {
+    "densenet121": lambda num_classes: torchvision.models.densenet121(num_classes=num_classes),
+    "resnet8": resnet8,
+    "resnet20": partial(get_resnet_cifar, blocks=20, bottleneck=False),
+    "resnet32": partial(get_resnet_cifar, blocks=32, bottleneck=False),
+    "resnet56": partial(get_resnet_cifar, blocks=56, bottleneck=False),
+    "vgg19_bn": vgg19_bn,
+    "resnext29_32x4d": partial(get_resnext_cifar, blocks=29, cardinality=32, bottleneck_width=4),
+    "wrn16_8": partial(get_wrn_cifar, blocks=16, width_factor=8),
+    "wrn28_2": partial(get_wrn_cifar, blocks=28, width_factor=2),
+    "wrn28_10": partial(get_wrn_cifar, blocks=28, width_factor=10),
+    "pyramidnet272": pyramidnet272,
+    "resnet50": lambda num_classes: torchvision.models.resnet50(num_classes=num_classes),
+}
+
+
+def build_model(name: str, num_classes: int) -> nn.Module:
+    """Return a new network; its weights are drawn from torch's global random number generator.
+
+    Raises:
+        ValueError: no such model, or not one for so many classes.
+    """
+    if name not in MODELS:
+        raise ValueError(f"there is no model '{name}': choose one of {', '.join(sorted(MODELS))}")
+    if name != "resnet50" and num_classes not in (10, 100):
+        raise ValueError(
+            f"{name} takes 32 x 32 images of 10 or 100 classes, not of {num_classes}: use resnet50 instead"
+        )
+    return MODELS[name](num_classes)

@@ -1,0 +1,90 @@
+"""What a run leaves in its folder: a checkpoint while it lasts, a result when it is finished."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class RunFolder:
+    """The folder *path* of the run that *options*, a dict as JSON has it, describe.
+
+    Raises:
+        ValueError: on reading, the folder holds a run with other options, or something unreadable.
+    """
+
+    def __init__(self, path: Path, options: dict[str, Any]):
+        self.path, self.options = Path(path), options
+        self.result_file, self.checkpoint_file = self.path / "result.json", self.path / "checkpoint.pt"
+
+    def result(self) -> dict[str, Any] | None:
+        """Return the result of the run, or ``None`` if it is not finished."""
+        if not self.result_file.exists():
+            return None
+        try:
+            result = json.loads(self.result_file.read_text())
+            self._check_same(self.result_file, result["options"])
+        except (json.JSONDecodeError, KeyError):
+            raise ValueError(f"{self.result_file} is no result of a run: choose another output") from None
+        return result
+
+    def checkpoint(self) -> dict[str, Any] | None:
+        """Return what :meth:`save_checkpoint` saved last, on the CPU, or ``None`` before the first."""
+        if not self.checkpoint_file.exists():
+            return None
+        try:
+            checkpoint = torch.load(self.checkpoint_file, map_location="cpu", weights_only=True)
+            options = checkpoint["options"]
+        except Exception as error:
+            raise ValueError(
+                f"{self.checkpoint_file} cannot be read as a checkpoint ({type(error).__name__}): "
+                "delete it to start anew, or choose another output"
+            ) from None
+        self._check_same(self.checkpoint_file, options)
+        return checkpoint
+
+    def save_result(self, result: dict[str, Any]) -> None:
+        """Write result.json, at once or not at all. Numbers that are not finite become null."""
+        with self._whole(self.result_file) as file:
+            file.write_text(json.dumps(_finite(result), indent=1, allow_nan=False) + "\n")
+
+    def save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write checkpoint.pt, at once or not at all."""
+        with self._whole(self.checkpoint_file) as file:
+            torch.save({**checkpoint, "options": self.options}, file)
+
+    def _check_same(self, file: Path, options: dict[str, Any]) -> None:
+        other = [
+            f"{name} {options.get(name)}, not {value}"
+            for name, value in self.options.items()
+            if options.get(name) != value
+        ]
+        if other:
+            raise ValueError(
+                f"{file} is of a run with other options ({'; '.join(other)}): choose another output"
+            )
+
+    @contextmanager
+    def _whole(self, path: Path) -> Iterator[Path]:
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.incomplete")
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,100 @@
+"""Measures what an epoch of image classification costs with sgd, sam and asam.
+
+    python recipes/benchmark/image_step_cost.py [--models NAME ...] [--batch-size N] [--updates N]
+                                                [--out FILE]
+
+An epoch is so many updates, as fairseq_asam.vision makes them, on random 32 x 32 images. The optimizers take
+turns, update by update, so that whatever else the machine does slows down all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from fairseq_asam import Perturbation
+from fairseq_asam.vision.models import MODELS, build_model
+from fairseq_asam.vision.update import Update
+
+CLASSES = 10
+# Normalization operator of each optimizer's perturbation, and its radius for CIFAR-10 (Section 5.2).
+OPTIMIZERS = {"sgd": None, "sam": ("none", 0.05), "asam": ("element-wise", 0.5)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--models", nargs="+", default=["resnet20", "wrn16_8"], choices=list(MODELS), metavar="NAME"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="default: 32")
+    parser.add_argument("--updates", type=int, default=10, help="in an epoch (default: 10)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there too")
+    arguments = parser.parse_args()
+    if min(arguments.batch_size, arguments.updates) < 1:
+        parser.error("--batch-size and --updates must be at least 1")
+
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    epochs = {
+        name: epoch_seconds(accelerator, name, arguments.batch_size, arguments.updates)
+        for name in arguments.models
+    }
+    figures = [
+        {"model": name, "optimizer": o, "seconds": seconds, "ratio": seconds / by_optimizer["sgd"]}
+        for name, by_optimizer in epochs.items()
+        for o, seconds in by_optimizer.items()
+    ]
+    device = accelerator.device.type
+    print(
+        f"{arguments.updates} updates on {arguments.batch_size} images, {device}, torch {torch.__version__}\n"
+    )
+    print("| model | optimizer | seconds | ratio to sgd |\n|---|---|---:|---:|")
+    for figure in figures:
+        print("| {model} | {optimizer} | {seconds:.3f} | {ratio:.3f} |".format(**figure))
+    if arguments.out:
+        setting = {"updates": arguments.updates, "batch_size": arguments.batch_size, "device": device}
+        text = json.dumps({**setting, "torch": torch.__version__, "epochs": figures}, indent=1)
+        arguments.out.write_text(text + "\n")
+
+
+def epoch_seconds(accelerator: Accelerator, model: str, batch_size: int, updates: int) -> dict[str, float]:
+    """Return the seconds of an epoch by optimizer: the median update, times *updates*."""
+    torch.manual_seed(0)
+    start = build_model(model, CLASSES).to(memory_format=torch.channels_last)
+    steps = {
+        name: update_of(accelerator, copy.deepcopy(start), region) for name, region in OPTIMIZERS.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in tqdm(range(updates + 1), desc=model, unit="update", disable=None):
+        images = torch.randn(batch_size, 3, 32, 32).to(accelerator.device, memory_format=torch.channels_last)
+        targets = torch.randint(CLASSES, (batch_size,), device=accelerator.device)
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            step(images, targets)
+            if accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - begin)
+    # the first update warms up
+    return {name: updates * statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def update_of(accelerator: Accelerator, model: torch.nn.Module, region: tuple[str, float] | None) -> Update:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    perturbation = None
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    if region is not None:
+        normalization, rho = region
+        perturbation = Perturbation(model.named_parameters(), rho, normalization=normalization)
+    model.train()
+    return Update(accelerator, prepared, optimizer, perturbation, label_smoothing=0.1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Figure 4 of the paper: ASAM over rho with each normalization, norm, and with biases normalized or not.
+
+python recipes/image_classification/figure4.py [--embedded] [--data ROOT] [--jobs 2] [--seeds 3] [--dry-run]
+
+The paper does not say on which data set it trained WRN-16-8: this is CIFAR-10.
+"""
+
+from __future__ import annotations
+
+import math
+
+from grid import EMBEDDED, arguments, results_of
+from rho_search import RHOS
+from table import as_markdown, described, draw_sweep, summary, write
+
+VARIANTS = {
+    "element-wise, p = inf": {"p_norm": math.inf},
+    "element-wise, p = 2": {},
+    "element-wise, p = 2, bias normalized": {"normalize_bias": True},
+    "filter-wise, p = 2": {"normalization": "filter-wise"},
+}
+# With p = inf, epsilon moves each of k weights by the share rho of its size; with p = 2, rho must be sqrt(k)
+# times as large to move them as far. The embedded network has 19,954.
+EMBEDDED_RHOS = {math.inf: [0.002, 0.005, 0.01], 2: [0.2, 0.5, 1.0, 2.0]}
+
+
+def main() -> None:
+    args = arguments("figure4", "Figure 4 of the paper: ASAM over rho with each normalization.", seeds=3)
+    if args.embedded:
+        setting = EMBEDDED["asam"]
+    else:
+        setting = {"dataset": "cifar10", "model": "wrn16_8", "optimizer": "asam"}
+    cells = {
+        (f"{rho:g}", variant): {**setting, **options, "optimizer": "asam", "rho": rho}
+        for variant, options in VARIANTS.items()
+        for rho in (EMBEDDED_RHOS[options.get("p_norm", 2)] if args.embedded else RHOS)
+    }
+    results = results_of(cells, args)
+    summaries = {cell: summary(of_cell) for cell, of_cell in results.items()}
+    note = described(results)
+    figure = draw_sweep(summaries, "ASAM", "maximum test accuracy (%)")
+    write(args.out, args.name, as_markdown("rho", summaries, note=note), figure, note=note, cells=summaries)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Searches rho for SAM and ASAM on held-out training images, over the grid of the paper's Section 5.2.
+
+python recipes/image_classification/rho_search.py [--embedded] [--data ROOT] [--jobs 2] [--dry-run]
+"""
+
+from __future__ import annotations
+
+from grid import EMBEDDED, OPTIMIZERS, arguments, results_of
+from table import as_markdown, described, draw_sweep, summary, write
+
+#: The paper's grid, 0.00005 to 2.0; embedded, the part of it that decides.
+RHOS = [digit * 10.0**power for power in range(-5, 1) for digit in (1, 2, 5)][2:-1]
+EMBEDDED_RHOS = {"SAM": [0.02, 0.05, 0.1, 0.2], "ASAM": [0.2, 0.5, 1.0, 2.0]}
+
+
+def main() -> None:
+    args = arguments("rho_search", "Search rho for SAM and ASAM on held-out training images.", seeds=2)
+    cells = {}
+    for column in ("SAM", "ASAM"):
+        optimizer = OPTIMIZERS[column]
+        if args.embedded:
+            setting = {**EMBEDDED[optimizer], "hold_out": 300}
+        else:
+            setting = {"dataset": "cifar10", "model": "wrn16_8", "hold_out": 5000}
+        for rho in EMBEDDED_RHOS[column] if args.embedded else RHOS:
+            cells[f"{rho:g}", column] = {**setting, "optimizer": optimizer, "rho": rho}
+    results = results_of(cells, args)
+    summaries = {cell: summary(of_cell) for cell, of_cell in results.items()}
+    best = {
+        column: max((cell["mean"] or 0, rho) for (rho, of), cell in summaries.items() if of == column)[1]
+        for column in ("SAM", "ASAM")
+    }
+    note = "; ".join(f"best for {column}: rho = {rho}" for column, rho in best.items())
+    note = f"Accuracy on training images held out: {note}.\n\n{described(results)}"
+    figure = draw_sweep(summaries, "Images held out", "maximum accuracy (%)")
+    write(args.out, args.name, as_markdown("rho", summaries, note=note), figure, note=note, cells=summaries)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Makes a table of finished runs: mean and standard deviation over seeds, beside the paper's numbers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from grid import OPTIMIZERS
+
+#: (row, column) -> figures of a cell, as :func:`summary` returns them.
+Summaries = dict[tuple[str, str], dict[str, Any]]
+# How often the accuracy of chance a run must reach at least once so as not to count as completely failed.
+CHANCES = 2
+
+
+def summary(results: list[dict[str, Any]], metric: str = "test_accuracy") -> dict[str, Any]:
+    """Return `mean` and `std` in percent of the maximum of `metric` over the epochs, as the paper reports it,
+    over the runs that did not fail.
+
+    A run failed if its loss ceased to be finite, or if its accuracy never left that of chance (the paper: "10% of
+    accuracy"). `std`, the sample standard deviation, is None of fewer than two runs, `mean` of none.
+    """
+    from fairseq_asam.vision.data import DATASETS  # brings torch, which --dry-run can do without
+
+    chance = 1 / DATASETS[results[0]["options"]["dataset"]].num_classes
+    maxima = [
+        max(epoch[metric] or 0.0 for epoch in result["epochs"])
+        for result in results
+        if not result["diverged"]
+        and max(epoch["test_accuracy"] or 0.0 for epoch in result["epochs"]) > CHANCES * chance
+    ]
+    percent = [100 * value for value in maxima]
+    return {
+        "mean": statistics.mean(percent) if percent else None,
+        "std": statistics.stdev(percent) if len(percent) > 1 else None,
+        "maxima": percent,
+        "runs": len(results),
+        "failed": len(results) - len(percent),
+    }
+
+
+def shown(cell: dict[str, Any] | None) -> str:
+    """Return a cell's mean and standard deviation, and how many of its runs failed."""
+    if cell is None:
+        return ""
+    text = "all failed" if cell["mean"] is None else f"{cell['mean']:.2f}"
+    if cell["std"] is not None:
+        text += f" ± {cell['std']:.2f}"
+    if cell["failed"] and cell["mean"] is not None:
+        text += f" ({cell['failed']} of {cell['runs']} failed)"
+    return text
+
+
+def as_markdown(
+    corner: str, cells: Summaries, paper: dict[str, tuple[str, ...]] | None = None, note: str = ""
+) -> str:
+    """Return a table of `cells`, and on its right the paper's numbers, for each row in the columns' order."""
+    rows, columns = (list(dict.fromkeys(labels)) for labels in zip(*cells))
+    header = [corner, *columns, *(f"{column}, paper" for column in columns if paper)]
+    lines = [f"| {' | '.join(header)} |", f"|:--|{'--:|' * (len(header) - 1)}"]
+    for row in rows:
+        words = [row, *(shown(cells.get((row, column))) for column in columns), *(paper or {}).get(row, ())]
+        lines.append(f"| {' | '.join(words)} |")
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+def described(results: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
+    """Return in words what the runs of a table have in common and how they were made."""
+    runs = [result for of_cell in results.values() for result in of_cell]
+    options = [run["options"] for run in runs]
+
+    def values(name: str, optimizer: str | None = None) -> str:
+        of = [each[name] for each in options if optimizer in (None, each["optimizer"])]
+        return ", ".join(map(str, dict.fromkeys(of)))
+
+    each = [optimizer for optimizer in OPTIMIZERS.values() if values("epochs", optimizer)]
+    epochs = ", ".join(f"{values('epochs', optimizer)} with {optimizer}" for optimizer in each)
+    seconds = sum(run["seconds"] for run in runs)
+    hardware = "; ".join(dict.fromkeys(run["hardware"] for run in runs))
+    return (
+        f"Percent; mean and sample standard deviation over the seeds {values('seed')} of the maximum over "
+        f"the epochs. Data set {values('dataset')}, model {values('model')}, batches of "
+        f"{values('batch_size')}, epochs: {epochs}. {len(runs)} runs took {seconds / 60:.0f} minutes "
+        f"in all, on {hardware}."
+    )
+
+
+def draw(corner: str, cells: Summaries, paper: dict[str, tuple[str, ...]] | None = None) -> plt.Figure:
+    """Return a figure of means with standard deviations, a colour for each column; the paper's are hollow."""
+    rows, columns = (list(dict.fromkeys(labels)) for labels in zip(*cells))
+    figure, axes = plt.subplots(figsize=(max(5, 1.2 * len(rows) + 2), 4), layout="constrained")
+    for number, column in enumerate(columns):
+        shift = 0.16 * (number - (len(columns) - 1) / 2)
+        found = [(i + shift, cells[row, column]) for i, row in enumerate(rows) if cells[row, column]["mean"]]
+        places = [place for place, _ in found]
+        means, errors = ([cell[key] or 0 for _, cell in found] for key in ("mean", "std"))
+        axes.errorbar(places, means, errors, fmt="o", capsize=3, color=f"C{number}", label=column)
+        if paper:
+            theirs = [float(paper[row][number].split(" ± ")[0]) for row in rows]
+            places = [i + shift for i in range(len(rows))]
+            axes.plot(
+                places, theirs, "D", markerfacecolor="none", color=f"C{number}", label=f"{column}, paper"
+            )
+    axes.set_xticks(range(len(rows)), rows, rotation=30 if max(map(len, rows)) > 8 else 0)
+    axes.set(xlabel=corner, ylabel="maximum test accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def draw_sweep(cells: Summaries, title: str, ylabel: str) -> plt.Figure:
+    """Return a figure of the means over rho (rows) in bands of a standard deviation; columns are lines."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for column in dict.fromkeys(column for _, column in cells):
+        found = [(float(row), cell) for (row, col), cell in cells.items() if col == column and cell["mean"]]
+        rhos, means, stds = zip(*sorted((rho, cell["mean"], cell["std"] or 0) for rho, cell in found))
+        (line,) = axes.plot(rhos, means, "o-", markersize=4, label=column)
+        low, high = ([m + sign * s for m, s in zip(means, stds)] for sign in (-1, 1))
+        axes.fill_between(rhos, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set(title=title, xlabel="$\\rho$", ylabel=ylabel, xscale="log")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def publish(
+    args: argparse.Namespace,
+    corner: str,
+    summaries: Summaries,
+    results: dict[tuple[str, str], list[dict[str, Any]]],
+    paper: dict[str, tuple[str, ...]],
+) -> None:
+    """Write a table of `summaries`, which are those of `results`, beside the paper's numbers."""
+    note = described(results)
+    markdown = as_markdown(corner, summaries, paper, note)
+    # Accuracies on other images belong on no common axis.
+    figure = draw(corner, summaries, None if args.embedded else paper)
+    write(args.out, args.name, markdown, figure, note=note, cells=summaries, paper=paper)
+
+
+def write(out: Path, name: str, markdown: str, figure: plt.Figure, **results: Any) -> None:
+    """Write `<name>.md`, `.png` and, with `results`, `.json` into the folder `out`, and print the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    results["cells"] = [{"row": row, "column": col, **cell} for (row, col), cell in results["cells"].items()]
+    with whole(out / f"{name}.json") as file:
+        file.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    with whole(out / f"{name}.png") as file:
+        figure.savefig(file, format="png", dpi=150)
+    with whole(out / f"{name}.md") as file:
+        file.write_text(markdown, "utf-8")
+    print(markdown, end="")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; what was written there becomes `path` if the block succeeds."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
