@@ -27,8 +27,8 @@ def summary(results: list[dict[str, Any]], metric: str = "test_accuracy") -> dic
     """Return `mean` and `std` in percent of the maximum of `metric` over the epochs, as the paper reports it,
     over the runs that did not fail.
 
-    A run failed if its loss ceased to be finite, or if its accuracy never left that of chance (the paper: "10% of
-    accuracy"). `std`, the sample standard deviation, is None of fewer than two runs, `mean` of none.
+    A run failed if its loss ceased to be finite, or its accuracy never left that of chance (in Table 2, "10%
+    of accuracy"). `std`, the sample standard deviation, is None of fewer than two runs, `mean` of none.
     """
     from fairseq_asam.vision.data import DATASETS  # brings torch, which --dry-run can do without
 
@@ -120,7 +120,7 @@ def draw(corner: str, cells: Summaries, paper: dict[str, tuple[str, ...]] | None
 
 
 def draw_sweep(cells: Summaries, title: str, ylabel: str) -> plt.Figure:
-    """Return a figure of the means over rho (rows) in bands of a standard deviation; columns are lines."""
+    """Return a figure of means over rho, the rows, with standard deviations, a line for each column."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for column in dict.fromkeys(column for _, column in cells):
         found = [(float(row), cell) for (row, col), cell in cells.items() if col == column and cell["mean"]]
