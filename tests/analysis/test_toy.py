@@ -16,7 +16,7 @@ STEP = 0.01  # a learning rate larger than the picture's, for fewer steps
 
 
 def path_of(method: str, start: tuple) -> np.ndarray:
-    return np.array(trajectory(start, METHODS[method], STEP, 600))
+    return np.array(trajectory(start, METHODS[method], STEP, 1000))
 
 
 def in_the_valley(path: np.ndarray) -> np.ndarray:
