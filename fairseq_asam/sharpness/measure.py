@@ -118,7 +118,7 @@ def measure(
     with _as_it_was(modules, parameters):
         for module in modules:
             module.training = False
-        at_w = _evaluate(loss, parameters, with_gradient=True)
+        at_w = evaluate(loss, parameters)
         parameters = {p: name for p, name in parameters.items() if p.grad is not None}
         gradients = _gradients(parameters)
         if not (math.isfinite(at_w) and _are_finite(gradients)):
@@ -158,7 +158,7 @@ class _Search:
     def see(self, displacement: Displacement, with_gradient: bool) -> float:
         """Return the loss where *displacement* leads; NaN if it or its gradient is not finite."""
         with displacement:
-            loss = _evaluate(self.loss, self.parameters, with_gradient)
+            loss = evaluate(self.loss, self.parameters if with_gradient else ())
             if math.isfinite(loss) and loss > self.best:
                 self.best = loss
                 self.epsilon = [p.detach() - w for p, w in zip(self.parameters, self.w)]
@@ -186,14 +186,14 @@ class _Search:
                 here, loss_here, direction = ball.centre(), self.at_w, ball.steepest(gradients)
             else:
                 here = ball.random_point(generator)
-                loss_here = self.see(_At(self.parameters, ball.epsilon(here)), with_gradient=True)
+                loss_here = self.see(Displaced(self.parameters, ball.epsilon(here)), with_gradient=True)
                 if math.isnan(loss_here):
                     continue
                 direction = ball.steepest(_gradients(self.parameters))
             length = region.rho
             for _ in range(steps):
                 there = ball.project(torch._foreach_add(here, direction, alpha=length))
-                loss_there = self.see(_At(self.parameters, ball.epsilon(there)), with_gradient=True)
+                loss_there = self.see(Displaced(self.parameters, ball.epsilon(there)), with_gradient=True)
                 if loss_there > loss_here:
                     here, loss_here, direction = there, loss_there, ball.steepest(_gradients(self.parameters))
                     length = min(2 * length, 2 * region.rho)
@@ -201,7 +201,7 @@ class _Search:
                     length /= 4
 
 
-class _At(Displacement):
+class Displaced(Displacement):
     """The weights moved by a given epsilon."""
 
     def __init__(self, weights: Iterable[Tensor], epsilon: list[Tensor]):
@@ -261,17 +261,20 @@ class _Ball:
         return torch._foreach_mul(point, self.diagonals)
 
 
-def _evaluate(loss: Loss, parameters: Iterable[Tensor], with_gradient: bool) -> float:
-    """Return the mean loss; *with_gradient*, a positive multiple of its gradient is in ``.grad`` then."""
-    parameters = list(parameters)
-    if with_gradient:
-        for parameter in parameters:
-            parameter.grad = None
+def evaluate(loss: Loss, gradient_of: Iterable[Tensor] = ()) -> float:
+    """Return the mean loss. A positive multiple of its gradient is then in ``.grad`` of *gradient_of*.
+
+    Raises:
+        ValueError: the loss has no terms.
+    """
+    parameters = list(gradient_of)
+    for parameter in parameters:
+        parameter.grad = None
     total = count = 0.0
-    with torch.set_grad_enabled(with_gradient):
+    with torch.set_grad_enabled(bool(parameters)):
         terms = loss()
         for term, number in [(terms, 1)] if isinstance(terms, Tensor) else terms:
-            if with_gradient:
+            if parameters:
                 term.backward(inputs=parameters)
             total += term.item()
             count += number

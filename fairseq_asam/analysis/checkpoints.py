@@ -1,0 +1,166 @@
+"""The loss of a fairseq checkpoint over a binarized data set."""
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import pickle
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logging.basicConfig(level=logging.WARNING)  # a model of fairseq's would set DEBUG, for all
+from fairseq import checkpoint_utils, tasks, utils
+from fairseq.criterions import FairseqCriterion
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.models import BaseFairseqModel
+from fairseq.tasks import TASK_REGISTRY, FairseqTask
+from torch import Tensor
+from tqdm import tqdm
+
+import fairseq_asam.tasks  # noqa: F401  makes newer torch load fairseq's checkpoints
+
+#: Spares fairseq the search for what is not needed: embeddings are in the checkpoint, and BLEU is not asked.
+UNNEEDED = {"encoder_embed_path": None, "decoder_embed_path": None, "eval_bleu": False}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model in evaluation mode with the task and the criterion that it was trained with."""
+
+    path: str
+    cfg: Any
+    task: FairseqTask
+    model: BaseFairseqModel
+    criterion: FairseqCriterion
+
+
+def load(path: str, data: str, user_dir: str | None = None, cpu: bool = False) -> Checkpoint:
+    """Load the fairseq checkpoint *path*, trained with or without this plugin, for *data*, a folder of
+    ``fairseq-preprocess``, onto the GPU if there is one and *cpu* is false.
+
+    Raises:
+        ValueError: one of them is not that, or they do not fit together; one sentence that says why.
+    """
+    for file, what in ((path, "checkpoint"), (data, "data set")):
+        if not os.path.exists(file):
+            raise ValueError(f"the {what} '{file}' does not exist")
+    if user_dir is not None:
+        utils.import_user_module(argparse.Namespace(user_dir=user_dir))
+    try:
+        state = checkpoint_utils.load_checkpoint_to_cpu(path, {"data": data, **UNNEEDED})
+        cfg = state["cfg"] or convert_namespace_to_omegaconf(state["args"])
+    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError, ValueError) as error:
+        raise ValueError(f"'{path}' is not a fairseq checkpoint: {_first_line(error)}") from error
+    task = _task(cfg, path, data)
+    try:
+        [model], _ = checkpoint_utils.load_model_ensemble([path], task=task, state=state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the model of '{path}' does not fit the dictionaries in '{data}', which must be those of its "
+            f"training: {_first_line(error)}"
+        ) from error
+    criterion = task.build_criterion(cfg.criterion)
+    if state.get("criterion"):
+        criterion.load_state_dict(state["criterion"])
+    if torch.cuda.is_available() and not cpu:
+        model, criterion = model.cuda(), criterion.cuda()
+    return Checkpoint(path, cfg, task, model.float().eval(), criterion.eval())
+
+
+def _task(cfg: Any, path: str, data: str) -> FairseqTask:
+    name = cfg.task._name
+    if name not in TASK_REGISTRY:
+        raise ValueError(
+            f"'{path}' is of the task '{name}', unknown to fairseq: give its folder as --user-dir"
+        )
+    found = sorted(file.name for file in Path(data).glob("dict*.txt"))
+    languages = [getattr(cfg.task, side, None) for side in ("source_lang", "target_lang")]
+    wanted = [f"dict.{language}.txt" for language in languages if language]
+    if any(file not in found for file in wanted):
+        raise ValueError(
+            f"'{path}' translates from {languages[0]} to {languages[1]} and needs {' and '.join(wanted)}, "
+            f"but '{data}' has {' and '.join(found) or 'no dictionary'}: give the data set of its training"
+        )
+    try:
+        return tasks.setup_task(cfg.task)
+    except Exception as error:  # each task looks for its data in its own way
+        raise ValueError(
+            f"'{path}' is of the task '{name}', for which '{data}' lacks something: {_first_line(error)}"
+        ) from error
+
+
+class DatasetLoss:
+    """The mean loss of a checkpoint's criterion over *split*, batch by batch: call it as
+    :func:`~fairseq_asam.measure` does. The mean is over the criterion's sample size, in most tasks target
+    tokens, and in nats where fairseq logs bits.
+
+    Args:
+        max_tokens: size of a batch; default: that of the checkpoint's validation.
+        batches: take so many batches, drawn at random with *seed*; default: the whole split.
+
+    Attributes:
+        batches: the indices of the sentences of each batch.
+        skipped: the number of sentences that are too long for the model, and left out.
+
+    Raises:
+        ValueError: there is no such split, or nothing in it.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        split: str,
+        max_tokens: int | None = None,
+        batches: int | None = None,
+        seed: int = 1,
+    ):
+        task, self.model, self.criterion = checkpoint.task, checkpoint.model, checkpoint.criterion
+        data = checkpoint.cfg.task.data
+        try:
+            task.load_dataset(split)
+        except FileNotFoundError as error:
+            raise ValueError(f"'{data}' has no split '{split}' for '{checkpoint.path}': {error}") from error
+        self.dataset = task.dataset(split)
+        iterator = task.get_batch_iterator(
+            self.dataset,
+            max_tokens=max_tokens or checkpoint.cfg.dataset.max_tokens_valid,
+            max_sentences=None if max_tokens else checkpoint.cfg.dataset.batch_size_valid,
+            max_positions=utils.resolve_max_positions(task.max_positions(), self.model.max_positions()),
+            ignore_invalid_inputs=True,
+            required_batch_size_multiple=1,  # fairseq drops a last batch that is not a multiple of this
+        )
+        self.batches = [list(batch) for batch in iterator.frozen_batches]
+        self.skipped = len(self.dataset) - sum(map(len, self.batches))
+        if not self.batches:
+            raise ValueError(f"the split '{split}' of '{data}' has no sentence that fits the model")
+        if batches is not None and batches < len(self.batches):
+            self.batches = random.Random(seed).sample(self.batches, batches)
+
+    def __call__(self) -> Iterator[tuple[Tensor, float]]:
+        cuda = next(self.model.parameters()).is_cuda
+        for batch in self.batches:
+            sample = self.dataset.collater([self.dataset[i] for i in batch])
+            loss, sample_size, _ = self.criterion(self.model, utils.move_to_cuda(sample) if cuda else sample)
+            yield loss, float(sample_size)
+
+    def watched(self, bar: tqdm) -> Callable[[], Iterator[tuple[Tensor, float]]]:
+        """Return this loss, which then moves *bar* by one for each batch."""
+
+        def loss() -> Iterator[tuple[Tensor, float]]:
+            for term in self():
+                yield term
+                bar.update()
+
+        return loss
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if isinstance(error, RuntimeError) and len(lines) > 1 else (lines or [repr(error)])[0]

@@ -1,0 +1,170 @@
+"""The loss around fairseq checkpoints, side by side, as a picture.
+
+    python -m fairseq_asam.analysis.surface DATA OUT.png --path CHECKPOINT CHECKPOINT
+
+One axis is the epsilon of adaptive sharpness (Equation 4), with the length that --rho says; the other is a
+random direction, filter-normalized (Li et al., 2018): the part of each filter has --radius times the length
+of the filter. The numbers are written to OUT.json. --help lists the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fairseq_asam import Region, measure
+from fairseq_asam.sharpness.measure import Displaced, Loss, evaluate
+
+from .checkpoints import DatasetLoss, load
+from .output import write_figure, write_json
+from .sharpness import add_data_arguments
+
+
+def filter_normalized_direction(weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Return a random direction whose part for each filter of *weights* has the length of the filter.
+
+    A filter is a slice of the first dimension: a filter of a convolution, the weights of a neuron, the
+    embedding of a word. Biases and other vectors do not move, as Li et al. (2018) have it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    direction = {}
+    for name, weight in weights.items():
+        noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype).to(weight.device)
+        if weight.dim() < 2:
+            direction[name] = torch.zeros_like(weight)
+            continue
+        inner = tuple(range(1, weight.dim()))
+        lengths = [torch.linalg.vector_norm(w, dim=inner, keepdim=True) for w in (weight, noise)]
+        direction[name] = noise * (lengths[0] / lengths[1])
+    return direction
+
+
+def surface(
+    loss: Loss, model: nn.Module, region: Region, radius: float = 0.5, points: int = 11, seed: int = 1
+) -> dict[str, Any]:
+    """Return the loss at w + x epsilon + y d on a square grid of *points* x and y from -1 to 1, and the axes.
+
+    Epsilon is that of one step in *region*, and d is *radius* times a filter-normalized random direction.
+    *model* should be in evaluation mode. ``loss[i][j]`` belongs to ``y[i]`` and ``x[j]``; where it is not
+    finite it is ``None``. *loss* is called ``points**2 + 2`` times.
+    """
+    [found] = measure(loss, model, [region], seed=seed, keep_epsilon=True)
+    weights = {name: p.detach() for name, p in model.named_parameters() if name in found.epsilon}
+    epsilon = [found.epsilon[name] for name in weights]
+    direction = list(filter_normalized_direction(weights, seed).values())
+    axis = np.linspace(-1, 1, points).tolist()
+
+    def loss_at(x: float, y: float) -> float | None:
+        offset = torch._foreach_mul(epsilon, x)
+        torch._foreach_add_(offset, direction, alpha=y * radius)
+        with Displaced(weights.values(), offset):
+            value = evaluate(loss)
+        return value if math.isfinite(value) else None
+
+    return {
+        "rho": region.rho,
+        "radius": radius,
+        "loss_at_w": found.loss,
+        "x": axis,
+        "y": axis,
+        "loss": [[loss_at(x, y) for x in axis] for y in axis],
+    }
+
+
+def draw(surfaces: dict[str, dict[str, Any]]) -> plt.Figure:
+    """Draw what :func:`surface` returned for each name: a map each, with the same colours, and the two lines
+    through w."""
+    figure, panels = plt.subplots(
+        1, len(surfaces) + 1, figsize=(4.6 * len(surfaces) + 5, 4.2), layout="constrained"
+    )
+    losses = {name: np.array(each["loss"], dtype=float) for name, each in surfaces.items()}
+    low, high = (f([f(loss) for loss in losses.values()]) for f in (np.nanmin, np.nanmax))
+    levels = np.linspace(low, high + 1e-9 * max(1.0, abs(high)), 21)
+    for panel, (name, each) in zip(panels, surfaces.items()):
+        x, y = np.array(each["x"]) * each["rho"], np.array(each["y"]) * each["radius"]
+        colours = panel.contourf(x, y, losses[name], levels=levels, cmap="viridis")
+        panel.contour(x, y, losses[name], levels=levels, colors="white", linewidths=0.4)
+        panel.plot(0, 0, "o", color="tab:red")
+        panel.set(
+            title=f"{name}: loss {each['loss_at_w']:.3f} at $w$", xlabel="along $\\epsilon$, in $\\rho$"
+        )
+    panels[0].set_ylabel("along a random direction, in lengths of filters")
+    figure.colorbar(colours, ax=panels[-2], label="loss (nats per token)")
+    for number, (name, each) in enumerate(surfaces.items()):
+        middle, colour = len(each["x"]) // 2, f"C{number}"
+        rise = losses[name] - each["loss_at_w"]
+        panels[-1].plot(each["x"], rise[middle], color=colour, label=f"{name}, $\\epsilon$")
+        panels[-1].plot(each["y"], rise[:, middle], "--", color=colour, label=f"{name}, random")
+    panels[-1].set(title="Lines through $w$", xlabel="in widths of the maps", ylabel="loss $-$ loss at $w$")
+    panels[-1].grid(alpha=0.3)
+    panels[-1].legend(frameon=False)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m fairseq_asam.analysis.surface",
+        description="Draw the loss around checkpoints, along epsilon and a random direction.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_data_arguments(parser, batches=4)
+    parser.add_argument("out", type=Path, metavar="OUT.png", help="the picture; the numbers go to OUT.json")
+    parser.add_argument("--path", nargs="+", required=True, metavar="CHECKPOINT", help="fairseq checkpoints")
+    parser.add_argument("--rho", type=float, default=1.0, help="radius of the region of epsilon")
+    parser.add_argument("--eta", type=float, default=0.01, help="stability term of the normalization")
+    parser.add_argument(
+        "--radius", type=float, default=0.5, help="of the random direction, in lengths of filters"
+    )
+    parser.add_argument("--points", type=int, default=11, help="points on an axis, an odd number")
+    args = parser.parse_args()
+    try:
+        run(args)
+    except ValueError as error:
+        sys.exit(f"surface: {error}.")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compute the surfaces, and write the picture and the numbers."""
+    if args.points < 3 or args.points % 2 == 0:
+        raise ValueError(
+            f"--points is {args.points}, but it must be an odd number from 3, so that w is on the grid"
+        )
+    if args.out.suffix != ".png":
+        raise ValueError(f"'{args.out}' is not the name of a PNG file: let it end in .png")
+    region = Region(args.rho, args.eta)
+    losses = {}
+    for path in args.path:
+        checkpoint = load(path, args.data, args.user_dir, args.cpu)
+        losses[path] = DatasetLoss(checkpoint, args.gen_subset, args.max_tokens, args.batches, args.seed)
+    surfaces = {}
+    passes = sum(len(loss.batches) for loss in losses.values()) * (args.points**2 + 2)
+    with tqdm(total=passes, unit="batch", desc="surface", disable=None) as bar:
+        for path, loss in losses.items():
+            watched = loss.watched(bar)
+            surfaces[path] = surface(watched, loss.model, region, args.radius, args.points, args.seed)
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "path")}
+    write_json(args.out.with_suffix(".json"), {**settings, "surfaces": surfaces}, indent=None)
+    names = [Path(path).resolve().parent.name for path in surfaces]
+    if len(set(names)) < len(names):
+        names = list(surfaces)
+    write_figure(args.out, draw(dict(zip(names, surfaces.values()))))
+    for name, each in zip(names, surfaces.values()):
+        missing = sum(value is None for row in each["loss"] for value in row)
+        print(
+            f"{name}: loss {each['loss_at_w']:.4f} nats per token"
+            + (f", {missing} not finite" if missing else "")
+        )
+    print(f"In {args.out.parent}: {args.out.name}, {args.out.with_suffix('.json').name}.")
+
+
+if __name__ == "__main__":
+    main()
