@@ -210,7 +210,7 @@ class Displaced(Displacement):
 
     @torch.no_grad()
     def _move(self) -> None:
-        self._save(self.weights)
+        self._save(self.weights, [torch.empty_like(weight) for weight in self.weights])
         torch._foreach_add_(self.weights, self.epsilon)
 
 

@@ -45,8 +45,9 @@ class Displacement:
         """Move the weights, each list of them after a call of :meth:`_save`."""
         raise NotImplementedError
 
-    def _save(self, weights: list[Tensor]) -> None:
-        self._saved.append((weights, [weight.clone() for weight in weights]))
+    def _save(self, weights: list[Tensor], copies: list[Tensor]) -> None:
+        torch._foreach_copy_(copies, weights)
+        self._saved.append((weights, copies))
 
     @torch.no_grad()
     def _restore(self) -> None:
@@ -116,6 +117,8 @@ class Perturbation(Displacement):
         self.rho, self.eta, self.p = float(rho), float(eta), float(p)
         self.norm: Tensor | None = None
         self._masters = dict(masters or {})
+        # Kept between blocks: on a CPU, new memory for every step costs more than all of the arithmetic.
+        self._copies: dict[Tensor, Tensor] = {}
         self._parameters: dict[Tensor, tuple[str, str]] = {}
         for name, parameter in _pairs(named_parameters):
             if not parameter.is_leaf:
@@ -162,7 +165,7 @@ class Perturbation(Displacement):
             return
         inverse = torch.where(usable, inverse, 0.0)
         for block in blocks:
-            self._save(block.weights)
+            self._save(block.weights, block.copies)
             if on_cpu and q == 2.0 and block.weights[0].dtype == block.working_dtype:
                 self._add_epsilon(block, self.rho * inverse.item())
                 continue
@@ -197,7 +200,7 @@ class Perturbation(Displacement):
         """||T g||_order over all *blocks*; with *unit*, computed in multiples of it."""
         norms: list[Tensor] = []
         for block in blocks:
-            normalized = block.normalized(self._diagonals(block))
+            normalized = block.normalized(self._diagonals(block), overwrite=True)
             if unit is not None:
                 divisor = torch.where(unit > 0, unit, 1.0).to(normalized[0].device)
                 normalized = torch._foreach_div(normalized, divisor)
@@ -212,13 +215,21 @@ class Perturbation(Displacement):
         weights = [weight.to(block.working_dtype) for weight in block.masters or block.weights]
         return diagonal(weights, block.operator, self.eta)
 
+    def _copy_of(self, parameter: Tensor) -> Tensor:
+        """Memory for a copy of *parameter*, new if that has changed its form since the last block."""
+        copy = self._copies.get(parameter)
+        form = (parameter.shape, parameter.stride(), parameter.dtype, parameter.device)
+        if copy is None or (copy.shape, copy.stride(), copy.dtype, copy.device) != form:
+            copy = self._copies[parameter] = torch.empty_like(parameter, requires_grad=False)
+        return copy
+
     def _blocks(self) -> list[_Block]:
         blocks: list[_Block] = []
         open_blocks: dict[tuple, _Block] = {}
         for parameter, (_, operator) in self._parameters.items():
             if parameter.grad is None or parameter.numel() == 0:
                 continue
-            tensors = [parameter.detach(), parameter.grad.detach()]
+            tensors = [parameter.detach(), self._copy_of(parameter), parameter.grad.detach()]
             if parameter in self._masters:
                 tensors.append(self._masters[parameter].detach())
             limit = _CPU_BLOCK if parameter.device.type == "cpu" else _ACCELERATOR_BLOCK
@@ -236,25 +247,33 @@ class Perturbation(Displacement):
 
 
 class _Block:
-    """Pieces of weights, gradients and masters of one device, dtype and normalization operator."""
+    """Pieces of weights, their copies, gradients and masters of one device, dtype and normalization operator."""
 
     def __init__(self, operator: str):
         self.operator = operator
         self.weights: list[Tensor] = []
+        self.copies: list[Tensor] = []
         self.gradients: list[Tensor] = []
         self.masters: list[Tensor] = []
         self.size = 0
 
-    def add(self, weight: Tensor, gradient: Tensor, *master: Tensor) -> None:
+    def add(self, weight: Tensor, copy: Tensor, gradient: Tensor, *master: Tensor) -> None:
         self.weights.append(weight)
+        self.copies.append(copy)
         self.gradients.append(gradient)
         self.masters += master
         self.size += weight.numel()
 
-    def normalized(self, diagonals: list[Tensor] | None) -> list[Tensor]:
-        """T g, in at least float32; the gradients themselves where *diagonals*, those of T, are ``None``."""
+    def normalized(self, diagonals: list[Tensor] | None, overwrite: bool = False) -> list[Tensor]:
+        """T g, in at least float32; the gradients themselves where *diagonals*, those of T, are ``None``.
+        May *overwrite* the diagonals."""
         gradients = [gradient.to(self.working_dtype) for gradient in self.gradients]
-        return gradients if diagonals is None else torch._foreach_mul(gradients, diagonals)
+        if diagonals is None:
+            return gradients
+        if overwrite and self.operator == "element-wise":
+            torch._foreach_mul_(diagonals, gradients)
+            return diagonals
+        return torch._foreach_mul(gradients, diagonals)
 
     @property
     def working_dtype(self) -> torch.dtype:

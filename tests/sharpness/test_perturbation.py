@@ -186,12 +186,12 @@ def test_weights_come_back_bit_for_bit_in_the_same_storage():
 def test_weights_come_back_when_interrupted_anywhere(exception):
     """At every operation of the step: forward, backward, while perturbing and while restoring."""
     model, inputs = small_model(), torch.randn(6, 2, 8)
-    perturbation = Perturbation(model.named_parameters(), 0.7, normalization="filter-wise")
     with InterruptAt(-1, exception) as counter:
-        passes(model, perturbation, inputs)
+        passes(model, Perturbation(model.named_parameters(), 0.7, normalization="filter-wise"), inputs)
     assert counter.count > 50
     before = snapshot(model)
     for n in range(1, counter.count + 1):
+        perturbation = Perturbation(model.named_parameters(), 0.7, normalization="filter-wise")
         with pytest.raises(type(exception)), InterruptAt(n, exception):
             passes(model, perturbation, inputs)
         assert_unchanged(model, before)
