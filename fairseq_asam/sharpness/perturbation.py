@@ -247,7 +247,7 @@ class Perturbation(Displacement):
 
 
 class _Block:
-    """Pieces of weights, their copies, gradients and masters of one device, dtype and normalization operator."""
+    """Pieces of weights, copies, gradients and masters of one device, dtype and normalization operator."""
 
     def __init__(self, operator: str):
         self.operator = operator
