@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from data_prep import PreparationError
 from data_prep.embeddings import aligned_counts, embeddings
 from data_prep.pairs import Pair
+from fairseq_asam.files import whole
 
 SPLITS = ("train", "valid", "test")
 SIDES = {"de": "german", "en": "english"}
@@ -99,11 +99,10 @@ def lines(file: Path) -> Iterable[str]:
 
 
 def write_whole(file: Path, content: Iterable[str] | bytes) -> None:
-    """Writes under a temporary name first, so that `file` is never seen half written."""
-    temporary = file.with_name(file.name + ".tmp")
-    if isinstance(content, bytes):
-        temporary.write_bytes(content)
-    else:
-        with temporary.open("w", encoding="utf-8") as output:
-            output.writelines(content)
-    os.replace(temporary, file)
+    """Writes `file` at once or not at all."""
+    with whole(file) as temporary:
+        if isinstance(content, bytes):
+            temporary.write_bytes(content)
+        else:
+            with temporary.open("w", encoding="utf-8") as output:
+                output.writelines(content)

@@ -31,6 +31,8 @@ import torch
 from injection import PLACES, SIGNALS, Fault, Kind, Place, train
 from tqdm import tqdm
 
+from fairseq_asam.files import whole
+
 ROOT = Path(__file__).resolve().parents[2]
 SAVE_INTERVAL = 3  # updates: shorter than an epoch, and no divisor of one
 MICRO_BATCHES = 2  # to an update
@@ -76,8 +78,9 @@ def main() -> int:
         "trials": [vars(trial) for trial in faults.trials],
     }
     table = as_markdown(results)
-    write_whole(args.out / "faults.json", json.dumps(results, indent=2) + "\n")
-    write_whole(args.out / "faults.md", table)
+    for name, text in (("faults.json", json.dumps(results, indent=2) + "\n"), ("faults.md", table)):
+        with whole(args.out / name) as file:
+            file.write_text(text, "utf-8")
     print(table, end="")
     if any(trial.failures for trial in faults.trials):
         return 1
@@ -396,13 +399,6 @@ def as_markdown(results: dict) -> str:
         lines += ["", "Not survived:", ""]
         lines += [f"- {t['fault']}, {t['place']}: {'; '.join(t['failures'])}." for t in failed]
     return "\n".join(lines) + "\n"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file at once or not at all."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

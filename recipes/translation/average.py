@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 
 import torch
-from fairseq.utils import import_user_module
-from files import whole
-from score import PLUGIN
 from tqdm import tqdm
+
+import fairseq_asam.tasks  # noqa: F401  names the types in a fairseq checkpoint that torch may load
+from fairseq_asam.files import whole
 
 
 def main() -> None:
@@ -38,9 +38,6 @@ def main() -> None:
             f"average.py: '{args.run}' has the checkpoints of {len(kept)} epochs, not of {args.last}: train "
             f"with --keep-last-epochs {args.last}, or average fewer with --last."
         )
-    # The plugin names the types in a fairseq checkpoint that torch may load.
-    import_user_module(argparse.Namespace(user_dir=str(PLUGIN)))
-    args.out.mkdir(parents=True, exist_ok=True)
     with whole(args.out / "checkpoint_best.pt") as file:
         torch.save(average([kept[epoch] for epoch in sorted(kept)[-args.last :]]), file)
 

@@ -13,10 +13,12 @@ import json
 import sys
 from pathlib import Path
 
-from files import read_lines, whole
+from files import read_lines
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 from train_log import read_epochs
+
+from fairseq_asam.files import whole
 
 METRICS = {"BLEU": BLEU(), "chrF2": CHRF()}
 
@@ -33,7 +35,6 @@ def main() -> None:
 
     results = collect(args.runs, args.split)
     table = as_markdown(results)
-    args.out.mkdir(parents=True, exist_ok=True)
     with whole(args.out / "results.json") as file:
         file.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
     with whole(args.out / "results.md") as file:

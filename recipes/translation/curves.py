@@ -13,10 +13,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from files import whole
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from train_log import read_epochs, read_intervals
+
+from fairseq_asam.files import whole
 
 
 def main() -> None:
@@ -33,7 +34,6 @@ def main() -> None:
 
 def save_curves(out: Path, runs: dict[str, Path]) -> None:
     """Draw the curves of the runs in these folders, under their names, as the PNG file `out`."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     figure = draw({name: folder / "train.log" for name, folder in runs.items()})
     with whole(out) as file:
         figure.savefig(file, format="png", dpi=150)

@@ -20,9 +20,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from experiment import Experiment, Run
-from files import read_lines, whole
+from files import read_lines
 from sacrebleu.metrics import BLEU
 from settings import SETTINGS
+
+from fairseq_asam.files import whole
 
 
 def main() -> None:

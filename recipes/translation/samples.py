@@ -11,7 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from files import read_lines, whole
+from files import read_lines
+
+from fairseq_asam.files import whole
 
 
 def main() -> None:
@@ -43,7 +45,6 @@ def main() -> None:
             f"| {name} | {text[number].replace('|', chr(92) + '|')} |" for name, text in columns.items()
         ]
         lines.append("")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     with whole(args.out) as file:
         file.write_text("\n".join(lines), "utf-8")
 

@@ -21,11 +21,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from files import read_lines, whole
+from files import read_lines
 from progress import show_failure
 from sacrebleu.metrics import BLEU
 from sacremoses import MosesDetokenizer
 from tqdm import tqdm
+
+from fairseq_asam.files import whole
 
 PLUGIN = Path(__file__).resolve().parents[2] / "fairseq_asam"
 

@@ -19,11 +19,13 @@ from statistics import mean, stdev
 from collect import training_figures
 from curves import save_curves
 from experiment import Experiment, Run
-from files import read_lines, whole
+from files import read_lines
 from rho_search import best_rho, experiment_of, experiment_parser, search, validation_point, write
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 from settings import SETTINGS
+
+from fairseq_asam.files import whole
 
 #: Validation and test BLEU of tokens in Table 5 of the paper.
 PAPER = {"Adam": (35.34, 34.86), "Adam+SAM": (35.52, 34.78), "Adam+ASAM": (35.66, 35.02)}
