@@ -18,7 +18,6 @@ import torch
 logging.basicConfig(level=logging.WARNING)  # a model of fairseq's would set DEBUG, for all
 from fairseq import checkpoint_utils, tasks, utils
 from fairseq.criterions import FairseqCriterion
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.models import BaseFairseqModel
 from fairseq.tasks import TASK_REGISTRY, FairseqTask
 from torch import Tensor
@@ -26,8 +25,12 @@ from tqdm import tqdm
 
 import fairseq_asam.tasks  # noqa: F401  makes newer torch load fairseq's checkpoints
 
-#: Spares fairseq the search for what is not needed: embeddings are in the checkpoint, and BLEU is not asked.
-UNNEEDED = {"encoder_embed_path": None, "decoder_embed_path": None, "eval_bleu": False}
+#: What a loss does without: initial embeddings and what BLEU needs, neither of which fairseq should look for,
+#: and activations that are computed anew, which torch cannot do for the gradient of some weights only.
+UNNEEDED = {
+    **{"encoder_embed_path": None, "decoder_embed_path": None, "eval_bleu": False},
+    **{"checkpoint_activations": False, "offload_activations": False},
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def load(path: str, data: str, user_dir: str | None = None, cpu: bool = False) -
         utils.import_user_module(argparse.Namespace(user_dir=user_dir))
     try:
         state = checkpoint_utils.load_checkpoint_to_cpu(path, {"data": data, **UNNEEDED})
-        cfg = state["cfg"] or convert_namespace_to_omegaconf(state["args"])
+        cfg = state["cfg"]
     except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, TypeError, ValueError) as error:
         raise ValueError(f"'{path}' is not a fairseq checkpoint: {_first_line(error)}") from error
     task = _task(cfg, path, data)
@@ -91,8 +94,10 @@ def _task(cfg: Any, path: str, data: str) -> FairseqTask:
     try:
         return tasks.setup_task(cfg.task)
     except Exception as error:  # each task looks for its data in its own way
+        missing = getattr(error, "filename", None)
+        reason = f"'{os.path.basename(missing)}' is missing" if missing else _first_line(error)
         raise ValueError(
-            f"'{path}' is of the task '{name}', for which '{data}' lacks something: {_first_line(error)}"
+            f"'{path}' is of the task '{name}', which '{data}' is not prepared for: {reason}"
         ) from error
 
 
@@ -107,10 +112,11 @@ class DatasetLoss:
 
     Attributes:
         batches: the indices of the sentences of each batch.
+        words: the number of target words that the model can choose from; 0 if it has none.
         skipped: the number of sentences that are too long for the model, and left out.
 
     Raises:
-        ValueError: there is no such split, or nothing in it.
+        ValueError: there is no such split, or nothing in it; a value out of its range.
     """
 
     def __init__(
@@ -121,6 +127,9 @@ class DatasetLoss:
         batches: int | None = None,
         seed: int = 1,
     ):
+        for what, value in (("size of a batch", max_tokens), ("number of batches", batches)):
+            if value is not None and value < 1:
+                raise ValueError(f"the {what} is {value}, but it must be at least 1")
         task, self.model, self.criterion = checkpoint.task, checkpoint.model, checkpoint.criterion
         data = checkpoint.cfg.task.data
         try:
@@ -128,15 +137,19 @@ class DatasetLoss:
         except FileNotFoundError as error:
             raise ValueError(f"'{data}' has no split '{split}' for '{checkpoint.path}': {error}") from error
         self.dataset = task.dataset(split)
-        iterator = task.get_batch_iterator(
-            self.dataset,
-            max_tokens=max_tokens or checkpoint.cfg.dataset.max_tokens_valid,
-            max_sentences=None if max_tokens else checkpoint.cfg.dataset.batch_size_valid,
-            max_positions=utils.resolve_max_positions(task.max_positions(), self.model.max_positions()),
-            ignore_invalid_inputs=True,
-            required_batch_size_multiple=1,  # fairseq drops a last batch that is not a multiple of this
-        )
+        try:
+            iterator = task.get_batch_iterator(
+                self.dataset,
+                max_tokens=max_tokens or checkpoint.cfg.dataset.max_tokens_valid,
+                max_sentences=None if max_tokens else checkpoint.cfg.dataset.batch_size_valid,
+                max_positions=utils.resolve_max_positions(task.max_positions(), self.model.max_positions()),
+                ignore_invalid_inputs=True,
+                required_batch_size_multiple=1,  # fairseq drops a last batch that is not a multiple of this
+            )
+        except AssertionError as error:
+            raise ValueError(f"the size of a batch is {max_tokens} tokens, too few: {error}") from error
         self.batches = [list(batch) for batch in iterator.frozen_batches]
+        self.words = len(task.target_dictionary or ())
         self.skipped = len(self.dataset) - sum(map(len, self.batches))
         if not self.batches:
             raise ValueError(f"the split '{split}' of '{data}' has no sentence that fits the model")

@@ -79,12 +79,8 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = load(args.path, args.data, args.user_dir, args.cpu)
     loss = DatasetLoss(checkpoint, args.gen_subset, args.max_tokens, args.batches, args.seed)
     passes = 1 + len(regions) * (args.restarts * (args.steps + 1) - 1 if args.steps > 1 else 1)
-    with (
-        tqdm(total=passes * len(loss.batches), unit="batch", desc="sharpness", disable=None) as bar,
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")  # the table counts what is not finite
-
+    warnings.simplefilter("ignore")  # torch's of what will change; what is not finite is counted
+    with tqdm(total=passes * len(loss.batches), unit="batch", desc="sharpness", disable=None) as bar:
         measured = measure(loss.watched(bar), checkpoint.model, regions, args.steps, args.restarts, args.seed)
     rows = [row(*found) for found in zip(measured[::2], measured[1::2])]
     sentences = sum(map(len, loss.batches))
@@ -92,6 +88,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.path}: {args.gen_subset}, {sentences} sentences in {len(loss.batches)} batches")
     if loss.skipped:
         print(f"{loss.skipped} sentences are too long for the model and left out")
+    if 0 < math.log(loss.words or 1) < measured[0].loss:
+        print(f"guessing among {loss.words} words is better: is '{args.data}' the data set of its training?")
     print(f"loss {measured[0].loss:.4f} nats per token; {ascent}, {args.normalization}, eta {args.eta:g}\n")
     print("\n".join(table(rows)))
     if args.json:

@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -84,11 +86,11 @@ def draw(surfaces: dict[str, dict[str, Any]]) -> plt.Figure:
     """Draw what :func:`surface` returned for each name: a map each, with the same colours, and the two lines
     through w."""
     figure, panels = plt.subplots(
-        1, len(surfaces) + 1, figsize=(4.6 * len(surfaces) + 5, 4.2), layout="constrained"
+        1, len(surfaces) + 1, figsize=(4.4 * len(surfaces) + 4.4, 4.6), layout="constrained"
     )
     losses = {name: np.array(each["loss"], dtype=float) for name, each in surfaces.items()}
     low, high = (f([f(loss) for loss in losses.values()]) for f in (np.nanmin, np.nanmax))
-    levels = np.linspace(low, high + 1e-9 * max(1.0, abs(high)), 21)
+    levels = MaxNLocator(25).tick_values(low, high)
     for panel, (name, each) in zip(panels, surfaces.items()):
         x, y = np.array(each["x"]) * each["rho"], np.array(each["y"]) * each["radius"]
         colours = panel.contourf(x, y, losses[name], levels=levels, cmap="viridis")
@@ -104,9 +106,11 @@ def draw(surfaces: dict[str, dict[str, Any]]) -> plt.Figure:
         rise = losses[name] - each["loss_at_w"]
         panels[-1].plot(each["x"], rise[middle], color=colour, label=f"{name}, $\\epsilon$")
         panels[-1].plot(each["y"], rise[:, middle], "--", color=colour, label=f"{name}, random")
-    panels[-1].set(title="Lines through $w$", xlabel="in widths of the maps", ylabel="loss $-$ loss at $w$")
+    panels[-1].set(
+        title="Lines through $w$", xlabel="edges of the maps: $\\pm 1$", ylabel="loss $-$ loss at $w$"
+    )
     panels[-1].grid(alpha=0.3)
-    panels[-1].legend(frameon=False)
+    figure.legend(loc="outside lower right", ncols=len(surfaces), frameon=False)
     return figure
 
 
@@ -147,6 +151,7 @@ def run(args: argparse.Namespace) -> None:
         losses[path] = DatasetLoss(checkpoint, args.gen_subset, args.max_tokens, args.batches, args.seed)
     surfaces = {}
     passes = sum(len(loss.batches) for loss in losses.values()) * (args.points**2 + 2)
+    warnings.simplefilter("ignore")  # torch's of what will change; what is not finite is counted
     with tqdm(total=passes, unit="batch", desc="surface", disable=None) as bar:
         for path, loss in losses.items():
             watched = loss.watched(bar)
@@ -159,10 +164,7 @@ def run(args: argparse.Namespace) -> None:
     write_figure(args.out, draw(dict(zip(names, surfaces.values()))))
     for name, each in zip(names, surfaces.values()):
         missing = sum(value is None for row in each["loss"] for value in row)
-        print(
-            f"{name}: loss {each['loss_at_w']:.4f} nats per token"
-            + (f", {missing} not finite" if missing else "")
-        )
+        print(f"{name}: loss {each['loss_at_w']:.4f} nats per token, {missing} points are not finite")
     print(f"In {args.out.parent}: {args.out.name}, {args.out.with_suffix('.json').name}.")
 
 

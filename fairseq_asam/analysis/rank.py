@@ -1,0 +1,149 @@
+"""How well measures of sharpness rank models by their generalization gap (Table 1 and Figure 2 of the paper).
+
+    python -m fairseq_asam.analysis.rank MODELS.json OUT
+
+MODELS.json lists the models of a grid, all trained to the same stopping criterion::
+
+    [{"hyper_parameters": {"learning rate": 0.1, "dropout rate": 0.5}, "generalization_gap": 0.31,
+      "measures": {"sharpness (p = 2)": 0.02, "adaptive sharpness (p = 2)": 0.4}}, ...]
+
+Writes OUT/rank.md and OUT/rank.json, the table, and OUT/rank.png, a scatter plot for each measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+from scipy.stats import kendalltau
+
+from .output import whole, write_figure, write_json
+
+
+def kendall(gaps: Sequence[float], values: Sequence[float]) -> float:
+    """Return Kendall's rank correlation (tau-b), and 0 where either does not vary at all."""
+    tau = float(kendalltau(gaps, values)[0])
+    return 0.0 if math.isnan(tau) else tau
+
+
+def granulated(models: list[dict[str, Any]], measure: str, hyper_parameter: str) -> float | None:
+    """Return the granulated coefficient psi of Jiang et al. (2019): the mean of Kendall's tau over the sets
+    of models that differ in *hyper_parameter* alone; ``None`` if no set has two models or more."""
+    sets = defaultdict(list)
+    for model in models:
+        others = {k: v for k, v in model["hyper_parameters"].items() if k != hyper_parameter}
+        sets[json.dumps(others, sort_keys=True)].append(model)
+    taus = [_tau(alike, measure) for alike in sets.values() if len(alike) > 1]
+    return float(np.mean(taus)) if taus else None
+
+
+def rank_statistics(models: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return for each measure ``tau`` over all *models*, the granulated coefficient of each hyper-parameter
+    under ``granulated``, and their mean Psi as ``average``.
+
+    Raises:
+        ValueError: there are not two models, they have different keys, or a number is not finite.
+    """
+    _validate(models)
+    statistics = {}
+    for measure in models[0]["measures"]:
+        by_parameter = {name: granulated(models, measure, name) for name in models[0]["hyper_parameters"]}
+        known = [psi for psi in by_parameter.values() if psi is not None]
+        statistics[measure] = {
+            "tau": _tau(models, measure),
+            "granulated": by_parameter,
+            "average": float(np.mean(known)) if known else None,
+        }
+    return statistics
+
+
+def table(statistics: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the lines of a Markdown table like Table 1."""
+
+    def line(name: str, values: list[float | None]) -> str:
+        return f"| {name} | {' | '.join('' if v is None else f'{v:.3f}' for v in values)} |"
+
+    of_each = list(statistics.values())
+    return [
+        f"| | {' | '.join(statistics)} |",
+        f"|:--|{'--:|' * len(statistics)}",
+        line("τ (rank corr.)", [each["tau"] for each in of_each]),
+        *(line(name, [each["granulated"][name] for each in of_each]) for name in of_each[0]["granulated"]),
+        line("Ψ (avg.)", [each["average"] for each in of_each]),
+    ]
+
+
+def draw(models: list[dict[str, Any]], statistics: dict[str, dict[str, Any]]) -> plt.Figure:
+    """Draw each measure against the generalization gap."""
+    columns = min(2, len(statistics))
+    rows = math.ceil(len(statistics) / columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(5 * columns, 3.8 * rows), layout="constrained", squeeze=False, sharey=True
+    )
+    gaps = [model["generalization_gap"] for model in models]
+    for panel, (measure, each) in zip(panels.flat, statistics.items()):
+        panel.scatter([model["measures"][measure] for model in models], gaps, s=14, alpha=0.7)
+        panel.set(title=f"{measure}, $\\tau$ = {each['tau']:.3f}", xlabel=measure)
+        panel.grid(alpha=0.3)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("generalization gap")
+    for panel in panels.flat[len(statistics) :]:
+        panel.remove()
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m fairseq_asam.analysis.rank",
+        description="Rank correlation of measures of sharpness with the generalization gap.",
+    )
+    parser.add_argument("models", type=Path, metavar="MODELS.json", help="the models and what was measured")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for rank.md, rank.json and rank.png")
+    args = parser.parse_args()
+    try:
+        models = json.loads(args.models.read_text("utf-8"))
+        statistics = rank_statistics(models)
+    except (OSError, ValueError) as error:
+        sys.exit(f"rank: {error}")
+    write_json(args.out / "rank.json", {"models": len(models), "statistics": statistics})
+    with whole(args.out / "rank.md") as file:
+        file.write_text("\n".join(table(statistics)) + "\n", "utf-8")
+    write_figure(args.out / "rank.png", draw(models, statistics))
+    print(f"{len(models)} models\n")
+    print("\n".join(table(statistics)))
+
+
+def _tau(models: list[dict[str, Any]], measure: str) -> float:
+    return kendall(
+        [model["generalization_gap"] for model in models], [model["measures"][measure] for model in models]
+    )
+
+
+def _validate(models: Any) -> None:
+    if not isinstance(models, list) or len(models) < 2:
+        raise ValueError("there is nothing to rank: give a JSON list of two models or more")
+    for number, model in enumerate(models):
+        for key in ("hyper_parameters", "generalization_gap", "measures"):
+            if key not in model:
+                raise ValueError(f"model {number} of the list has no '{key}'")
+        for key in ("hyper_parameters", "measures"):
+            if model[key].keys() != models[0][key].keys():
+                raise ValueError(
+                    f"model {number} of the list has the {key} {', '.join(model[key])}, but the first has "
+                    f"{', '.join(models[0][key])}"
+                )
+        for value in (model["generalization_gap"], *model["measures"].values()):
+            if not (isinstance(value, (int, float)) and math.isfinite(value)):
+                raise ValueError(f"model {number} of the list has the value {value}, which cannot be ranked")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Sharpness as a measure (Section 3 of the ASAM paper): Figures 1 and 3, and the sharpness and the loss surface of
+# the models of the quickstart.
+#
+#   recipes/analysis.sh
+#
+# Takes 4 minutes on 2 cores after recipes/quickstart.sh, which it runs for what is missing of it. Everything it
+# makes is in runs/analysis.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+recipes/quickstart.sh
+export PATH="$PWD/.venv/bin:$PATH"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+data=data/embedded/bin
+runs=runs/quickstart
+out=runs/analysis
+mkdir -p "$out"
+python -m fairseq_asam.analysis.toy "$out"
+
+# On the training set, whose maximization regions Equation 4 speaks of; the same 40 batches for each model.
+for optimizer in adam sam asam; do
+    echo
+    python -m fairseq_asam.analysis.sharpness "$data" --path "$runs/$optimizer/checkpoint_best.pt" \
+        --gen-subset train --batches 40 --rho 0.05 0.1 0.2 0.5 1 --json "$out/sharpness-$optimizer.json" |
+        tee "$out/sharpness-$optimizer.md"
+done
+
+echo
+python -m fairseq_asam.analysis.surface "$data" "$out/surface.png" --gen-subset train --batches 8 \
+    --path "$runs/adam/checkpoint_best.pt" "$runs/asam/checkpoint_best.pt"
