@@ -31,7 +31,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "m": 128,
         "workers": 8,
     },
-    "digits": {"epochs": 15, "rho": {"sam": 0.05, "asam": 0.5}, "workers": 0},
+    "digits": {"epochs": 10, "rho": {"sam": 0.05, "asam": 0.5}, "batch_size": 32, "workers": 0},
 }
 COMMON = {
     "batch_size": 128,
@@ -142,6 +142,10 @@ class TrainOptions:
         if self.optimizer != "asam" and self.normalization != "none":
             raise ValueError(
                 f"{self.optimizer} has no normalization operator such as {self.normalization}: choose asam"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing}, but it is a share: choose it in [0, 1)"
             )
         for name in ("batch_size", "epochs"):
             if getattr(self, name) < 1:

@@ -93,7 +93,7 @@ class Run:
         while len(self.epochs) < self.options.epochs and not diverged:
             begin = time.perf_counter()
             record = self._epoch(len(self.epochs) + 1)
-            diverged = not math.isfinite(record["train_loss"])
+            diverged = not all(math.isfinite(record[loss]) for loss in ("train_loss", "test_loss"))
             self.epochs.append(record)
             self.seconds += time.perf_counter() - begin
             self._report(writer, record)
@@ -115,8 +115,9 @@ class Run:
             "seed": options.seed,
             "download": options.download,
         }
-        augmented = data.load(options.dataset, options.data, **loading, augmentation=options.augmentation)
-        plain = data.load(options.dataset, options.data, **loading, augmentation="none")
+        with accelerator.local_main_process_first():  # which downloads or unpacks for the others
+            augmented = data.load(options.dataset, options.data, **loading, augmentation=options.augmentation)
+            plain = data.load(options.dataset, options.data, **loading, augmentation="none")
         if len(augmented.train) < options.batch_size:
             raise ValueError(
                 f"batch_size is {options.batch_size}, but {options.dataset} has {len(augmented.train)} "
