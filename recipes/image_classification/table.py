@@ -106,7 +106,7 @@ def draw(corner: str, cells: Summaries, paper: dict[str, tuple[str, ...]] | None
         means, errors = ([cell[key] or 0 for _, cell in found] for key in ("mean", "std"))
         axes.errorbar(places, means, errors, fmt="o", capsize=3, color=f"C{number}", label=column)
         if paper:
-            theirs = [float(paper[row][number].split(" ± ")[0]) for row in rows]
+            theirs = [float(paper[row][number].split()[0]) for row in rows]
             places = [i + shift for i in range(len(rows))]
             axes.plot(
                 places, theirs, "D", markerfacecolor="none", color=f"C{number}", label=f"{column}, paper"
