@@ -52,7 +52,7 @@ PYRAMIDNET = {
     "augmentation": "autoaugment",
     "cutmix": True,
 }
-# Options that say where or how fast a run is made, but not what it computes.
+#: Options that say where or how fast a run is made, but not what it computes.
 PLACE = ("output", "data", "download", "workers")
 
 
@@ -171,13 +171,9 @@ class TrainOptions:
             )
 
     def of_the_run(self) -> dict[str, Any]:
-        """Return the options that decide what is computed, as JSON has them."""
-        return {k: v for k, v in self.as_json().items() if k not in PLACE}
-
-    def as_json(self) -> dict[str, Any]:
-        """Return all options as JSON has them."""
-        options = dataclasses.asdict(self)
-        return {k: str(v) if isinstance(v, Path) or v == math.inf else v for k, v in options.items()}
+        """Return the options that decide what is computed, as JSON has them: all but those of :data:`PLACE`."""
+        options = {k: v for k, v in dataclasses.asdict(self).items() if k not in PLACE}
+        return {**options, "p_norm": "inf" if self.p_norm == math.inf else self.p_norm}
 
 
 def _one_of(name: str, value: str, choices: Any) -> None:

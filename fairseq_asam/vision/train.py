@@ -34,7 +34,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
 
     The result, also in ``result.json`` of the run's folder, is a dict of
 
-    - ``options``: all of them, defaults filled in;
+    - ``options``: all that decide what is computed, defaults filled in;
     - ``epochs``: for each, ``epoch``, ``train_loss`` (label-smoothed, at w, of the augmented images),
       ``train_accuracy``, ``sharpness`` (the mean of L(w + epsilon) - L(w); 0 for sgd), ``test_loss``,
       ``test_accuracy``, ``test_top5_accuracy`` and ``seconds`` of its training;
