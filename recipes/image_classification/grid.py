@@ -28,9 +28,9 @@ OPTIMIZERS = {"SGD": "sgd", "SAM": "sam", "ASAM": "asam"}
 #: The form that a CPU makes in minutes: other images, a small network, few epochs, twice as many for SGD, as
 #: in the paper. The values of rho are those that rho_search.py finds on held-out training images.
 EMBEDDED = {
-    "sgd": {"dataset": "digits", "model": "resnet8", "batch_size": 32, "epochs": 16},
-    "sam": {"dataset": "digits", "model": "resnet8", "batch_size": 32, "epochs": 8, "rho": 0.05},
-    "asam": {"dataset": "digits", "model": "resnet8", "batch_size": 32, "epochs": 8, "rho": 0.05},
+    "sgd": {"dataset": "digits", "model": "resnet8", "batch_size": 16, "epochs": 10},
+    "sam": {"dataset": "digits", "model": "resnet8", "batch_size": 16, "epochs": 5, "rho": 0.05},
+    "asam": {"dataset": "digits", "model": "resnet8", "batch_size": 16, "epochs": 5, "rho": 0.05},
 }
 
 
