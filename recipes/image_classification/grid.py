@@ -30,7 +30,7 @@ OPTIMIZERS = {"SGD": "sgd", "SAM": "sam", "ASAM": "asam"}
 EMBEDDED = {
     "sgd": {"dataset": "digits", "model": "resnet8", "batch_size": 16, "epochs": 10},
     "sam": {"dataset": "digits", "model": "resnet8", "batch_size": 16, "epochs": 5, "rho": 0.05},
-    "asam": {"dataset": "digits", "model": "resnet8", "batch_size": 16, "epochs": 5, "rho": 0.05},
+    "asam": {"dataset": "digits", "model": "resnet8", "batch_size": 16, "epochs": 5, "rho": 0.2},
 }
 
 
