@@ -171,7 +171,7 @@ class TrainOptions:
             )
 
     def of_the_run(self) -> dict[str, Any]:
-        """Return the options that decide what is computed, as JSON has them: all but those of :data:`PLACE`."""
+        """Return the options that decide what is computed, as JSON has them: all but :data:`PLACE`."""
         options = {k: v for k, v in dataclasses.asdict(self).items() if k not in PLACE}
         return {**options, "p_norm": "inf" if self.p_norm == math.inf else self.p_norm}
 
