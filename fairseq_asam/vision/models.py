@@ -56,8 +56,12 @@ def vgg19_bn(num_classes: int) -> nn.Module:
 
 
 def resnet8(num_classes: int) -> nn.Module:
-    """A ResNet of one block a stage and half the width of the others: small enough to train on a CPU."""
-    return CIFARResNet([[8], [16], [32]], init_block_channels=8, bottleneck=False, num_classes=num_classes)
+    """A ResNet for trials on a CPU: one block a stage, half as wide as the others, and its first convolution
+    halves the image."""
+    model = CIFARResNet([[8], [16], [32]], init_block_channels=8, bottleneck=False, num_classes=num_classes)
+    model.features.init_block.conv.stride = (2, 2)
+    model.features.final_pool = nn.AdaptiveAvgPool2d(1)
+    return model
 
 
 #: Name -> function of the number of classes. ``resnet50`` takes ImageNet's images, the others images of

@@ -31,7 +31,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "m": 128,
         "workers": 8,
     },
-    "digits": {"epochs": 15, "rho": {"sam": 0.05, "asam": 0.5}, "workers": 0},
+    "digits": {"epochs": 10, "rho": {"sam": 0.05, "asam": 0.5}, "batch_size": 32, "workers": 0},
 }
 COMMON = {
     "batch_size": 128,
@@ -52,7 +52,7 @@ PYRAMIDNET = {
     "augmentation": "autoaugment",
     "cutmix": True,
 }
-# Options that say where or how fast a run is made, but not what it computes.
+#: Options that say where or how fast a run is made, but not what it computes.
 PLACE = ("output", "data", "download", "workers")
 
 
@@ -143,6 +143,10 @@ class TrainOptions:
             raise ValueError(
                 f"{self.optimizer} has no normalization operator such as {self.normalization}: choose asam"
             )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing}, but it is a share: choose it in [0, 1)"
+            )
         for name in ("batch_size", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but it must be at least 1")
@@ -167,13 +171,9 @@ class TrainOptions:
             )
 
     def of_the_run(self) -> dict[str, Any]:
-        """Return the options that decide what is computed, as JSON has them."""
-        return {k: v for k, v in self.as_json().items() if k not in PLACE}
-
-    def as_json(self) -> dict[str, Any]:
-        """Return all options as JSON has them."""
-        options = dataclasses.asdict(self)
-        return {k: str(v) if isinstance(v, Path) or v == math.inf else v for k, v in options.items()}
+        """Return the options that decide what is computed, as JSON has them: all but :data:`PLACE`."""
+        options = {k: v for k, v in dataclasses.asdict(self).items() if k not in PLACE}
+        return {**options, "p_norm": "inf" if self.p_norm == math.inf else self.p_norm}
 
 
 def _one_of(name: str, value: str, choices: Any) -> None:

@@ -17,11 +17,14 @@ class RunFolder:
     """The folder *path* of the run that *options*, a dict as JSON has it, describe.
 
     Raises:
-        ValueError: on reading, the folder holds a run with other options, or something unreadable.
+        ValueError: *path* is no folder; on reading, it holds a run with other options, or something
+            unreadable.
     """
 
     def __init__(self, path: Path, options: dict[str, Any]):
         self.path, self.options = Path(path), options
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"output is {path}, which is no folder: choose another")
         self.result_file, self.checkpoint_file = self.path / "result.json", self.path / "checkpoint.pt"
 
     def result(self) -> dict[str, Any] | None:

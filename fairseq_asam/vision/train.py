@@ -34,7 +34,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
 
     The result, also in ``result.json`` of the run's folder, is a dict of
 
-    - ``options``: all of them, defaults filled in;
+    - ``options``: all that decide what is computed, defaults filled in;
     - ``epochs``: for each, ``epoch``, ``train_loss`` (label-smoothed, at w, of the augmented images),
       ``train_accuracy``, ``sharpness`` (the mean of L(w + epsilon) - L(w); 0 for sgd), ``test_loss``,
       ``test_accuracy``, ``test_top5_accuracy`` and ``seconds`` of its training;
@@ -93,7 +93,7 @@ class Run:
         while len(self.epochs) < self.options.epochs and not diverged:
             begin = time.perf_counter()
             record = self._epoch(len(self.epochs) + 1)
-            diverged = not math.isfinite(record["train_loss"])
+            diverged = not all(math.isfinite(record[loss]) for loss in ("train_loss", "test_loss"))
             self.epochs.append(record)
             self.seconds += time.perf_counter() - begin
             self._report(writer, record)
@@ -115,8 +115,9 @@ class Run:
             "seed": options.seed,
             "download": options.download,
         }
-        augmented = data.load(options.dataset, options.data, **loading, augmentation=options.augmentation)
-        plain = data.load(options.dataset, options.data, **loading, augmentation="none")
+        with accelerator.local_main_process_first():  # which downloads or unpacks for the others
+            augmented = data.load(options.dataset, options.data, **loading, augmentation=options.augmentation)
+            plain = data.load(options.dataset, options.data, **loading, augmentation="none")
         if len(augmented.train) < options.batch_size:
             raise ValueError(
                 f"batch_size is {options.batch_size}, but {options.dataset} has {len(augmented.train)} "

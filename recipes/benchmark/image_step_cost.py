@@ -1,7 +1,6 @@
 """Measures what an epoch of image classification costs with sgd, sam and asam.
 
-    python recipes/benchmark/image_step_cost.py [--models NAME ...] [--batch-size N] [--updates N]
-                                                [--out FILE]
+    python recipes/benchmark/image_step_cost.py [--models NAME ...] [--batch-size N] [--updates N] [--out F]
 
 An epoch is so many updates, as fairseq_asam.vision makes them, on random 32 x 32 images. The optimizers take
 turns, update by update, so that whatever else the machine does slows down all of them.
@@ -36,7 +35,7 @@ def main() -> None:
     )
     parser.add_argument("--batch-size", type=int, default=32, help="default: 32")
     parser.add_argument("--updates", type=int, default=10, help="in an epoch (default: 10)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--out", type=Path, metavar="F", help="write the figures there too")
     arguments = parser.parse_args()
     if min(arguments.batch_size, arguments.updates) < 1:
         parser.error("--batch-size and --updates must be at least 1")

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -27,9 +28,9 @@ OPTIMIZERS = {"SGD": "sgd", "SAM": "sam", "ASAM": "asam"}
 #: The form that a CPU makes in minutes: other images, a small network, few epochs, twice as many for SGD, as
 #: in the paper. The values of rho are those that rho_search.py finds on held-out training images.
 EMBEDDED = {
-    "sgd": {"dataset": "digits", "model": "resnet8", "batch_size": 32, "epochs": 16},
-    "sam": {"dataset": "digits", "model": "resnet8", "batch_size": 32, "epochs": 8, "rho": 0.05},
-    "asam": {"dataset": "digits", "model": "resnet8", "batch_size": 32, "epochs": 8, "rho": 0.5},
+    "sgd": {"dataset": "digits", "model": "resnet8", "batch_size": 16, "epochs": 10},
+    "sam": {"dataset": "digits", "model": "resnet8", "batch_size": 16, "epochs": 5, "rho": 0.05},
+    "asam": {"dataset": "digits", "model": "resnet8", "batch_size": 16, "epochs": 5, "rho": 0.2},
 }
 
 
@@ -152,6 +153,7 @@ def make(runs: list[Run], jobs: int, launcher: str) -> None:
     beside it stop, to go on from their last epoch another time."""
     waiting = deque(run for run in runs if run.result() is None)
     running: dict[Run, subprocess.Popen] = {}
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), desc=runs[0].folder.parent.name, unit="run")
@@ -172,6 +174,8 @@ def make(runs: list[Run], jobs: int, launcher: str) -> None:
                     sys.exit(f"A run failed with status {status}; all of its output is in '{run.log}'.")
                 bar.update()
             time.sleep(0.1)
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; the same command goes on after the last finished epoch of each run.")
     finally:
         bar.close()
         for process in running.values():

@@ -106,7 +106,7 @@ def draw(corner: str, cells: Summaries, paper: dict[str, tuple[str, ...]] | None
         means, errors = ([cell[key] or 0 for _, cell in found] for key in ("mean", "std"))
         axes.errorbar(places, means, errors, fmt="o", capsize=3, color=f"C{number}", label=column)
         if paper:
-            theirs = [float(paper[row][number].split(" ± ")[0]) for row in rows]
+            theirs = [float(paper[row][number].split()[0]) for row in rows]
             places = [i + shift for i in range(len(rows))]
             axes.plot(
                 places, theirs, "D", markerfacecolor="none", color=f"C{number}", label=f"{column}, paper"
@@ -129,6 +129,9 @@ def draw_sweep(cells: Summaries, title: str, ylabel: str) -> plt.Figure:
         low, high = ([m + sign * s for m, s in zip(means, stds)] for sign in (-1, 1))
         axes.fill_between(rhos, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set(title=title, xlabel="$\\rho$", ylabel=ylabel, xscale="log")
+    ticks = sorted({float(row) for row, _ in cells})
+    axes.set_xticks(ticks, [f"{rho:g}" for rho in ticks], rotation=45)
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -6,8 +6,12 @@ import argparse
 import importlib
 import json
 import math
+import os
+import signal
 import statistics
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -147,6 +151,19 @@ def test_a_cell_is_the_mean_and_deviation_of_the_maxima_of_the_runs_that_did_not
     assert shown(summary([result([0.1], "cifar100"), result([0.015], "cifar100")])) == "10.00 (1 of 2 failed)"
 
 
+def test_a_picture_has_the_paper_s_means_and_leaves_out_cells_whose_runs_all_failed():
+    from table import draw
+    from table2 import PAPER
+
+    cell = {"mean": 90.0, "std": 0.1, "runs": 5, "failed": 0}
+    cells = {(row, column): cell for row in PAPER for column in ("SGD", "SAM", "ASAM")}
+    cells["VGG19-BN", "SAM"] = {"mean": None, "std": None, "runs": 5, "failed": 5}
+    lines = {line.get_label(): list(line.get_ydata()) for line in draw("model", cells, PAPER).axes[0].lines}
+    assert lines["SAM, paper"] == [92.0, 93.56, 95.18, 94.6, 96.34, 95.74, 96.98, 98.55]
+    drawn = [len(container[0].get_ydata()) for container in draw("model", cells).axes[0].containers]
+    assert drawn == [8, 7, 8]
+
+
 @pytest.fixture
 def grid_arguments(tmp_path):
     place = {"data": None, "download": False, "dry_run": False, "launcher": sys.executable, "jobs": 2}
@@ -193,6 +210,20 @@ def test_a_run_that_fails_ends_the_grid_with_its_reason(grid_arguments, monkeypa
     with pytest.raises(SystemExit, match=r"A run failed with status 2; all of its output is in '.*\.log'"):
         results_of(cells, grid_arguments)
     assert "has no CIFAR10" in capsys.readouterr().err
+
+
+def test_a_grid_that_is_told_to_end_takes_its_runs_along(tmp_path):
+    command = [sys.executable, str(RECIPE / "table4.py"), "--embedded", "--seeds", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as grid:
+        children = Path(f"/proc/{grid.pid}/task/{grid.pid}/children")
+        while not (run := children.read_text().split()):
+            assert grid.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.2)
+        grid.terminate()
+        assert grid.wait(60) == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{run[0]}").exists()
 
 
 @pytest.mark.parametrize(
