@@ -70,7 +70,8 @@ class Run:
 
 def as_flag(name: str, value: Any) -> list[str]:
     """Return the words of the command line for an option; a switch has no value."""
-    flag = f"--{name.replace('_', '-')}"
+    # torchrun takes --m for one of its own
+    flag = "--m-sharpness" if name == "m" else f"--{name.replace('_', '-')}"
     return [flag] if value is True else [flag, str(value)]
 
 
