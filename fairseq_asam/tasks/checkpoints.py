@@ -15,10 +15,17 @@ from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from fairseq.tasks import FairseqTask
 
 # torch >= 2.6 loads nothing but tensors and types known to be safe. A fairseq checkpoint holds its arguments
-# as a Namespace, and numpy scalars where a meter made some.
+# as a Namespace, and numpy scalars and arrays where a meter made some (those of --eval-bleu are arrays).
 _multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
 _DTYPES = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
-SAFE_TYPES = [argparse.Namespace, _multiarray.scalar, np.dtype, *_DTYPES]
+SAFE_TYPES = [
+    argparse.Namespace,
+    _multiarray.scalar,
+    _multiarray._reconstruct,
+    np.ndarray,
+    np.dtype,
+    *_DTYPES,
+]
 
 if hasattr(torch.serialization, "add_safe_globals"):
     torch.serialization.add_safe_globals(SAFE_TYPES)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT, assert_same_state, checkpoint
+from iwslt14_archive import archived, contents
 from sacrebleu.metrics import CHRF
 
 RECIPE = ROOT / "recipes" / "translation"
@@ -297,3 +298,23 @@ def test_a_dry_run_shows_the_jobs_of_a_cluster(corpus: Path, tmp_path: Path):
     wrong = run(RECIPE / "cluster.sh", "--dry-run", tmp_path, out)
     assert wrong.returncode == 1
     assert f"'{tmp_path}' holds no corpus" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_the_papers_experiment_on_an_archive_like_its_own(tmp_path: Path):
+    """table5.py iwslt14, but for the size of the model: best checkpoint by BLEU, text detokenized."""
+    archive, corpus, out = (tmp_path / name for name in ("de-en.tgz", "iwslt14", "out"))
+    archived(archive, contents())
+    prepare = (sys.executable, "-m", "data_prep.iwslt14", str(corpus), "--archive", str(archive))
+    subprocess.run(prepare, cwd=ROOT, check=True, capture_output=True)
+    size = [f"--{side}-{what}" for side in ("encoder", "decoder") for what in ("layers=1", "embed-dim=32")]
+    size += ["--encoder-attention-heads=2", "--decoder-attention-heads=2", "--warmup-updates=20", "--lr=5e-3"]
+    few = ("--epochs", "2", "--seeds", "1", "--rho", "0.1", "--jobs", "2", "--cpu", *size)
+    printed = succeeded(script("table5.py", "iwslt14", "--data", corpus, "--out", out, *few)).stdout
+    assert "| Adam+ASAM | " in printed and " | 35.66 | 35.02 |" in printed
+    run_folder = out / "asam-2-epochs-rho-0.1-seed-1"
+    assert "best_bleu" in (run_folder / "train.log").read_text()
+    assert "arch='transformer_iwslt_de_en'" in (run_folder / "train.log").read_text()
+    tokens, text = lines(corpus / "test.en"), lines(run_folder / "test.ref")
+    assert any(" ." in line for line in tokens) and not any(" ." in line for line in text)
+    assert not any("@@" in line for line in lines(run_folder / "test.hyp"))

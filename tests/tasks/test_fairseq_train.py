@@ -117,6 +117,16 @@ def test_stopped_and_resumed_is_uninterrupted(train, optimizer):
     assert_same_state(uninterrupted, resumed)
 
 
+def test_a_run_resumes_with_the_bleu_of_its_validation(train):
+    """fairseq's recipe for IWSLT'14 validates by BLEU, whose counts stand in the checkpoint as arrays."""
+    bleu = ["--eval-bleu", "--eval-bleu-args", '{"beam": 1, "max_len_b": 10}', "--eval-bleu-remove-bpe"]
+    bleu += ["--best-checkpoint-metric", "bleu", "--maximize-best-checkpoint-metric"]
+    train("run", "--optimizer", "asam", "--max-epoch", "1", *bleu)
+    output, saved = train("run", "--optimizer", "asam", "--max-epoch", "2", *bleu)
+    assert [epoch["epoch"] for epoch in logged(output)] == [2]
+    assert saved["extra_state"]["best"] == logged(output, "valid")[-1]["valid_best_bleu"] >= 0.0
+
+
 def test_runs_change_between_adam_and_asam_with_their_moments(train):
     train("run", "--optimizer", "adam", "--max-epoch", "1")
     output, _ = train("run", "--optimizer", "asam", "--max-epoch", "2")
