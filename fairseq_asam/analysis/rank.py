@@ -25,7 +25,9 @@ import numpy as np
 from matplotlib import pyplot as plt
 from scipy.stats import kendalltau
 
-from .output import whole, write_figure, write_json
+from fairseq_asam.files import whole
+
+from .output import write_figure, write_json
 
 
 def kendall(gaps: Sequence[float], values: Sequence[float]) -> float:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fairseq_asam.files import whole
 
 
 class RunFolder:
@@ -55,12 +54,12 @@ class RunFolder:
 
     def save_result(self, result: dict[str, Any]) -> None:
         """Write result.json, at once or not at all. Numbers that are not finite become null."""
-        with self._whole(self.result_file) as file:
+        with whole(self.result_file) as file:
             file.write_text(json.dumps(_finite(result), indent=1, allow_nan=False) + "\n")
 
     def save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write checkpoint.pt, at once or not at all."""
-        with self._whole(self.checkpoint_file) as file:
+        with whole(self.checkpoint_file) as file:
             torch.save({**checkpoint, "options": self.options}, file)
 
     def _check_same(self, file: Path, options: dict[str, Any]) -> None:
@@ -73,16 +72,6 @@ class RunFolder:
             raise ValueError(
                 f"{file} is of a run with other options ({'; '.join(other)}): choose another output"
             )
-
-    @contextmanager
-    def _whole(self, path: Path) -> Iterator[Path]:
-        self.path.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.incomplete")
-        try:
-            yield temporary
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:
