@@ -96,9 +96,9 @@ def draw(surfaces: dict[str, dict[str, Any]]) -> plt.Figure:
         colours = panel.contourf(x, y, losses[name], levels=levels, cmap="viridis")
         panel.contour(x, y, losses[name], levels=levels, colors="white", linewidths=0.4)
         panel.plot(0, 0, "o", color="tab:red")
-        panel.set(
-            title=f"{name}: loss {each['loss_at_w']:.3f} at $w$", xlabel="along $\\epsilon$, in $\\rho$"
-        )
+        panel.set_title(f"{name}: loss {each['loss_at_w']:.3f} at $w$")
+        panel.set_xlabel("along $\\epsilon$, in $\\rho$")
+        panel.xaxis.set_major_locator(MaxNLocator(5))
     panels[0].set_ylabel("along a random direction, in lengths of filters")
     figure.colorbar(colours, ax=panels[-2], label="loss (nats per token)")
     for number, (name, each) in enumerate(surfaces.items()):

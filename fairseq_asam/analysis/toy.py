@@ -96,9 +96,14 @@ def figure_1() -> list[dict[str, Any]]:
 
 
 def figure_3() -> list[dict[str, Any]]:
-    """Return the trajectories of Figure 3."""
+    """Return the trajectories of Figure 3, to six decimals."""
     return [
-        {"method": method, "rho": region.rho, "start": list(start), "path": trajectory(start, region)}
+        {
+            "method": method,
+            "rho": region.rho,
+            "start": list(start),
+            "path": np.round(trajectory(start, region), 6).tolist(),
+        }
         for method, region in METHODS.items()
         for start in STARTS
     ]
@@ -144,14 +149,14 @@ def draw_figure_3(rows: list[dict[str, Any]]) -> plt.Figure:
     for panel, start in zip(panels, STARTS):
         panel.contourf(x, y, height, levels=20, cmap="Greys", alpha=0.5)
         panel.plot(valley, 0.04 / valley, color="tab:red", label="minimizers, $w_1 w_2 = 0.04$")
-        for row, colour in zip(
-            [row for row in rows if row["start"] == list(start)], ("tab:blue", "tab:green")
-        ):
+        here = [row for row in rows if row["start"] == list(start)]
+        for row, colour in zip(here, ("tab:blue", "tab:green")):
             path = np.array(row["path"])
-            label = f"{row['method']}, $\\rho$ = {row['rho']:g}"
+            end = f"({path[-1, 0]:.3f}, {path[-1, 1]:.3f})"
+            label = f"{row['method']}, $\\rho$ = {row['rho']:g}: to {end}"
             panel.plot(*path.T, color=colour, linewidth=1, label=label)
             panel.plot(*path[-1], "s", color=colour)
-        panel.plot(*start, "o", color="black")
+        panel.plot(*start, "o", color="black", markersize=11, fillstyle="none")
         panel.set(title=f"$w_0$ = {start}", xlabel="$w_1$", xlim=(0.1, 0.35), ylim=(-0.02, 0.28))
         panel.legend(loc="upper right")
     panels[0].set_ylabel("$w_2$")

@@ -61,41 +61,50 @@ def command(monkeypatch, capsys):
     return run
 
 
-def sentence_by_sentence(path: str, data: str, split: str, move=lambda name, weight, gradient: 0.0):
-    """The loss per token of the sentences one by one, after the weights moved so; and its gradients."""
+def used_weights(loaded):
+    """fairseq 0.12.2 has weights that it uses in inference alone, and never in a loss."""
+    return {name: p for name, p in loaded.model.named_parameters() if p.grad is not None}
+
+
+def sentence_by_sentence(path: str, data: str, move=None) -> float:
+    """The loss per token of the sentences one by one, after the weights moved by what *move* makes of name,
+    weights and gradients."""
     loaded = load(path, data, cpu=True)
-    loaded.task.load_dataset(split)
-    dataset, gradients = loaded.task.dataset(split), {}
-    for moved in (False, True):
+    loaded.task.load_dataset("valid")
+    dataset = loaded.task.dataset("valid")
+
+    def loss_at_weights(with_gradient: bool) -> float:
         total, tokens = 0.0, 0
         for i in range(len(dataset)):
             loss, size, _ = loaded.criterion(loaded.model, dataset.collater([dataset[i]]))
-            if not moved:
+            if with_gradient:
                 loss.backward()
             total, tokens = total + loss.item(), tokens + size
-        if not moved:
-            gradients = {name: p.grad / tokens for name, p in loaded.model.named_parameters()}
-            with torch.no_grad():
-                for name, p in loaded.model.named_parameters():
-                    p += move(name, p, gradients)
-    return total / tokens
+        return total / tokens
+
+    loss = loss_at_weights(True)
+    if move is None:
+        return loss
+    weights = {name: p.detach().clone() for name, p in used_weights(loaded).items()}
+    gradients = {name: p.grad for name, p in used_weights(loaded).items()}
+    with torch.no_grad():
+        for name, p in used_weights(loaded).items():
+            p += move(name, weights, gradients)
+        return loss_at_weights(False)
 
 
 def test_the_figures_are_those_of_the_definition(command, adam, data, tmp_path):
     rho, eta = 0.3, 0.02
 
-    def sam(name, weight, gradients):
+    def sam(name, weights, gradients):
         return rho * gradients[name] / torch.cat([g.flatten() for g in gradients.values()]).norm()
 
-    def asam(name, weight, gradients):
+    def asam(name, weights, gradients):
         diagonals = {n: 1.0 if n.endswith("bias") else w.abs() + eta for n, w in weights.items()}
         norm = torch.cat([(diagonals[n] * g).flatten() for n, g in gradients.items()]).norm()
         return rho * diagonals[name] ** 2 * gradients[name] / norm
 
-    weights = {n: p.detach().clone() for n, p in load(adam, data, cpu=True).model.named_parameters()}
-    at_w, after_sam, after_asam = (
-        sentence_by_sentence(adam, data, "valid", *move) for move in ((), (sam,), (asam,))
-    )
+    at_w, after_sam, after_asam = (sentence_by_sentence(adam, data, move) for move in (None, sam, asam))
     out = command(
         sharpness, data, "--path", adam, "--rho", rho, 0.1, "--eta", eta, "--json", tmp_path / "out.json"
     )
