@@ -126,7 +126,7 @@ def draw_sweep(cells: Summaries, title: str, ylabel: str) -> plt.Figure:
         found = [(float(row), cell) for (row, col), cell in cells.items() if col == column and cell["mean"]]
         rhos, means, stds = zip(*sorted((rho, cell["mean"], cell["std"] or 0) for rho, cell in found))
         (line,) = axes.plot(rhos, means, "o-", markersize=4, label=column)
-        low, high = ([m + sign * s for m, s in zip(means, stds)] for sign in (-1, 1))
+        low, high = ([min(m + sign * s, 100) for m, s in zip(means, stds)] for sign in (-1, 1))
         axes.fill_between(rhos, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set(title=title, xlabel="$\\rho$", ylabel=ylabel, xscale="log")
     ticks = sorted({float(row) for row, _ in cells})

@@ -34,8 +34,7 @@ PAPER = {
 
 def make_table(name: str, description: str, dataset: str, paper: dict[str, tuple[str, ...]]) -> None:
     args = arguments(name, description, seeds=5, rows=list(MODELS), embedded_rows=["ResNet-20"])
-    data = {} if args.embedded else {"dataset": dataset}
-    rows = {row: {**data, "model": MODELS[row]} for row in args.rows}
+    rows = {row: {} if args.embedded else {"dataset": dataset, "model": MODELS[row]} for row in args.rows}
     results = results_of(by_optimizer(rows, args.embedded), args)
     publish(args, "model", {cell: summary(of_cell) for cell, of_cell in results.items()}, results, paper)
 
