@@ -21,7 +21,7 @@ VARIANTS = {
 }
 # With p = inf, epsilon moves each of k weights by the share rho of its size; with p = 2, rho must be sqrt(k)
 # times as large to move them as far. The embedded network has 19,954.
-EMBEDDED_RHOS = {math.inf: [0.0005, 0.002, 0.01], 2: [0.05, 0.2, 1.0]}
+EMBEDDED_RHOS = {math.inf: [0.001, 0.005, 0.02], 2: [0.2, 1.0, 2.0]}
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from table import as_markdown, described, draw_sweep, summary, write
 
 #: The paper's grid, 0.00005 to 2.0; embedded, the part of it that decides.
 RHOS = [digit * 10.0**power for power in range(-5, 1) for digit in (1, 2, 5)][2:-1]
-EMBEDDED_RHOS = {"SAM": [0.02, 0.05, 0.1], "ASAM": [0.05, 0.1, 0.2, 0.5]}
+EMBEDDED_RHOS = {"SAM": [0.02, 0.05, 0.1, 0.2], "ASAM": [0.2, 0.5, 1.0, 2.0]}
 
 
 def main() -> None:
