@@ -25,9 +25,9 @@ Cells = dict[tuple[str, str], dict[str, Any]]
 
 OPTIMIZERS = {"SGD": "sgd", "SAM": "sam", "ASAM": "asam"}
 
-#: The form that a CPU makes in minutes: other images, a small network, and few epochs, but enough for SGD to fit
-#: the training images to the last, wrong labels included. As in the paper, SGD has twice as many as the others.
-#: The values of rho are those that rho_search.py finds on held-out training images.
+#: The form that a CPU makes in minutes: other images, a small network, and few epochs, but enough for SGD to
+#: fit the training images to the last, wrong labels included. As in the paper, SGD has twice as many as the
+#: others. The values of rho are those that rho_search.py finds on held-out training images.
 SMALL = {"dataset": "digits", "model": "resnet8", "batch_size": 64, "augmentation": "none"}
 EMBEDDED = {
     "sgd": {**SMALL, "epochs": 40},

@@ -125,10 +125,13 @@ def draw(points: list[dict]) -> plt.Figure:
         x = sorted(scores)
         y = [sum(scores[rho]) / len(scores[rho]) for rho in x]
         axes.plot(x, y, color=f"C{number}", label=optimizer)
+    values = sorted({point["rho"] for point in points if point["rho"] is not None})
     axes.set(xscale="log", xlabel="$\\rho$", ylabel="validation BLEU", title="Search for $\\rho$")
+    axes.set_xticks(values, [f"{rho:g}" for rho in values])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
