@@ -102,6 +102,16 @@ def draw(models: list[dict[str, Any]], statistics: dict[str, dict[str, Any]]) ->
     return figure
 
 
+def write(
+    out: Path, models: list[dict[str, Any]], statistics: dict[str, dict[str, Any]], lines: list[str]
+) -> None:
+    """Write rank.json, rank.png and, with *lines*, rank.md to the folder *out*."""
+    write_json(out / "rank.json", {"models": len(models), "statistics": statistics})
+    with whole(out / "rank.md") as file:
+        file.write_text("\n".join(lines) + "\n", "utf-8")
+    write_figure(out / "rank.png", draw(models, statistics))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m fairseq_asam.analysis.rank",
@@ -115,10 +125,7 @@ def main() -> None:
         statistics = rank_statistics(models)
     except (OSError, ValueError) as error:
         sys.exit(f"rank: {error}")
-    write_json(args.out / "rank.json", {"models": len(models), "statistics": statistics})
-    with whole(args.out / "rank.md") as file:
-        file.write_text("\n".join(table(statistics)) + "\n", "utf-8")
-    write_figure(args.out / "rank.png", draw(models, statistics))
+    write(args.out, models, statistics, table(statistics))
     print(f"{len(models)} models\n")
     print("\n".join(table(statistics)))
 

@@ -1,4 +1,4 @@
-"""The networks of the paper's Section 5.2 by name, with fresh weights."""
+"""The networks of the paper's Section 5.2 by name, and small ones for a CPU, with fresh weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 import torch
 import torchvision
 from pytorchcv.models import shakedropresnet_cifar
+from pytorchcv.models.preresnet import PreResUnit
 from pytorchcv.models.pyramidnet import PyrUnit
 from pytorchcv.models.pyramidnet_cifar import get_pyramidnet_cifar
 from pytorchcv.models.resnet_cifar import CIFARResNet, get_resnet_cifar
@@ -64,30 +65,53 @@ def resnet8(num_classes: int) -> nn.Module:
     return model
 
 
+def mlp(num_classes: int, dropout: float = 0.0) -> nn.Module:
+    """A network for trials on a CPU: two hidden layers of 128 with batch normalization and *dropout*, on
+    images of which it sees 8 x 8 pixels."""
+    layers: list[nn.Module] = [nn.AvgPool2d(4), nn.Flatten()]
+    for inputs in (3 * 8 * 8, 128):
+        layers += [nn.Linear(inputs, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers, nn.Linear(128, num_classes))
+
+
+def wide_resnet(num_classes: int, blocks: int, width_factor: int, dropout: float = 0.0) -> nn.Module:
+    """A wide ResNet, with *dropout* between the two convolutions of each block (Zagoruyko and Komodakis 2016,
+    Section 2.4)."""
+    model = get_wrn_cifar(num_classes, blocks=blocks, width_factor=width_factor)
+    if dropout:
+        for unit in [module for module in model.modules() if isinstance(module, PreResUnit)]:
+            unit.body.conv2 = nn.Sequential(nn.Dropout(dropout), unit.body.conv2)
+    return model
+
+
 #: Name -> function of the number of classes. ``resnet50`` takes ImageNet's images, the others images of
 #: 32 x 32 pixels. ``densenet121`` is the ImageNet network all the same: its paper has no other of this depth.
 #: Where the shape changes, the shortcuts of the CIFAR ResNets are projections (option B of He et al. 2016).
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "densenet121": lambda num_classes: torchvision.models.densenet121(num_classes=num_classes),
+    "mlp": mlp,
     "resnet8": resnet8,
     "resnet20": partial(get_resnet_cifar, blocks=20, bottleneck=False),
     "resnet32": partial(get_resnet_cifar, blocks=32, bottleneck=False),
     "resnet56": partial(get_resnet_cifar, blocks=56, bottleneck=False),
     "vgg19_bn": vgg19_bn,
     "resnext29_32x4d": partial(get_resnext_cifar, blocks=29, cardinality=32, bottleneck_width=4),
-    "wrn16_8": partial(get_wrn_cifar, blocks=16, width_factor=8),
-    "wrn28_2": partial(get_wrn_cifar, blocks=28, width_factor=2),
-    "wrn28_10": partial(get_wrn_cifar, blocks=28, width_factor=10),
+    "wrn16_8": partial(wide_resnet, blocks=16, width_factor=8),
+    "wrn28_2": partial(wide_resnet, blocks=28, width_factor=2),
+    "wrn28_10": partial(wide_resnet, blocks=28, width_factor=10),
     "pyramidnet272": pyramidnet272,
     "resnet50": lambda num_classes: torchvision.models.resnet50(num_classes=num_classes),
 }
 
+#: The models that can be built with dropout.
+WITH_DROPOUT = ("mlp", "wrn16_8", "wrn28_2", "wrn28_10")
 
-def build_model(name: str, num_classes: int) -> nn.Module:
+
+def build_model(name: str, num_classes: int, dropout: float | None = None) -> nn.Module:
     """Return a new network; its weights are drawn from torch's global random number generator.
 
     Raises:
-        ValueError: no such model, or not one for so many classes.
+        ValueError: no such model, or not one for so many classes or with dropout.
     """
     if name not in MODELS:
         raise ValueError(f"there is no model '{name}': choose one of {', '.join(sorted(MODELS))}")
@@ -95,4 +119,8 @@ def build_model(name: str, num_classes: int) -> nn.Module:
         raise ValueError(
             f"{name} takes 32 x 32 images of 10 or 100 classes, not of {num_classes}: use resnet50 instead"
         )
-    return MODELS[name](num_classes)
+    if dropout is None:
+        return MODELS[name](num_classes)
+    if name not in WITH_DROPOUT:
+        raise ValueError(f"{name} has no dropout: leave it out, or choose one of {', '.join(WITH_DROPOUT)}")
+    return MODELS[name](num_classes, dropout=dropout)
