@@ -1,5 +1,5 @@
-"""What the commands that measure sharpness, of fairseq checkpoints and of image runs, have in common: options,
-progress bar, table and JSON."""
+"""What the commands that measure sharpness, of fairseq checkpoints and of image runs, have in common: their
+options, progress bar, table and JSON."""
 
 from __future__ import annotations
 

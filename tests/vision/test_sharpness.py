@@ -55,11 +55,11 @@ def test_the_loss_at_w_is_the_one_in_the_result(run, measured, split, images, sa
 
 
 def test_the_figures_are_those_of_measure(run, measured):
-    """Of all images at once, in a network built anew."""
+    """Of all images at once, in a network built anew; the command takes four batches."""
     model = tiny.noisy(10)
     model.load_state_dict(torch.load(run / "checkpoint.pt", weights_only=True)["model"])
     parts = data.load("digits", augmentation="none", label_noise=0.2, hold_out=200, seed=3)
-    images, targets = zip(*parts.train)
+    images, targets = zip(*parts.test)
     images, targets = torch.stack(images), torch.tensor(targets)
     adaptive = {"normalization": "filter-wise", "eta": 0.1, "normalize_bias": True}
     regions = [
@@ -69,13 +69,13 @@ def test_the_figures_are_those_of_measure(run, measured):
         for region in (Region(rho, p=p, normalization="none"), Region(rho, p=p, **adaptive))
     ]
     flags = ["--rho", 0.02, 0.3, "--p-norm", 2, "inf", "--normalization", "filter-wise", "--eta", 0.1]
+    flags += ["--normalize-bias", "--split", "test", "--batch-size", 60]
     for ascents, steps in (((1, 1, 1), []), ((3, 2, 7), ["--steps", 3, "--restarts", 2, "--seed", 7])):
         expected = measure(lambda: F.cross_entropy(model(images), targets), model, regions, *ascents)
-        out, written = measured(*flags, "--normalize-bias", *steps)
+        out, written = measured(*flags, *steps)
+        assert written["batches"] == 4
         rows = written["regions"]
-        assert [(row["p"], row["rho"]) for row in rows] == [
-            *(("2", 0.02), ("2", 0.3), ("inf", 0.02), ("inf", 0.3))
-        ]
+        assert [f"{row['p']} {row['rho']}" for row in rows] == ["2 0.02", "2 0.3", "inf 0.02", "inf 0.3"]
         found = [row[key] for row in rows for key in ("sharpness", "adaptive_sharpness")]
         assert found == pytest.approx([each.value for each in expected], rel=1e-3)
         for row in rows:
@@ -142,11 +142,11 @@ def test_bad_values_are_refused_before_anything_is_loaded(flags, said, refused):
 
 
 def test_neither_command_needs_what_the_other_does():
-    def brought_by(module):
-        ask = f"import sys, {module}; print(*sys.modules.keys() & {{'fairseq', 'torchvision', 'matplotlib'}})"
-        answer = subprocess.run([sys.executable, "-c", ask], cwd=ROOT, text=True, capture_output=True)
-        assert answer.returncode == 0, answer.stderr
-        return answer.stdout.split()
-
-    assert brought_by("fairseq_asam.analysis.measuring") == []
-    assert brought_by("fairseq_asam.vision.sharpness") == ["torchvision"]
+    program = "import sys"
+    for module in ("fairseq_asam.analysis.measuring", "fairseq_asam.vision.sharpness"):
+        program += f"\nimport {module}"
+        program += (
+            "\nprint([name for name in ('fairseq', 'torchvision', 'matplotlib') if name in sys.modules])"
+        )
+    answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True)
+    assert answer.stdout.splitlines() == ["[]", "['torchvision']"], answer.stderr
