@@ -46,8 +46,10 @@ def regions_of(args: argparse.Namespace) -> list[Region]:
     """Return the regions of sharpness and adaptive sharpness by turns, for each p and rho.
 
     Raises:
-        ValueError: a value out of its range, also of --steps and --restarts.
+        ValueError: a value out of its range, also of --steps and --restarts; --json is a folder.
     """
+    if args.json and args.json.is_dir():
+        raise ValueError(f"'{args.json}' is a folder: give --json the name of a file")
     adaptive = {
         "eta": args.eta,
         "normalization": args.normalization,

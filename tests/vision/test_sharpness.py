@@ -106,7 +106,7 @@ def refused(tmp_path, capsys):
     def command(*arguments):
         file = tmp_path / "out.json"
         with pytest.raises(SystemExit) as exit:
-            tiny.main(["sharpness", *map(str, arguments), "--json", str(file)])
+            tiny.main(["sharpness", "--json", str(file), *map(str, arguments)])
         assert exit.value.code == 2 and not file.exists()
         return capsys.readouterr().err.splitlines()[-1].split("error: ")[1]
 
@@ -135,6 +135,7 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(run, tmp_path, refused
         (["--steps", "0"], "steps is 0"),
         (["--restarts", "2"], "restarts is 2, but one ascent step has one start"),
         (["--p-norm", "3", "--steps", "2"], "p is 3.0, but more than one ascent step needs"),
+        (["--json", str(ROOT)], "is a folder: give --json the name of a file"),
     ],
 )
 def test_bad_values_are_refused_before_anything_is_loaded(flags, said, refused):
