@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -19,3 +21,9 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """Write *value*, all of whose numbers must be finite, to *path*."""
+    with whole(path) as file:
+        file.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n", "utf-8")

@@ -1,2 +1,2 @@
-"""Sharpness as a measure: what Section 3 and the figures of the paper are about. Needs matplotlib and tqdm,
-the extra ``recipes``."""
+"""Sharpness as a measure: what Section 3 and the figures of the paper are about. Needs the
+extra ``recipes``, but ``measuring``, which ``fairseq_asam.vision`` shares, tqdm alone."""

@@ -8,7 +8,7 @@ import logging
 import os
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from fairseq.criterions import FairseqCriterion
 from fairseq.models import BaseFairseqModel
 from fairseq.tasks import TASK_REGISTRY, FairseqTask
 from torch import Tensor
-from tqdm import tqdm
 
 import fairseq_asam.tasks  # noqa: F401  makes newer torch load fairseq's checkpoints
 
@@ -162,16 +161,6 @@ class DatasetLoss:
             sample = self.dataset.collater([self.dataset[i] for i in batch])
             loss, sample_size, _ = self.criterion(self.model, utils.move_to_cuda(sample) if cuda else sample)
             yield loss, float(sample_size)
-
-    def watched(self, bar: tqdm) -> Callable[[], Iterator[tuple[Tensor, float]]]:
-        """Return this loss, which then moves *bar* by one for each batch."""
-
-        def loss() -> Iterator[tuple[Tensor, float]]:
-            for term in self():
-                yield term
-                bar.update()
-
-        return loss
 
 
 def _first_line(error: BaseException) -> str:

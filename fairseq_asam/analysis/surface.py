@@ -27,6 +27,7 @@ from fairseq_asam import Region, measure
 from fairseq_asam.sharpness.measure import Displaced, Loss, evaluate
 
 from .checkpoints import DatasetLoss, load
+from .measuring import watched
 from .output import write_figure, write_json
 from .sharpness import add_data_arguments
 
@@ -154,8 +155,9 @@ def run(args: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")  # torch's of what will change; what is not finite is counted
     with tqdm(total=passes, unit="batch", desc="surface", disable=None) as bar:
         for path, loss in losses.items():
-            watched = loss.watched(bar)
-            surfaces[path] = surface(watched, loss.model, region, args.radius, args.points, args.seed)
+            surfaces[path] = surface(
+                watched(loss, bar), loss.model, region, args.radius, args.points, args.seed
+            )
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "path")}
     write_json(args.out.with_suffix(".json"), {**settings, "surfaces": surfaces}, indent=None)
     names = [Path(path).resolve().parent.name for path in surfaces]

@@ -100,13 +100,7 @@ def measure(
         ValueError: a value out of its range; the loss or its gradient at w is not finite; all that
             :class:`~fairseq_asam.Perturbation` raises.
     """
-    if steps < 1 or restarts < 1:
-        raise ValueError(f"steps is {steps} and restarts is {restarts}, but both must be at least 1")
-    if steps == 1 and restarts > 1:
-        raise ValueError(f"restarts is {restarts}, but one ascent step has one start: ask for more steps")
-    for region in regions:
-        if steps > 1 and region.p not in (2.0, math.inf):
-            raise ValueError(f"p is {region.p}, but more than one ascent step needs p = 2 or p = inf")
+    validate_ascents(regions, steps, restarts)
     modules = list(weights.modules()) if isinstance(weights, nn.Module) else []
     named = list(weights.named_parameters() if isinstance(weights, nn.Module) else weights)
     Perturbation(named, 0.0)  # refuses what cannot be perturbed
@@ -139,6 +133,21 @@ def measure(
             epsilon = dict(zip(parameters.values(), search.epsilon)) if keep_epsilon else None
             measured.append(Sharpness(region, search.value, at_w, search.non_finite, epsilon))
     return measured
+
+
+def validate_ascents(regions: Iterable[Region], steps: int, restarts: int) -> None:
+    """Check that :func:`measure` can search *regions* so.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if steps < 1 or restarts < 1:
+        raise ValueError(f"steps is {steps} and restarts is {restarts}, but both must be at least 1")
+    if steps == 1 and restarts > 1:
+        raise ValueError(f"restarts is {restarts}, but one ascent step has one start: ask for more steps")
+    for region in regions:
+        if steps > 1 and region.p not in (2.0, math.inf):
+            raise ValueError(f"p is {region.p}, but more than one ascent step needs p = 2 or p = inf")
 
 
 class _Search:

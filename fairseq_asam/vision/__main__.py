@@ -1,9 +1,10 @@
 """Image classification with SGD, SAM or ASAM.
 
     python -m fairseq_asam.vision train --dataset cifar10 --model wrn28_10 --optimizer asam --output RUN
+    python -m fairseq_asam.vision sharpness RUN --rho 0.05 0.1 0.2
 
 RUN gets result.json when the run is finished, and before that a checkpoint after every epoch, from which
-the same command goes on.
+the same command goes on. The second command measures the sharpness of the last checkpoint.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from fairseq_asam import NORMALIZATIONS
 
+from . import sharpness
 from .data import DATASETS
 from .models import MODELS
 from .options import BATCH_NORM_STATISTICS, MIXED_PRECISION, OPTIMIZERS, TrainOptions
@@ -21,14 +23,26 @@ from .train import Run
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fairseq_asam.vision", description=__doc__.split("\n")[0])
-    train = parser.add_subparsers(required=True, metavar="train").add_parser(
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    train = commands.add_parser(
         "train", help="make a run, or go on with it", argument_default=argparse.SUPPRESS
     )
     add_options(train)
+    of_a_run = commands.add_parser(
+        "sharpness",
+        help="measure sharpness and adaptive sharpness of a run",
+        description=sharpness.__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    sharpness.add_arguments(of_a_run)
+    args = vars(parser.parse_args(arguments))
+    command = args.pop("command")
     try:
-        run = Run(TrainOptions(**vars(parser.parse_args(arguments))))
+        if command == "sharpness":
+            return sharpness.measure_run(argparse.Namespace(**args))
+        run = Run(TrainOptions(**args))
     except (ValueError, FileNotFoundError) as error:
-        train.error(str(error))
+        commands.choices[command].error(str(error))
     run.finish()
     run.accelerator.end_training()
 

@@ -63,11 +63,16 @@ def training_loader(dataset: Dataset, batches: Batches, workers: int, device: to
 
 
 def evaluation_loader(
-    dataset: Dataset, workers: int, device: torch.device, process: int = 0, processes: int = 1
+    dataset: Dataset,
+    workers: int,
+    device: torch.device,
+    process: int = 0,
+    processes: int = 1,
+    batch_size: int = 256,
 ) -> DataLoader:
     """Return a loader of every *processes*-th image from *process* on: all of them, over all processes."""
     share = Subset(dataset, range(process, len(dataset), processes))
-    return _loader(share, workers, device, batch_size=256)
+    return _loader(share, workers, device, batch_size=batch_size)
 
 
 def _loader(dataset: Dataset, workers: int, device: torch.device, **options: Any) -> DataLoader:

@@ -23,7 +23,7 @@ class RunFolder:
     def __init__(self, path: Path, options: dict[str, Any]):
         self.path, self.options = Path(path), options
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"output is {path}, which is no folder: choose another")
+            raise ValueError(f"'{path}' is no folder: choose another for the run")
         self.result_file, self.checkpoint_file = self.path / "result.json", self.path / "checkpoint.pt"
 
     def result(self) -> dict[str, Any] | None:
@@ -47,7 +47,7 @@ class RunFolder:
         except Exception as error:
             raise ValueError(
                 f"{self.checkpoint_file} cannot be read as a checkpoint ({type(error).__name__}): "
-                "delete it to start anew, or choose another output"
+                "delete it to train anew, or choose another folder"
             ) from None
         self._check_same(self.checkpoint_file, options)
         return checkpoint

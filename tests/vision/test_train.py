@@ -205,7 +205,7 @@ def test_two_processes_make_the_weights_of_one(m, tmp_path):
         (["--epochs", "0"], "epochs is 0"),
         (["--label-smoothing", "1"], "label_smoothing is 1.0"),
         (["--lr", "-1"], "learning rate"),
-        (["--output", __file__], "which is no folder"),
+        (["--output", __file__], "is no folder"),
         (["--mixed-precision", "fp16"], "needs a GPU"),
         (["--dataset", "cifar10", "--data", "nowhere"], "nowhere"),
         (["--dataset", "cifar10"], "--data"),
