@@ -31,7 +31,7 @@ OPTIMIZERS = {"SGD": "sgd", "SAM": "sam", "ASAM": "asam"}
 SMALL = {"dataset": "digits", "model": "resnet8", "batch_size": 64, "augmentation": "none"}
 EMBEDDED = {
     "sgd": {**SMALL, "epochs": 40},
-    "sam": {**SMALL, "epochs": 20, "rho": 0.1},
+    "sam": {**SMALL, "epochs": 20, "rho": 0.2},
     "asam": {**SMALL, "epochs": 20, "rho": 1.0},
 }
 
