@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sharpness as a measure (Section 3 of the ASAM paper): Figures 1 and 3, and the sharpness and the loss surface of
-# the models of the quickstart.
+# Sharpness as a measure (Section 3 of the ASAM paper): Figures 1 and 3, Table 1 and Figure 2, and the sharpness and
+# the loss surface of the models of the quickstart.
 #
 #   recipes/analysis.sh
 #
@@ -18,6 +18,9 @@ runs=runs/quickstart
 out=runs/analysis
 mkdir -p "$out"
 python -m fairseq_asam.analysis.toy "$out"
+
+# Table 1 and Figure 2 with small networks on scikit-learn's digits; --dataset cifar10 makes them at full size.
+python -m fairseq_asam.analysis.rank_models "$out/rank" --jobs 2
 
 # On the training set, whose maximization regions Equation 4 speaks of; the same 40 batches for each model.
 for optimizer in adam sam asam; do

@@ -131,10 +131,28 @@ def test_pyramidnet_drops_branches_ever_more_often_towards_the_end():
     assert lives == pytest.approx([1 - 0.5 * (number + 1) / 90 for number in range(90)])
 
 
+def test_dropout_is_between_the_convolutions_of_each_block_and_on_hidden_layers():
+    wide, plain = build_model("wrn28_2", 10, dropout=0.3), build_model("wrn28_2", 10, dropout=0.0)
+    assert plain.state_dict().keys() == build_model("wrn28_2", 10).state_dict().keys()
+    names = [name for name, module in wide.named_modules() if isinstance(module, nn.Dropout)]
+    assert names == [f"features.stage{i}.unit{j}.body.conv2.0" for i in (1, 2, 3) for j in (1, 2, 3, 4)]
+    assert all(wide.get_submodule(name).p == 0.3 for name in names)
+    images = torch.randn(2, 3, 32, 32)
+    for model, is_random in ((wide, True), (plain, False), (build_model("mlp", 10, dropout=0.3), True)):
+        assert torch.equal(model(images), model(images)) is not is_random
+        assert torch.equal(model.eval()(images), model(images))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vgg19_bn"])
+def test_dropout_is_refused_where_a_model_has_none(name):
+    with pytest.raises(ValueError, match=f"{name} has no dropout: .*one of mlp, wrn16_8"):
+        build_model(name, 10, dropout=0.0)
+
+
 @pytest.mark.parametrize(
     ("name", "classes", "message"),
     [
-        ("resnet18", 10, "there is no model 'resnet18': choose one of densenet121, pyramidnet272"),
+        ("resnet18", 10, "there is no model 'resnet18': choose one of densenet121, mlp, pyramidnet272"),
         ("wrn16_8", 1000, "of 10 or 100 classes, not of 1000"),
     ],
 )
