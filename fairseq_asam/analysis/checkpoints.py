@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import random
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 logging.basicConfig(level=logging.WARNING)  # a model of fairseq's would set DEBUG, for all
+warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fairseq calls it
 from fairseq import checkpoint_utils, tasks, utils
 from fairseq.criterions import FairseqCriterion
 from fairseq.models import BaseFairseqModel
