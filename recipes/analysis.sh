@@ -4,7 +4,7 @@
 #
 #   recipes/analysis.sh
 #
-# Takes 2 minutes of one core after recipes/quickstart.sh, which it runs for what is missing of it. Everything it
+# Takes 5 minutes on 2 cores after recipes/quickstart.sh, which it runs for what is missing of it. Everything it
 # makes is in runs/analysis.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
