@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from commands import ROOT, Result, start
 
+sys.path.insert(0, str(ROOT))  # data_prep is run from the repository root, not installed
+
 
 @pytest.fixture
 def fairseq(tmp_path):
