@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +152,8 @@ def publish(
 
 def write(out: Path, name: str, markdown: str, figure: plt.Figure, **results: Any) -> None:
     """Write `<name>.md`, `.png` and, with `results`, `.json` into the folder `out`, and print the table."""
-    out.mkdir(parents=True, exist_ok=True)
+    from fairseq_asam.files import whole  # brings torch, which --dry-run can do without
+
     results["cells"] = [{"row": row, "column": col, **cell} for (row, col), cell in results["cells"].items()]
     with whole(out / f"{name}.json") as file:
         file.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
@@ -164,14 +162,3 @@ def write(out: Path, name: str, markdown: str, figure: plt.Figure, **results: An
     with whole(out / f"{name}.md") as file:
         file.write_text(markdown, "utf-8")
     print(markdown, end="")
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; what was written there becomes `path` if the block succeeds."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

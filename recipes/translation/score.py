@@ -48,9 +48,10 @@ def main() -> None:
     if not scores.exists() or scores.stat().st_mtime < checkpoint.stat().st_mtime:
         tokenized = (args.data / "bpe.codes").exists()
         pieces = "subword_nmt" if tokenized else "sentencepiece"
-        sentences = len(read_lines(texts["ref"]))
-        hypotheses, bleu_of_tokens = translate(args.data / "bin", checkpoint, args.split, pieces, sentences)
         references = read_lines(texts["ref"])
+        hypotheses, bleu_of_tokens = translate(
+            args.data / "bin", checkpoint, args.split, pieces, len(references)
+        )
         if tokenized:
             hypotheses, references = detokenized(hypotheses), detokenized(references)
         with whole(args.run / f"{args.split}.src") as file:
