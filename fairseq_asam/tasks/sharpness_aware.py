@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from fairseq_asam.optim import model_parameters, sharpness_aware_optimizer
+from fairseq_asam.sharpness import frozen_batch_norm_statistics
 from fairseq_asam.sharpness.random_state import RandomState
 
 from .fraction import extrapolate_, random_part
@@ -93,7 +94,7 @@ class SharpnessAwareTask:
                 self._passes = [this]
             asam.note_gradient(optimizer)
             smallest = min((p for p in parameters if p.grad is not None), key=Tensor.numel)
-            with perturbation, _no_new_update(model):
+            with perturbation, _no_new_update(model), frozen_batch_norm_statistics(model):
                 _set_gradients(parameters, accumulated)
                 _mark_non_finite(smallest, perturbation.norm)
                 sample_size = 0

@@ -246,3 +246,24 @@ def test_a_model_that_steps_a_moving_average_does_so_at_w(corpus):
         at_w.append(model.encoder.embed_tokens.weight.detach().clone())
         trainer.train_step([batches[i]])
     assert all(any(torch.equal(w, seen_w) for w in at_w) for _, seen_w in seen[:-1])
+
+
+class NormalizedFeatures(torch.nn.BatchNorm1d):
+    """Batch normalization of what fairseq's layers pass on, (tokens, sentences, features)."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(0, 1)).view_as(x)
+
+
+@pytest.mark.parametrize("scope", ["update", "micro-batch"])
+def test_batch_normalization_sees_the_passes_at_w_alone(corpus, scope):
+    asam, batches = setting(corpus, "--optimizer", "asam", "--ascent-scope", scope)
+    adam, _ = setting(corpus, "--optimizer", "adam")
+    for trainer in (asam, adam):
+        layer = trainer.get_model().encoder.layer_norm = NormalizedFeatures(32).double()
+        trainer.train_step(copy.deepcopy(batches[:2]))
+        assert layer.num_batches_tracked == 2
+    theirs = adam.get_model().encoder.layer_norm
+    ours = asam.get_model().encoder.layer_norm
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
