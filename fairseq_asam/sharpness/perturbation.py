@@ -189,12 +189,18 @@ class Perturbation(Displacement):
 
     def _add_epsilon(self, block: _Block, scale: float) -> None:
         """Add *scale* T^2 g, which is epsilon for p = 2, in the fewest passes over memory."""
-        diagonals = self._diagonals(block)
-        if diagonals is None:
+        if block.operator == "none":
             torch._foreach_add_(block.weights, block.gradients, alpha=scale)
+            return
+        if block.scratch is not None:
+            squares = [torch.abs(weight, out=out) for weight, out in zip(block.weights, block.scratch)]
+            minus_eta = torch.tensor(-self.eta, dtype=block.working_dtype)
+            for square in squares:  # (|w| + eta)^2 at once
+                torch.ops.aten.mse_loss.out(square, minus_eta, 0, out=square)
         else:
-            torch._foreach_mul_(diagonals, diagonals)
-            torch._foreach_addcmul_(block.weights, diagonals, block.gradients, value=scale)
+            squares = self._diagonals(block)
+            torch._foreach_mul_(squares, squares)
+        torch._foreach_addcmul_(block.weights, squares, block.gradients, value=scale)
 
     def _norm_of(self, blocks: list[_Block], order: float, unit: Tensor | None = None) -> Tensor:
         """||T g||_order over all *blocks*; with *unit*, computed in multiples of it."""
