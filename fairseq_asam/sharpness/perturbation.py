@@ -206,6 +206,9 @@ class Perturbation(Displacement):
         """||T g||_order over all *blocks*; with *unit*, computed in multiples of it."""
         norms: list[Tensor] = []
         for block in blocks:
+            if order == 2.0 and block.scratch is not None and block.weights[0].dtype == block.working_dtype:
+                norms += self._l2_norms(block)
+                continue
             normalized = block.normalized(self._diagonals(block), overwrite=True)
             if unit is not None:
                 divisor = torch.where(unit > 0, unit, 1.0).to(normalized[0].device)
@@ -213,6 +216,17 @@ class Perturbation(Displacement):
             norms += _norms(normalized, order)
         norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]), order)
         return norm if unit is None else norm * unit
+
+    def _l2_norms(self, block: _Block) -> list[Tensor]:
+        """||T g||_2 of each weight, in the fewest passes over memory."""
+        minus_eta = torch.tensor(-self.eta, dtype=block.working_dtype)
+        norms: list[Tensor] = []
+        for weight, gradient, out in zip(block.weights, block.gradients, block.scratch):
+            torch.abs(weight, out=out)
+            # 2 (|w| + eta) g at once
+            torch.ops.aten.mse_loss_backward.grad_input(gradient, out, minus_eta, 0, grad_input=out)
+            norms.append(torch.dot(out.view(-1), out.view(-1)).sqrt_().div_(2.0))
+        return norms
 
     def _diagonals(self, block: _Block) -> list[Tensor] | None:
         """The diagonal of T for each weight, in at least float32; ``None`` where T = 1."""
