@@ -24,14 +24,10 @@ def operator_of(name: str, weight: Tensor, normalization: str, normalize_bias: b
     return normalization
 
 
-def diagonal(
-    weights: list[Tensor], operator: str, eta: float, out: list[Tensor] | None = None
-) -> list[Tensor]:
+def diagonal(weights: list[Tensor], operator: str, eta: float) -> list[Tensor]:
     """Return the diagonal of T_w + eta I for each of *weights*, in the shape of the weight, or in one
-    that broadcasts to it. *operator* is ``element-wise``, which can write to *out*, or ``filter-wise``."""
-    if operator == "element-wise" and out is not None:
-        diagonals = [torch.abs(weight, out=o) for weight, o in zip(weights, out)]
-    elif operator == "element-wise":
+    that broadcasts to it. *operator* is ``element-wise`` or ``filter-wise``."""
+    if operator == "element-wise":
         diagonals = torch._foreach_abs(weights)
     else:
         diagonals = [
