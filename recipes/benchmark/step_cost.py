@@ -3,9 +3,9 @@
     python recipes/benchmark/step_cost.py [--models NAME ...] [--optimizers FLAGS ...] [--max-tokens N]
         [--rounds N] [--device cpu|cuda] [--threads N] [--no-time | --no-memory] [--out FILE]
 
-The optimizers, each with the flags that may follow --optimizer, train the same model on the same batches with
-fairseq's own Trainer. They take turns, update by update, so that whatever else the machine does slows down all
-of them. Peak memory is that of a process of its own for each.
+The optimizers, each with the flags that may follow --optimizer, train the same model on the same batches of
+random sentences with fairseq's own Trainer. They take turns, update by update, so that whatever else the
+machine does slows down all of them. Peak memory is that of a process of its own for each.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def main() -> None:
         type=int,
         default=5,
         metavar="N",
-        help="to time, after one that warms up; each has as many updates as the longest --ascent-interval, at "
-        "least 5 (default: 5)",
+        help="to time, after one that warms up; each has at least 5 updates, and as many with two passes as "
+        "every --ascent-interval says (default: 5)",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--no-time", action="store_true", help="measure memory only")

@@ -1,4 +1,5 @@
 """fairseq's Trainer in this process, on random sentences: what the benchmarks of a training step share."""
+# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -31,11 +32,11 @@ LONGEST_SENTENCE = 100  # tokens
 BATCHES = 40  # that a corpus makes
 # Those of recipes/translation/train.sh, which are the paper's (Section 5.3).
 FLAGS = (
-    "--task translation --source-lang de --target-lang en --seed 1 --no-save --required-batch-size-multiple 1 "
-    "--num-workers 0 --clip-norm 0 --lr 5e-4 --lr-scheduler inverse_sqrt --warmup-updates 4000 "
+    "--task translation --source-lang de --target-lang en --seed 1 --no-save --num-workers 0 "
+    "--required-batch-size-multiple 1 --lr 5e-4 --lr-scheduler inverse_sqrt --warmup-updates 4000 "
     "--criterion label_smoothed_cross_entropy --label-smoothing 0.1 --share-decoder-input-output-embed "
-    "--weight-decay 1e-4"
-).split()
+    "--clip-norm 0 --weight-decay 1e-4"
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def check_max_tokens(parser: argparse.ArgumentParser, option: str, max_tokens: i
     """End the program with a sentence if a batch of *max_tokens* has no room for the longest sentence."""
     if max_tokens < LONGEST_SENTENCE:
         parser.error(
-            f"{option} must be at least {LONGEST_SENTENCE}, which the longest sentences have, not {max_tokens}"
+            f"{option} must be at least {LONGEST_SENTENCE}, which some sentences have, not {max_tokens}"
         )
 
 
@@ -131,7 +132,7 @@ def configuration(
     fairseq does not accept ends the program as an error of *parser*."""
     fairseq_parser = options.get_training_parser()
     fairseq_parser.error = lambda message: parser.error(f"'--optimizer {optimizer}': {message}")
-    arguments = [str(data), *FLAGS, *model.flags.split(), "--max-tokens", str(max_tokens)]
+    arguments = [str(data), *FLAGS.split(), *model.flags.split(), "--max-tokens", str(max_tokens)]
     arguments += ["--cpu"] if device == "cpu" else []
     # Before the optimizer's own flags: those of the last win.
     arguments += ["--adam-betas", "(0.9, 0.98)", "--optimizer", *optimizer.split()]
