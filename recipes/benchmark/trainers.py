@@ -1,0 +1,204 @@
+"""fairseq's Trainer in this process, on random sentences: what the benchmarks of a training step share."""
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logging.basicConfig(level=logging.WARNING)  # fairseq has much to say at every start
+warnings.simplefilter("ignore")  # and calls much that others have deprecated
+from fairseq import options, tasks
+from fairseq.data import Dictionary, indexed_dataset
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.logging import metrics
+from fairseq.trainer import Trainer
+
+import fairseq_asam.tasks  # noqa: F401  registers the optimizers, as --user-dir does
+from fairseq_asam.optim import OPTIMIZERS
+
+LONGEST_SENTENCE = 100  # tokens
+BATCHES = 40  # that a corpus makes
+# Those of recipes/translation/train.sh, which are the paper's (Section 5.3).
+FLAGS = (
+    "--task translation --source-lang de --target-lang en --seed 1 --no-save --num-workers 0 "
+    "--required-batch-size-multiple 1 --lr 5e-4 --lr-scheduler inverse_sqrt --warmup-updates 4000 "
+    "--criterion label_smoothed_cross_entropy --label-smoothing 0.1 --share-decoder-input-output-embed "
+    "--clip-norm 0 --weight-decay 1e-4"
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and the sentences that it is trained on.
+
+    `vocabularies` are the sizes of the source and the target dictionary, `length` is the mean number of
+    tokens in a sentence, `max_tokens` the default of the batches, and `flags` are fairseq-train's.
+    """
+
+    vocabularies: tuple[int, int]
+    length: float
+    max_tokens: int
+    flags: str
+
+
+MODELS = {
+    # On IWSLT'14, as fairseq prepares it.
+    "transformer_iwslt_de_en": Model(
+        (8848, 6632), 24.0, 1000, "--arch transformer_iwslt_de_en --dropout 0.3"
+    ),
+    # On the embedded corpus, as recipes/quickstart.sh trains it.
+    "quickstart": Model(
+        (4000, 4000),
+        10.0,
+        500,
+        "--arch transformer --encoder-layers 1 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 "
+        "--encoder-attention-heads 4 --decoder-layers 1 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 "
+        "--decoder-attention-heads 4 --dropout 0.1",
+    ),
+}
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Add the options --device and --threads."""
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace, *at_least_1: str) -> None:
+    """End the program with a sentence if a value of :func:`add_machine`, or one of *at_least_1*, is wrong."""
+    for option in ("threads", *at_least_1):
+        if getattr(args, option) < 1:
+            parser.error(f"--{option} must be at least 1, not {getattr(args, option)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
+    torch.set_num_threads(args.threads)
+
+
+def check_max_tokens(parser: argparse.ArgumentParser, option: str, max_tokens: int) -> None:
+    """End the program with a sentence if a batch of *max_tokens* has no room for the longest sentence."""
+    if max_tokens < LONGEST_SENTENCE:
+        parser.error(
+            f"{option} must be at least {LONGEST_SENTENCE}, which some sentences have, not {max_tokens}"
+        )
+
+
+def machine(device: str, threads: int) -> str:
+    """The machine in words."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"{threads} CPU thread(s)"
+
+
+def write_corpus(folder: Path, model: Model, max_tokens: int) -> None:
+    """Write random sentences as fairseq-preprocess would: about :data:`BATCHES` batches of *max_tokens*."""
+    generator = torch.Generator().manual_seed(0)
+    count = max(1, int(BATCHES * max_tokens / model.length))
+    # Lengths spread about as those of IWSLT'14; a translation is about as long as its source.
+    spread = torch.randn(count, generator=generator).mul(0.6).exp() / torch.tensor(0.18).exp()
+    for language, size in zip(("de", "en"), model.vocabularies):
+        dictionary = Dictionary()
+        for number in range(size - len(dictionary)):
+            dictionary.add_symbol(str(number))
+        dictionary.save(str(folder / f"dict.{language}.txt"))
+        prefix = str(folder / f"train.de-en.{language}")
+        builder = indexed_dataset.make_builder(f"{prefix}.bin", "mmap", vocab_size=size)
+        noise = torch.randn(count, generator=generator).mul(0.1).exp()
+        lengths = (model.length * spread * noise).round().clamp(2, LONGEST_SENTENCE).int()
+        for length in lengths.tolist():
+            words = torch.randint(dictionary.nspecial, size, (length - 1,), generator=generator)
+            builder.add_item(torch.cat([words, torch.tensor([dictionary.eos()])]))
+        builder.finalize(f"{prefix}.idx")
+
+
+def configuration(
+    parser: argparse.ArgumentParser,
+    data: Path,
+    model: Model,
+    optimizer: str,
+    max_tokens: int,
+    device: str,
+) -> Any:
+    """The configuration of fairseq-train for *optimizer*, which is what follows --optimizer there. What
+    fairseq does not accept ends the program as an error of *parser*."""
+    fairseq_parser = options.get_training_parser()
+    fairseq_parser.error = lambda message: parser.error(f"'--optimizer {optimizer}': {message}")
+    arguments = [str(data), *FLAGS.split(), *model.flags.split(), "--max-tokens", str(max_tokens)]
+    arguments += ["--cpu"] if device == "cpu" else []
+    # Before the optimizer's own flags: those of the last win.
+    arguments += ["--adam-betas", "(0.9, 0.98)", "--optimizer", *optimizer.split()]
+    return convert_namespace_to_omegaconf(options.parse_args_and_arch(fairseq_parser, arguments))
+
+
+def passes(cfg: Any) -> float:
+    """How many forward and backward passes an update of *cfg* costs, on average over the updates."""
+    if cfg.optimizer._name not in OPTIMIZERS:
+        return 1.0
+    fraction = getattr(cfg.optimizer, "ascent_fraction", 1.0)
+    return 1.0 + fraction / getattr(cfg.optimizer, "ascent_interval", 1)
+
+
+def trainer_and_batches(cfg: Any) -> tuple[Trainer, list[dict[str, Any]]]:
+    """A Trainer with fresh weights, and the batches of an epoch, as fairseq-train makes them. They are the
+    same for every optimizer."""
+    torch.manual_seed(cfg.common.seed)
+    task = tasks.setup_task(cfg.task)
+    trainer = Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
+    epoch = trainer.get_train_iterator(epoch=1)
+    trainer.begin_epoch(1)
+    return trainer, list(epoch.next_epoch_itr(shuffle=True))
+
+
+def update_seconds(trainer: Trainer, batch: dict[str, Any]) -> float:
+    """Update *trainer* with *batch* and return how long that took."""
+    synchronize(trainer.cuda)
+    begin = time.perf_counter()
+    with metrics.aggregate("train_inner"):
+        trainer.train_step([batch])
+    synchronize(trainer.cuda)
+    return time.perf_counter() - begin
+
+
+def synchronize(cuda: bool) -> None:
+    """Wait for what the GPU, if there is one, has still to do."""
+    if cuda:
+        torch.cuda.synchronize()
+
+
+def surround(owner: Any, method: str, context: Callable[[], AbstractContextManager]) -> None:
+    """From now on, run *method* of *owner*, a class or an object, inside of a new *context*."""
+    original = getattr(owner, method)
+
+    @functools.wraps(original)
+    def surrounded(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return original(*args, **kwargs)
+
+    setattr(owner, method, surrounded)
+
+
+class Stopwatch:
+    """Adds up the seconds spent in its blocks; waits for the GPU if *cuda*."""
+
+    def __init__(self, cuda: bool):
+        self.cuda = cuda
+        self.seconds = 0.0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        synchronize(self.cuda)
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            synchronize(self.cuda)
+            self.seconds += time.perf_counter() - begin
