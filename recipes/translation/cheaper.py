@@ -6,8 +6,8 @@
 Trains Adam, ASAM, ASAM with --ascent-fraction 0.5, 0.25 and 0.125, and with --ascent-interval 2 and 5, these
 with the reused component at its own length and at LookSAM's (--ascent-reuse 0.7). All have one rho: the only
 one given, or else the best of ASAM itself on validation BLEU. Times can be compared only if nothing else uses
-the machine. Writes cheaper.{json,md,png} to OUT (default: runs/translation/SETTING), beside the folders of the
-runs. Run again, it does what is missing.
+the machine. Writes cheaper.{json,md,png} to OUT (default: runs/translation/SETTING), beside the folders of
+the runs. Run again, it does what is missing.
 """
 
 from __future__ import annotations
