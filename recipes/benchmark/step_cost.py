@@ -38,7 +38,14 @@ from trainers import (
 
 from fairseq_asam.files import write_json
 
-OPTIMIZERS = ("adam", "sam", "asam")
+OPTIMIZERS = (
+    "adam",
+    "sam",
+    "asam",
+    "asam --ascent-fraction 0.5",
+    "asam --ascent-fraction 0.25",
+    "asam --ascent-interval 5",
+)
 
 _processes = multiprocessing.get_context("spawn")
 
@@ -148,8 +155,8 @@ def peaks(
     cfgs: dict[str, Any], weights: int, updates: int, args: argparse.Namespace, name: str
 ) -> list[dict[str, Any]]:
     """Measure peak memory, and print and return a row for each optimizer."""
-    # glibc would keep part of what torch frees, more or less of it as chance has it.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**17)
+    # Let glibc give back what torch frees, all but the smallest: it keeps more or less, as chance has it.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**13))
     peak = {}
     for flags, cfg in tqdm(cfgs.items(), desc=f"{name}, memory", unit="process", disable=None):
         with _processes.Pool(1) as process:
