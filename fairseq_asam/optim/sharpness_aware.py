@@ -3,13 +3,16 @@
 The passes at w and at w + epsilon are made in :mod:`fairseq_asam.tasks.sharpness_aware`.
 """
 
+import math
 from argparse import ArgumentParser
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Optional
 
+import torch
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.distributed import utils as distributed_utils
 from fairseq.optim import (
     OPTIMIZER_DATACLASS_REGISTRY,
     OPTIMIZER_REGISTRY,
@@ -22,8 +25,12 @@ from torch.nn import Module
 
 from fairseq_asam.sharpness import NORMALIZATIONS, SELECTIONS, Perturbation, selected_parameters
 from fairseq_asam.sharpness.perturbation import validate
+from fairseq_asam.sharpness.reuse import add_component_, orthogonal_component_
 
 # No "from __future__ import annotations" here: fairseq's parser needs types, not their names.
+
+# What --ascent-interval keeps of each weight in the optimizer's state, and so in checkpoints.
+COMPONENT = "ascent_component"
 
 
 @dataclass
@@ -58,6 +65,24 @@ class SAMConfig(FairseqDataclass):
             "help": "draw new dropout masks for the pass at w + epsilon; by default both passes draw the "
             "same, so that they see one loss L_B (Algorithm 1)"
         },
+    )
+    ascent_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "share of the sentences of each batch, drawn at random, whose gradient makes epsilon, in "
+            "(0, 1]; an update costs 1 + this many passes (arXiv 2110.08529)"
+        },
+    )
+    ascent_interval: int = field(
+        default=1,
+        metadata={
+            "help": "make both passes in every so-manieth update only, and in between reuse what they found, "
+            "as LookSAM does (arXiv 2203.02714)"
+        },
+    )
+    ascent_reuse: float = field(
+        default=0.7,
+        metadata={"help": "with --ascent-interval, the weight alpha of the reused component in LookSAM"},
     )
 
 
@@ -94,6 +119,8 @@ class SharpnessAwareOptimizer:
         self.sharpness_config = cfg
         self.ascended = False
         self._perturbation: Optional[Perturbation] = None
+        # Of an update in progress: the gradient at w, and then its reusable component.
+        self._component: Optional[list[Tensor]] = None
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:
@@ -114,8 +141,58 @@ class SharpnessAwareOptimizer:
             )
         return self._perturbation
 
+    def begin_update(self) -> None:
+        """Forget an update that came to nothing."""
+        self.ascended = False
+        self._component = None
+
+    def ascends(self, num_updates: int) -> bool:
+        """Whether the update after *num_updates* makes both passes: with ``--ascent-interval``, every so many
+        do, and the first one that has no component to reuse."""
+        due = num_updates % self.sharpness_config.ascent_interval == 0
+        return due or not any(COMPONENT in state for state in self.optimizer.state.values())
+
+    def note_gradient(self, optimizer: FairseqOptimizer) -> None:
+        """With ``--ascent-interval``, add the model's present gradients to the update's gradient at w."""
+        if self.sharpness_config.ascent_interval == 1:
+            return
+        if self._component is None:
+            used = [self.optimizer.state[p].pop(COMPONENT, None) for p in self.params]
+            self._component = [
+                torch.zeros_like(p, requires_grad=False) if buffer is None else buffer.zero_()
+                for p, buffer in zip(self.params, used)
+            ]
+        for total, p in zip(views(optimizer, self._component), model_parameters(optimizer)):
+            if p.grad is not None:
+                total += p.grad
+
+    def clip_grad_norm(self, max_norm, aggregate_norm_fn=None):
+        """Clip the norm of the gradient, to which, in an update without a pass at w + epsilon, the component
+        of an earlier one is added first."""
+        if self.sharpness_config.ascent_interval > 1:
+            self._keep_or_reuse_component()
+        return super().clip_grad_norm(max_norm, aggregate_norm_fn)
+
+    @torch.no_grad()
+    def _keep_or_reuse_component(self) -> None:
+        if self._component is None:
+            used = [p for p in self.params if p.grad is not None]
+            component = [self.optimizer.state[p][COMPONENT] for p in used]
+            add_component_([p.grad for p in used], component, self.sharpness_config.ascent_reuse)
+            self.ascended = True
+            return
+        workers = distributed_utils.get_data_parallel_group()
+        if (
+            self.sharpness_config.ascent_scope == "micro-batch"
+            and distributed_utils.get_world_size(workers) > 1
+        ):
+            for gradient in self._component:
+                distributed_utils.all_reduce(gradient, workers)
+        perturbed = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        orthogonal_component_(self._component, perturbed)
+
     def step(self, *args, **kwargs):
-        """Step at w, once per pass at w + epsilon.
+        """Step at w, once per pass at w + epsilon or, with ``--ascent-interval``, component reused.
 
         Raises:
             RuntimeError: there was no such pass since the last step.
@@ -127,7 +204,12 @@ class SharpnessAwareOptimizer:
                 "plugin extends"
             )
         self.ascended = False
-        return super().step(*args, **kwargs)
+        super().step(*args, **kwargs)
+        if self._component is not None:
+            # only now: Adam and others take a state that is not empty for one of theirs
+            for p, component in zip(self.params, self._component):
+                self.optimizer.state[p][COMPONENT] = component
+            self._component = None
 
 
 def sharpness_aware_optimizer(optimizer: FairseqOptimizer) -> Optional[SharpnessAwareOptimizer]:
@@ -145,20 +227,35 @@ def master_weights(optimizer: FairseqOptimizer) -> dict[Tensor, Tensor]:
     """Return the float32 master of each half-precision parameter; with ``--fp16``, views of its buffers."""
     if not isinstance(optimizer, FP16Optimizer):
         return {}
-    if not optimizer.has_flat_params:
-        return dict(zip(optimizer.fp16_params, optimizer.fp32_params))
-    masters, offsets = {}, dict.fromkeys(optimizer.fp32_params, 0)
-    for parameter in optimizer.fp16_params:
-        device = parameter.device.index
-        end = offsets[device] + parameter.numel()
-        masters[parameter] = optimizer.fp32_params[device].detach()[offsets[device] : end].view_as(parameter)
-        offsets[device] = end
-    return masters
+    masters = [master.detach() for master in optimizer.fp32_optimizer.params]
+    return dict(zip(optimizer.fp16_params, views(optimizer, masters)))
+
+
+def views(optimizer: FairseqOptimizer, tensors: list[Tensor]) -> list[Tensor]:
+    """Return *tensors*, in the form of the parameters that the base optimizer steps, in that of the model's:
+    ``--fp16`` makes one flat buffer of them."""
+    if not isinstance(optimizer, FP16Optimizer) or not optimizer.has_flat_params:
+        return tensors
+    (flat,) = tensors
+    parts = flat.split([p.numel() for p in optimizer.fp16_params])
+    return [part.view_as(p) for part, p in zip(parts, optimizer.fp16_params)]
 
 
 def validate_config(cfg: Any) -> None:
     """Raise ValueError, in one sentence, if an option of *cfg* is out of range."""
     validate(**_region(cfg))
+    fraction, interval, reuse = cfg.ascent_fraction, cfg.ascent_interval, cfg.ascent_reuse
+    if not 0.0 < fraction <= 1.0:
+        raise ValueError(f"--ascent-fraction is {fraction}, but it must be greater than 0 and at most 1")
+    if interval < 1:
+        raise ValueError(f"--ascent-interval is {interval}, but it must be at least 1 (LookSAM: 5)")
+    if not 0.0 <= reuse < math.inf:
+        raise ValueError(f"--ascent-reuse is {reuse}, but it must be a finite number >= 0 (LookSAM: 0.7)")
+    if fraction < 1.0 and interval > 1:
+        raise ValueError(
+            "--ascent-fraction does not go with --ascent-interval: what LookSAM reuses is the difference of "
+            "two gradients of the same sentences; use one of them"
+        )
 
 
 def _region(cfg: Any) -> dict[str, Any]:

@@ -20,7 +20,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from fairseq_asam.optim import model_parameters, sharpness_aware_optimizer
+from fairseq_asam.sharpness import frozen_batch_norm_statistics
 from fairseq_asam.sharpness.random_state import RandomState
+
+from .fraction import extrapolate_, random_part
 
 # Prefix of the logging outputs of the pass at w + epsilon, on their way to reduce_metrics.
 PERTURBED = "perturbed_"
@@ -47,42 +50,58 @@ class SharpnessAwareTask:
     ) -> tuple[Tensor, int, dict[str, Any]]:
         """Make the passes at w and w + epsilon; see :meth:`fairseq.tasks.FairseqTask.train_step`.
 
-        The loss, the sample size and the logging outputs returned are those at w; ``.grad`` holds what
-        the passes at w + epsilon have accumulated. With ``--ascent-scope update`` these follow the pass
-        at w of the update's last micro-batch.
+        The loss and the logging outputs returned are those at w; ``.grad`` holds what the passes at
+        w + epsilon have accumulated. With ``--ascent-scope update`` these follow the pass at w of the
+        update's last micro-batch, with which the sample size of all of them is returned. With
+        ``--ascent-fraction`` the logging outputs at w are extrapolated to the whole batch.
         """
         asam = sharpness_aware_optimizer(optimizer)
+        cfg = asam.sharpness_config
         step = functools.partial(
-            super().train_step, sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
+            super().train_step,
+            model=model,
+            criterion=criterion,
+            optimizer=optimizer,
+            update_num=update_num,
+            ignore_grad=ignore_grad,
+            **kwargs,
         )
-        this = _Pass(step, None if asam.sharpness_config.fresh_masks else RandomState())
+        if not asam.ascends(update_num):
+            return step(sample)
+        random_state = None if cfg.fresh_masks else RandomState()
+        part = sample
+        if cfg.ascent_fraction < 1.0:
+            part = random_part(sample, cfg.ascent_fraction, getattr(criterion, "padding_idx", None))
+        this = _Pass(step, part, sample, random_state)
         perturbation = asam.perturbation(model, criterion, optimizer)
         parameters = model_parameters(optimizer)
-        per_update = asam.sharpness_config.ascent_scope == "update"
+        per_update = cfg.ascent_scope == "update"
         self._calls += 1
         is_last = self._calls == self._num_micro_batches
         try:
             if per_update:
-                result = this.run()
+                loss = this.run()
                 self._passes.append(this)
                 if not is_last:
-                    return result
+                    return loss, 0, this.logging_output
                 _all_reduce(asam, model, criterion)
                 accumulated = [None] * len(parameters)
             else:
                 accumulated = [parameter.grad for parameter in parameters]
                 _set_gradients(parameters, [None] * len(parameters))
                 with _no_sync(model, criterion):
-                    result = this.run()
+                    loss = this.run()
                 self._passes = [this]
+            asam.note_gradient(optimizer)
             smallest = min((p for p in parameters if p.grad is not None), key=Tensor.numel)
-            with perturbation, _no_new_update(model):
+            with perturbation, _no_new_update(model), frozen_batch_norm_statistics(model):
                 _set_gradients(parameters, accumulated)
                 _mark_non_finite(smallest, perturbation.norm)
+                sample_size = 0
                 with _no_sync(model, criterion):
                     for earlier in self._passes[:-1]:
-                        earlier.repeat()
-                this.repeat()
+                        sample_size += earlier.repeat()
+                sample_size += this.repeat()
         except RuntimeError:
             # After running out of memory in one worker of several, fairseq goes on with the gradients of
             # the others, which wait for this one, and with the logging outputs that it has.
@@ -97,7 +116,7 @@ class SharpnessAwareTask:
         if is_last:
             self._calls, self._passes = 0, []
         asam.ascended = True
-        return result
+        return loss, sample_size, this.logging_output
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Module) -> None:
         """Log ``sharpness``, L(w + epsilon) - L(w) in the unit of the ``loss`` column, beside the rest."""
@@ -125,24 +144,35 @@ def with_sharpness_awareness(task: type[FairseqTask]) -> type[FairseqTask]:
 
 
 class _Pass:
-    """Forward and backward of one micro-batch, at w and then again at w + epsilon."""
+    """Forward and backward of one micro-batch: at w, perhaps of a part of it, and then at w + epsilon."""
 
-    def __init__(self, step: Callable[[], tuple], random_state: RandomState | None):
+    def __init__(
+        self,
+        step: Callable[[dict[str, Any]], tuple],
+        part: dict[str, Any],
+        whole: dict[str, Any],
+        random_state: RandomState | None,
+    ):
         self.step = step
+        self.part, self.whole = part, whole
         self.random_state = random_state
         self.logging_output: dict[str, Any] | None = None
 
-    def run(self) -> tuple:
-        """Make the pass and return its loss, sample size and logging outputs."""
-        result = self.step()
-        self.logging_output = result[2]
-        return result
+    def run(self) -> Tensor:
+        """Make the pass at w and return its loss."""
+        loss, self.sample_size, self.logging_output = self.step(self.part)
+        return loss
 
-    def repeat(self) -> None:
-        """Repeat the pass, with the same random numbers unless these are to be fresh."""
+    def repeat(self) -> Any:
+        """Make the pass at w + epsilon, with the same random numbers unless these are to be fresh, and
+        return the sample size."""
         if self.random_state is not None:
             self.random_state.restore()
-        self.note(self.step()[2])
+        _, sample_size, perturbed = self.step(self.whole)
+        if self.part is not self.whole:
+            extrapolate_(self.logging_output, perturbed, sample_size / (self.sample_size or 1))
+        self.note(perturbed)
+        return sample_size
 
     def note(self, perturbed: dict[str, Any]) -> None:
         """Note the logging outputs at w + epsilon beside those at w, which the Trainer has by now."""

@@ -16,17 +16,19 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Run:
-    """One training of an optimizer; `rho` is None for adam."""
+    """One training of an optimizer; `rho` is None for adam, `flags` are further ones of fairseq-train."""
 
     optimizer: str
     epochs: int
     seed: int
     rho: float | None = None
+    flags: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         rho = "" if self.rho is None else f"-rho-{self.rho:g}"
-        return f"{self.optimizer}-{self.epochs}-epochs{rho}-seed-{self.seed}"
+        flags = "".join(f"-{flag.lstrip('-')}" for flag in self.flags)
+        return f"{self.optimizer}-{self.epochs}-epochs{rho}{flags}-seed-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Experiment:
         rho = () if run.rho is None else ("--rho", f"{run.rho:g}")
         flags = SETTINGS[self.setting].flags(self.data, run.epochs)
         command = (HERE / "train.sh", self.data, self.folder(run), run.optimizer, *flags)
-        command += ("--max-epoch", run.epochs, "--seed", run.seed, *rho, *self.flags)
+        command += ("--max-epoch", run.epochs, "--seed", run.seed, *rho, *run.flags, *self.flags)
         return list(map(str, command))
 
     def folder(self, run: Run) -> Path:

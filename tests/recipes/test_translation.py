@@ -267,6 +267,21 @@ def test_table_5_over_two_seeds(corpus: Path, tmp_path: Path):
     assert {file.name for file in tmp_path.glob("*.png")} == {"rho_search.png", "curves.png"}
 
 
+@pytest.mark.slow
+def test_the_cheaper_forms_beside_adam_and_asam(corpus: Path, tmp_path: Path):
+    forms = ("embedded", "--data", corpus, "--out", tmp_path, "--seeds", "1", "--epochs", "1", "--rho", "0.1")
+    printed = succeeded(script("cheaper.py", *forms, "--jobs", "2", "--cpu")).stdout
+    results = json.loads((tmp_path / "cheaper.json").read_text())
+    names = [row["system"] for row in results["systems"]]
+    assert names[:2] == ["Adam", "ASAM"] and names[2:5] == [f"fraction {f}" for f in ("0.5", "0.25", "0.125")]
+    assert names[5:] == ["interval 2", "interval 5"]
+    losses = {(row["mean"]["best_valid_loss"], row["mean"]["last_train_loss"]) for row in results["systems"]}
+    assert len(losses) == len(names)
+    assert (tmp_path / "asam-1-epochs-rho-0.1-ascent-fraction-0.25-seed-1" / "test.hyp").exists()
+    assert "| interval 5 |" in printed
+    assert (tmp_path / "cheaper.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_launcher_starts_several_workers(corpus: Path, tmp_path: Path):
     """fairseq takes ranks from torchrun on GPUs alone; on a CPU they have to be passed on."""
     worker = tmp_path / "worker"

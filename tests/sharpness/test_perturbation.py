@@ -96,7 +96,7 @@ def test_any_shape_and_size_follows_the_formula(normalization, p, dtype, rtol):
     """Many small tensors, one larger than any block, non-contiguous ones, against plain numpy."""
     torch.manual_seed(0)
     tensors = {f"layers.{i}.bias": torch.randn(5) for i in range(40)}
-    tensors["embedding.weight"] = torch.randn(1000, 331)
+    tensors["embedding.weight"] = torch.randn(1700, 331)
     tensors["transposed.weight"] = torch.randn(70, 1300).t()
     tensors["conv.weight"] = torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last)
     tensors["empty.weight"] = torch.empty(0, 3)
@@ -125,6 +125,21 @@ def test_any_shape_and_size_follows_the_formula(normalization, p, dtype, rtol):
     np.testing.assert_allclose(
         flat(epsilon.values()), expected, rtol=rtol, atol=rtol * np.abs(expected).max()
     )
+
+
+@pytest.mark.parametrize("eta", [0.0, 1e-12, 1e-7, 1e-5, 0.3, 1e6])
+def test_any_eta_follows_the_formula(eta):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(300))
+    weight.grad = torch.randn(300) * 1e3
+    w, g = weight.detach().double(), weight.grad.double()
+    t = w.abs() + eta
+    expected = 2.0 * t**2 * g / (t * g).norm()
+    perturbation = Perturbation([("weight", weight)], rho=2.0, eta=eta)
+    with perturbation:
+        epsilon = weight.detach().double() - w
+    torch.testing.assert_close(epsilon, expected, rtol=1e-4, atol=1e-6 * max(1.0, eta))
+    assert perturbation.norm.item() == pytest.approx((t * g).norm().item(), rel=1e-6)
 
 
 class InterruptAt(TorchDispatchMode):

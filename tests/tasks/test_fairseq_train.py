@@ -104,10 +104,13 @@ def test_the_paper_s_values_are_the_defaults(train):
             assert (cfg["eta"], cfg["normalization"], cfg["normalize_bias"]) == (0.01, "element-wise", False)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sam", "asam"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [["adam"], ["sam"], ["asam"], ["asam", "--ascent-interval", "5"], ["sam", "--ascent-fraction", "0.5"]],
+)
 def test_stopped_and_resumed_is_uninterrupted(train, optimizer):
     """Stopped inside an epoch and between two."""
-    flags = ["--optimizer", optimizer, "--dropout", "0.2"]
+    flags = ["--optimizer", *optimizer, "--dropout", "0.2"]
     _, uninterrupted = train("whole", *flags, "--max-epoch", "4")
     updates = uninterrupted["optimizer_history"][-1]["num_updates"]
     stops = (["--max-update", str(updates // 8)], ["--max-epoch", "2"], ["--max-update", str(updates - 3)])
@@ -195,6 +198,10 @@ def test_the_installed_commands_work_from_the_repository_root(corpus, tmp_path):
         (["--p-norm", "1"], "p is 1.0, but"),
         (["--eta", "nan"], "eta is nan, but"),
         (["--normalization", "layer-wise"], "'layer-wise' (choose from"),
+        (["--ascent-fraction", "0"], "--ascent-fraction is 0.0, but"),
+        (["--ascent-interval", "0"], "--ascent-interval is 0, but"),
+        (["--ascent-reuse", "-1"], "--ascent-reuse is -1.0, but"),
+        (["--ascent-fraction", "0.5", "--ascent-interval", "2"], "--ascent-fraction does not go with"),
         (["--bf16"], "--bf16 does not go with --optimizer asam: fairseq-train takes it for a TPU; use"),
         (["--memory-efficient-fp16"], "--memory-efficient-fp16 does not go with --optimizer asam"),
         (["--use-bmuf"], "--use-bmuf does not go with --optimizer asam"),

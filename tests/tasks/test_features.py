@@ -21,8 +21,12 @@ FEATURES = {
     "an epsilon for each micro-batch": ["--ascent-scope", "micro-batch", "--update-freq", "2"],
     "normalization layers": ["--perturbed-weights", "normalization-layers"],
     "all but embeddings": ["--perturbed-weights", "all-but-embeddings"],
+    "epsilon from a fraction": ["--ascent-fraction", "0.4", "--store-ema"],
+    "epsilon at intervals": ["--ascent-interval", "3", "--update-freq", "2", "--clip-norm", "0.1"],
+    "epsilon at intervals for each micro-batch": ["--ascent-interval", "3", "--ascent-scope", "micro-batch"],
 }
-OURS = ["--ascent-scope", "--perturbed-weights"]
+OURS = ["--ascent-scope", "--perturbed-weights", "--ascent-fraction", "--ascent-interval"]
+CHEAPER = {"fraction": ["--ascent-fraction", "0.4"], "interval": ["--ascent-interval", "3"]}
 ENCODER, DECODER = SIZES[: len(SIZES) // 2], SIZES[len(SIZES) // 2 :]
 TASKS = {
     "language_modeling": ["--arch", "transformer_lm", *DECODER, "--tokens-per-sample", "40"],
@@ -80,6 +84,16 @@ def test_feature(train, feature):
 def test_task(train, task, request):
     data = request.getfixturevalue("monolingual") if "--tokens-per-sample" in TASKS[task] else None
     is_adam_at_rho_zero_and_learns(train, "--task", task, *TASKS[task], data=data)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("cheaper", CHEAPER)
+def test_less_than_two_passes_in_any_task(train, task, cheaper, request):
+    data = request.getfixturevalue("monolingual") if "--tokens-per-sample" in TASKS[task] else None
+    losses, _ = train(
+        "run", "--task", task, *TASKS[task], "--optimizer", "asam", *CHEAPER[cheaper], data=data
+    )
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("base", ["sgd", "nag", "adagrad", "adadelta", "adamax", "adafactor"])

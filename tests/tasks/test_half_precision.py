@@ -88,10 +88,42 @@ def test_overflow_in_either_pass_skips_the_update(corpus, flags, overflowing_pas
     assert trainer.train_step([batches[2]]) is not None and trainer.get_num_updates() == 2
 
 
-def test_amp_makes_the_same_step(corpus):
+@pytest.mark.parametrize("flags", [["--fp16"], ["--fp16", "--fp16-no-flatten-grads"]])
+@pytest.mark.parametrize("scope", ["update", "micro-batch"])
+def test_float16_reuses_the_component_of_float32(corpus, flags, scope):
+    """Two updates, the first with both passes. With SGD, whose step is linear in the gradient."""
+    interval = [
+        "--optimizer",
+        "asam_sgd",
+        "--lr",
+        "1",
+        "--ascent-interval",
+        "2",
+        "--ascent-scope",
+        scope,
+        "--rho",
+        "1",
+    ]
+    trainer, batches = setting(corpus, *flags, *interval)
+    exact, _ = setting(corpus, *interval)
+    without, _ = setting(corpus, *interval, "--ascent-reuse", "0")
+    steps = []
+    for other in (trainer, exact, without):
+        other.train_step([batches[0]])
+        before = copy.deepcopy(other.model.state_dict())
+        other.train_step([batches[1]])
+        after = other.model.state_dict()
+        steps.append(torch.cat([(after[name] - w).double().flatten() for name, w in before.items()]))
+    ours, expected, plain = steps
+    assert torch.cosine_similarity(ours, expected, 0) > 0.99
+    assert torch.cosine_similarity(plain, expected, 0) < 0.95
+
+
+@pytest.mark.parametrize("interval", ["1", "2"])
+def test_amp_makes_the_same_step(corpus, interval):
     """Without a GPU autocast does nothing, so that --amp is float32 through fairseq's AMP optimizer."""
-    trainer, batches = setting(corpus, "--amp")
-    plain, _ = setting(corpus)
+    trainer, batches = setting(corpus, "--amp", "--ascent-interval", interval)
+    plain, _ = setting(corpus, "--ascent-interval", interval)
     for i in range(3):
         trainer.train_step([batches[i]])
         plain.train_step([batches[i]])

@@ -6,7 +6,10 @@ import math
 import pytest
 import torch
 from fairseq import utils
+from fairseq.logging import metrics
 from training import FLOAT64_THROUGHOUT, configuration, trainer_and_batches
+
+from fairseq_asam.tasks.fraction import random_part
 
 RHO, ETA = 0.2, 0.01
 
@@ -34,12 +37,14 @@ def used_parameters(trainer):
     return [(name, w) for name, w in trainer.model.named_parameters() if w.grad is not None]
 
 
-def by_hand(trainer, batches, scope, normalization):
-    """The gradient at w + epsilon of *batches*, with plain loops over the parameters."""
+def by_hand(trainer, batches, scope, normalization, ascent=None):
+    """The gradient at w + epsilon of *batches*, with plain loops over the parameters; epsilon is that of
+    *ascent*, by default of *batches*."""
+    ascent = ascent or batches
     if scope == "micro-batch":
-        parts = [by_hand(trainer, [batch], "update", normalization) for batch in batches]
+        parts = [by_hand(trainer, [b], "update", normalization, [a]) for b, a in zip(batches, ascent)]
         return {name: sum(part[name] for part in parts) for name in parts[0]}
-    at_w = gradient(trainer, batches)
+    at_w = gradient(trainer, ascent)
     weights = {name: w.detach().clone() for name, w in used_parameters(trainer)}
     scale = {
         name: torch.ones_like(w) if normalization == "none" or name.endswith("bias") else w.abs() + ETA
@@ -90,6 +95,120 @@ def test_the_step_is_algorithm_1(corpus, scope, optimizer, normalization, clip_n
     assert trainer.get_num_updates() == 20
 
 
+@pytest.mark.parametrize("scope", ["update", "micro-batch"])
+@pytest.mark.parametrize("clip_norm", ["0", "0.05"])
+def test_an_ascent_interval_is_looksam(corpus, scope, clip_norm):
+    """Ten updates of two micro-batches, every third with both passes, against flat vectors."""
+    alpha, flags = 0.5, ["--ascent-scope", scope, "--rho", str(RHO), "--clip-norm", clip_norm]
+    flags += ["--ascent-interval", "3", "--ascent-reuse", str(alpha)]
+    trainer, batches = setting(corpus, "--optimizer", "asam", *flags)
+    reference, _ = setting(corpus, "--optimizer", "adam", "--clip-norm", clip_norm)
+    assert len(batches) > 4
+    for update in range(10):
+        micro_batches = [batches[(2 * update + i) % len(batches)] for i in range(2)]
+        at_w = gradient(reference, micro_batches)
+        g, names = torch.cat([at_w[name].flatten() for name in at_w]), list(at_w)
+        if update % 3 == 0:
+            perturbed = by_hand(reference, micro_batches, scope, "element-wise")
+            step = torch.cat([perturbed[name].flatten() for name in names])
+            cosine = (g @ step) / (g.norm() * step.norm())
+            g_v = step - step.norm() * cosine * g / g.norm()
+        else:
+            step = g + alpha * g.norm() / g_v.norm() * g_v
+        step = step / sum(batch["ntokens"] for batch in micro_batches)
+        if float(clip_norm) > 0:
+            assert step.norm() > float(clip_norm)
+            step *= float(clip_norm) / (step.norm() + 1e-6)
+        reference.zero_grad()
+        offset, weights = 0, dict(reference.model.named_parameters())
+        for name in names:
+            w = weights[name]
+            w.grad = step[offset : offset + w.numel()].view_as(w).clone()
+            offset += w.numel()
+        reference.optimizer.step()
+        reference.set_num_updates(update + 1)
+
+        stats = trainer.train_step(copy.deepcopy(micro_batches))
+        assert ("sharpness" in stats) == (update % 3 == 0)
+        for name, w in trainer.model.named_parameters():
+            torch.testing.assert_close(
+                w, weights[name], rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+            )
+
+
+def passes_of(trainer, monkeypatch):
+    """The batches that the criterion will see, in their order."""
+    criterion, seen = trainer.get_criterion(), []
+    forward = criterion.forward
+    monkeypatch.setattr(
+        criterion, "forward", lambda m, sample, **kw: seen.append(sample) or forward(m, sample, **kw)
+    )
+    return seen
+
+
+@pytest.mark.parametrize("scope", ["update", "micro-batch"])
+def test_an_ascent_fraction_makes_epsilon_of_a_part_of_each_batch(corpus, scope, monkeypatch):
+    flags = ["--ascent-scope", scope, "--rho", str(RHO), "--ascent-fraction", "0.3"]
+    trainer, batches = setting(corpus, "--optimizer", "asam", *flags)
+    reference, _ = setting(corpus, "--optimizer", "adam")
+    padding = trainer.task.target_dictionary.pad()
+    seen, drawn = passes_of(trainer, monkeypatch), []
+    for update in range(4):
+        micro_batches = [batches[2 * update], batches[2 * update + 1]]
+        seen.clear()
+        with metrics.aggregate() as logged:
+            trainer.train_step(copy.deepcopy(micro_batches))
+        passes = seen[:]
+        if scope == "micro-batch":
+            passes = [passes[i] for i in (0, 2, 1, 3)]
+        parts, wholes = passes[:2], passes[2:]
+        for part, whole, batch in zip(parts, wholes, micro_batches):
+            assert torch.equal(whole["id"], batch["id"])
+            rows = [batch["id"].tolist().index(i) for i in part["id"].tolist()]
+            assert rows == sorted(set(rows))
+            assert len(rows) == part["nsentences"] == round(0.3 * len(batch["id"]))
+            assert torch.equal(part["target"], batch["target"][rows])
+            assert torch.equal(part["net_input"]["src_tokens"], batch["net_input"]["src_tokens"][rows])
+            assert part["ntokens"] == (part["target"] != padding).sum()
+            drawn.append(tuple(rows))
+        tokens = sum(batch["ntokens"] for batch in micro_batches)
+        assert logged["wpb"].val == tokens
+        assert logged["bsz"].val == sum(len(batch["id"]) for batch in micro_batches)
+
+        expected = by_hand(reference, micro_batches, scope, "element-wise", ascent=parts)
+        reference.zero_grad()
+        for name, w in reference.model.named_parameters():
+            w.grad = expected[name] / tokens if name in expected else None
+        reference.optimizer.step()
+        reference.set_num_updates(update + 1)
+        for (name, w), (_, expected_w) in zip(
+            trainer.model.named_parameters(), reference.model.named_parameters()
+        ):
+            torch.testing.assert_close(
+                w, expected_w, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
+            )
+    assert len(set(drawn)) > 1
+
+
+def test_the_loss_of_a_fraction_is_that_of_its_sentences(corpus, monkeypatch):
+    """Per token, so that it compares with the loss of other runs."""
+    trainer, batches = setting(corpus, "--optimizer", "asam", "--ascent-fraction", "0.5")
+    reference, _ = setting(corpus, "--optimizer", "adam")
+    seen = passes_of(trainer, monkeypatch)
+    stats = trainer.train_step(copy.deepcopy(batches[:1]))
+    with torch.no_grad():
+        loss, _, _ = reference.criterion(reference.model, seen[0])
+    assert stats["loss"] == pytest.approx(loss.item() / seen[0]["ntokens"] / math.log(2), abs=2e-3)
+
+
+def test_a_batch_whose_sentences_cannot_be_told_apart_is_refused():
+    sample = {"id": torch.arange(4), "nsentences": 4, "ntokens": 12, "target": torch.zeros(3, 4)}
+    with pytest.raises(
+        RuntimeError, match=r"a target of shape \(3, 4\) .* 4 sentences; use --ascent-fraction 1"
+    ):
+        random_part(sample, 0.5, padding=1)
+
+
 def test_a_step_without_the_pass_at_w_plus_epsilon_is_an_error(corpus):
     trainer, batches = setting(corpus, "--optimizer", "asam")
     trainer.train_step(batches[:1])
@@ -127,3 +246,24 @@ def test_a_model_that_steps_a_moving_average_does_so_at_w(corpus):
         at_w.append(model.encoder.embed_tokens.weight.detach().clone())
         trainer.train_step([batches[i]])
     assert all(any(torch.equal(w, seen_w) for w in at_w) for _, seen_w in seen[:-1])
+
+
+class NormalizedFeatures(torch.nn.BatchNorm1d):
+    """Batch normalization of what fairseq's layers pass on, (tokens, sentences, features)."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(0, 1)).view_as(x)
+
+
+@pytest.mark.parametrize("scope", ["update", "micro-batch"])
+def test_batch_normalization_sees_the_passes_at_w_alone(corpus, scope):
+    asam, batches = setting(corpus, "--optimizer", "asam", "--ascent-scope", scope)
+    adam, _ = setting(corpus, "--optimizer", "adam")
+    for trainer in (asam, adam):
+        layer = trainer.get_model().encoder.layer_norm = NormalizedFeatures(32).double()
+        trainer.train_step(copy.deepcopy(batches[:2]))
+        assert layer.num_batches_tracked == 2
+    theirs = adam.get_model().encoder.layer_norm
+    ours = asam.get_model().encoder.layer_norm
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)

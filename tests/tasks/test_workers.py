@@ -47,7 +47,12 @@ def assert_close(actual, expected):
 
 @pytest.mark.parametrize(
     "optimizer",
-    [["asam"], ["sam", "--clip-norm", "0.05"], ["asam", "--criterion", "scaled_cross_entropy"]],
+    [
+        ["asam"],
+        ["sam", "--clip-norm", "0.05"],
+        ["asam", "--criterion", "scaled_cross_entropy"],
+        ["asam", "--ascent-interval", "3"],
+    ],
 )
 def test_scope_update_depends_on_the_batch_alone(corpus, optimizer):
     whole = weights(1, corpus, *optimizer, split="whole")
@@ -77,13 +82,23 @@ def test_in_float32_a_split_costs_no_more_digits_than_with_adam(corpus):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_scope_micro_batch_depends_on_the_micro_batches_alone(corpus, backend):
+@pytest.mark.parametrize("interval", ["1", "3"])
+def test_scope_micro_batch_depends_on_the_micro_batches_alone(corpus, backend, interval):
     """Whichever worker has them; one worker is held against a computation by hand in test_train_step."""
-    flags = ["asam", "--ascent-scope", "micro-batch"]
+    flags = ["asam", "--ascent-interval", interval]
+    update = weights(1, corpus, *flags)
+    flags += ["--ascent-scope", "micro-batch"]
     one = weights(1, corpus, *flags)
     assert_close(weights(2, corpus, *flags, "--ddp-backend", backend), one)
-    update = weights(1, corpus, "asam")
     assert any(abs(update[name] - w).max() > 1e-6 for name, w in one.items())
+
+
+@pytest.mark.parametrize("scope", ["update", "micro-batch"])
+def test_with_a_fraction_the_workers_stay_the_same(corpus, scope):
+    flags = ["asam", "--ascent-scope", scope, "--ascent-fraction", "0.5"]
+    two = weights(2, corpus, *flags, "--ddp-backend", "legacy_ddp")
+    whole = weights(2, corpus, *flags[:-2], "--ddp-backend", "legacy_ddp")
+    assert any(abs(two[name] - w).max() > 1e-6 for name, w in whole.items())
 
 
 def trained_until_one_runs_out(cfg, rank, _):
