@@ -143,8 +143,7 @@ def passes(cfg: Any) -> float:
     """How many forward and backward passes an update of *cfg* costs, on average over the updates."""
     if cfg.optimizer._name not in OPTIMIZERS:
         return 1.0
-    fraction = getattr(cfg.optimizer, "ascent_fraction", 1.0)
-    return 1.0 + fraction / getattr(cfg.optimizer, "ascent_interval", 1)
+    return 1.0 + cfg.optimizer.ascent_fraction / cfg.optimizer.ascent_interval
 
 
 def trainer_and_batches(cfg: Any) -> tuple[Trainer, list[dict[str, Any]]]:
