@@ -80,9 +80,12 @@ class SAMConfig(FairseqDataclass):
             "as LookSAM does (arXiv 2203.02714)"
         },
     )
-    ascent_reuse: float = field(
-        default=0.7,
-        metadata={"help": "with --ascent-interval, the weight alpha of the reused component in LookSAM"},
+    ascent_reuse: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "with --ascent-interval, alpha, the weight of the reused component (LookSAM: 0.7); by "
+            "default its own, the tangent of the angle between the gradients at w and w + epsilon"
+        },
     )
 
 
@@ -249,7 +252,7 @@ def validate_config(cfg: Any) -> None:
         raise ValueError(f"--ascent-fraction is {fraction}, but it must be greater than 0 and at most 1")
     if interval < 1:
         raise ValueError(f"--ascent-interval is {interval}, but it must be at least 1 (LookSAM: 5)")
-    if not 0.0 <= reuse < math.inf:
+    if reuse is not None and not 0.0 <= reuse < math.inf:
         raise ValueError(f"--ascent-reuse is {reuse}, but it must be a finite number >= 0 (LookSAM: 0.7)")
     if fraction < 1.0 and interval > 1:
         raise ValueError(

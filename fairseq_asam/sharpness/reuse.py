@@ -9,34 +9,38 @@ from torch import Tensor
 @torch.no_grad()
 def orthogonal_component_(gradients: list[Tensor], perturbed: list[Tensor]) -> None:
     """Turn *gradients*, g at w, in place into the component orthogonal to g of *perturbed*, g_s at
-    w + epsilon (Algorithm 1 of LookSAM)::
+    w + epsilon, in units of the length of the parallel one (Algorithm 1 of LookSAM, but for the unit)::
 
-        g_v = g_s - (<g, g_s> / ||g||^2) g
+        g_h = (<g, g_s> / ||g||^2) g        g_v = (g_s - g_h) / ||g_h||
 
-    Products and norms are over all tensors together, and g may be in another unit than g_s. A zero g leaves
-    g_s. A g_v that is nothing but rounding, as at rho 0, becomes 0: :func:`add_component_` would blow it up.
+    Its length is the tangent of the angle between g and g_s. Products and norms are over all tensors
+    together, and g may be in another unit than g_s. Without a g_h, or if g_v is nothing but rounding, as
+    at rho 0, there is nothing to reuse: it becomes 0.
     """
     square = _product(gradients, gradients)
     share = torch.where(square > 0, _product(gradients, perturbed) / square, 0.0)
     for g, g_s in zip(gradients, perturbed):
         g.mul_(-share.to(g)).add_(g_s)
-    rounding = 8 * torch.finfo(gradients[0].dtype).eps
-    significant = _product(gradients, gradients) > rounding**2 * _product(perturbed, perturbed)
+    parallel = share.abs() * square.sqrt()
+    rounding = 8 * torch.finfo(square.dtype).eps
+    significant = _product(gradients, gradients).sqrt() > rounding * parallel
+    unit = torch.where(significant & (parallel > 0), 1.0 / parallel, 0.0)
     for g_v in gradients:
-        g_v.mul_(significant.to(g_v))
+        g_v.mul_(unit.to(g_v))
 
 
 @torch.no_grad()
-def add_component_(gradients: list[Tensor], component: list[Tensor], alpha: float) -> None:
-    """Add to *gradients*, g at w, in place the *component* g_v of an earlier update (Algorithm 1 of
-    LookSAM)::
+def add_component_(gradients: list[Tensor], component: list[Tensor], alpha: float | None) -> None:
+    """Add to *gradients*, g at w, in place the *component* g_v of an earlier update::
 
         g + alpha (||g|| / ||g_v||) g_v
 
-    A zero g_v adds nothing.
+    (Algorithm 1 of LookSAM). Without *alpha* it is ||g_v||, at most 1, so that the sum is at the angle to g
+    at which that update found the gradient at w + epsilon. A zero g_v adds nothing.
     """
-    square = _product(component, component)
-    scale = alpha * torch.where(square > 0, (_product(gradients, gradients) / square).sqrt(), 0.0)
+    length = _product(component, component).sqrt()
+    wanted = length.clamp(max=1.0) if alpha is None else alpha
+    scale = torch.where(length > 0, wanted * _product(gradients, gradients).sqrt() / length, 0.0)
     for g, g_v in zip(gradients, component):
         g.addcmul_(g_v, scale.to(g))
 

@@ -155,7 +155,7 @@ def peaks(
     cfgs: dict[str, Any], weights: int, updates: int, args: argparse.Namespace, name: str
 ) -> list[dict[str, Any]]:
     """Measure peak memory, and print and return a row for each optimizer."""
-    # Let glibc give back what torch frees, all but the smallest: it keeps more or less, as chance has it.
+    # Let glibc give back what torch frees: it would keep more or less of it, as chance has it.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**13))
     peak = {}
     for flags, cfg in tqdm(cfgs.items(), desc=f"{name}, memory", unit="process", disable=None):

@@ -3,10 +3,11 @@
     python recipes/translation/cheaper.py embedded|iwslt14 [--rho 0.5] [--seeds 1 2 3] [--jobs N]
                                           [fairseq-train flags]
 
-Trains Adam, ASAM, ASAM with --ascent-fraction 0.5, 0.25 and 0.125, and with --ascent-interval 2 and 5, all
-with one rho: the only one given, or else the best of ASAM itself on validation BLEU. Times can be compared
-only if nothing else uses the machine. Writes cheaper.{json,md,png} to OUT (default:
-runs/translation/SETTING), beside the folders of the runs. Run again, it does what is missing.
+Trains Adam, ASAM, ASAM with --ascent-fraction 0.5, 0.25 and 0.125, and with --ascent-interval 2 and 5, these
+with the reused component at its own length and at LookSAM's (--ascent-reuse 0.7). All have one rho: the only
+one given, or else the best of ASAM itself on validation BLEU. Times can be compared only if nothing else uses
+the machine. Writes cheaper.{json,md,png} to OUT (default: runs/translation/SETTING), beside the folders of
+the runs. Run again, it does what is missing.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ FORMS = {
     "ASAM": (),
     **{f"fraction {f}": ("--ascent-fraction", f) for f in ("0.5", "0.25", "0.125")},
     **{f"interval {k}": ("--ascent-interval", k) for k in ("2", "5")},
+    **{f"interval {k}, alpha 0.7": ("--ascent-interval", k, "--ascent-reuse", "0.7") for k in ("2", "5")},
 }
 COLUMNS = {
     "best_valid_loss": "best validation loss",

@@ -274,7 +274,7 @@ def test_the_cheaper_forms_beside_adam_and_asam(corpus: Path, tmp_path: Path):
     results = json.loads((tmp_path / "cheaper.json").read_text())
     names = [row["system"] for row in results["systems"]]
     assert names[:2] == ["Adam", "ASAM"] and names[2:5] == [f"fraction {f}" for f in ("0.5", "0.25", "0.125")]
-    assert names[5:] == ["interval 2", "interval 5"]
+    assert names[5:] == ["interval 2", "interval 5", "interval 2, alpha 0.7", "interval 5, alpha 0.7"]
     losses = {(row["mean"]["best_valid_loss"], row["mean"]["last_train_loss"]) for row in results["systems"]}
     assert len(losses) == len(names)
     assert (tmp_path / "asam-1-epochs-rho-0.1-ascent-fraction-0.25-seed-1" / "test.hyp").exists()

@@ -92,18 +92,8 @@ def test_overflow_in_either_pass_skips_the_update(corpus, flags, overflowing_pas
 @pytest.mark.parametrize("scope", ["update", "micro-batch"])
 def test_float16_reuses_the_component_of_float32(corpus, flags, scope):
     """Two updates, the first with both passes. With SGD, whose step is linear in the gradient."""
-    interval = [
-        "--optimizer",
-        "asam_sgd",
-        "--lr",
-        "1",
-        "--ascent-interval",
-        "2",
-        "--ascent-scope",
-        scope,
-        "--rho",
-        "1",
-    ]
+    interval = ["--optimizer", "asam_sgd", "--lr", "1", "--rho", "1", "--ascent-scope", scope]
+    interval += ["--ascent-interval", "2", "--ascent-reuse", "0.7"]
     trainer, batches = setting(corpus, *flags, *interval)
     exact, _ = setting(corpus, *interval)
     without, _ = setting(corpus, *interval, "--ascent-reuse", "0")

@@ -97,10 +97,11 @@ def test_the_step_is_algorithm_1(corpus, scope, optimizer, normalization, clip_n
 
 @pytest.mark.parametrize("scope", ["update", "micro-batch"])
 @pytest.mark.parametrize("clip_norm", ["0", "0.05"])
-def test_an_ascent_interval_is_looksam(corpus, scope, clip_norm):
+@pytest.mark.parametrize("alpha", [None, 0.5])
+def test_an_ascent_interval_is_looksam(corpus, scope, clip_norm, alpha):
     """Ten updates of two micro-batches, every third with both passes, against flat vectors."""
-    alpha, flags = 0.5, ["--ascent-scope", scope, "--rho", str(RHO), "--clip-norm", clip_norm]
-    flags += ["--ascent-interval", "3", "--ascent-reuse", str(alpha)]
+    flags = ["--ascent-scope", scope, "--rho", str(RHO), "--clip-norm", clip_norm, "--ascent-interval", "3"]
+    flags += [] if alpha is None else ["--ascent-reuse", str(alpha)]
     trainer, batches = setting(corpus, "--optimizer", "asam", *flags)
     reference, _ = setting(corpus, "--optimizer", "adam", "--clip-norm", clip_norm)
     assert len(batches) > 4
@@ -113,8 +114,9 @@ def test_an_ascent_interval_is_looksam(corpus, scope, clip_norm):
             step = torch.cat([perturbed[name].flatten() for name in names])
             cosine = (g @ step) / (g.norm() * step.norm())
             g_v = step - step.norm() * cosine * g / g.norm()
+            weight = alpha or min(1.0, cosine.acos().tan())
         else:
-            step = g + alpha * g.norm() / g_v.norm() * g_v
+            step = g + weight * g.norm() / g_v.norm() * g_v
         step = step / sum(batch["ntokens"] for batch in micro_batches)
         if float(clip_norm) > 0:
             assert step.norm() > float(clip_norm)
