@@ -103,7 +103,7 @@ def model_of(width: int) -> Model:
 def measure(
     parser: argparse.ArgumentParser, args: argparse.Namespace, width: int, max_tokens: int
 ) -> dict[str, Any]:
-    """Return the figures of one model and one size of batch, seconds and ratio as medians over the rounds."""
+    """Return the figures of one model and one size of batch; seconds and ratio are medians of the rounds."""
     with tempfile.TemporaryDirectory() as folder:
         model = model_of(width)
         write_corpus(Path(folder), model, max_tokens)

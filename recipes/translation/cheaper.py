@@ -86,10 +86,13 @@ def as_markdown(results: dict) -> str:
 
 
 def draw(results: dict) -> plt.Figure:
-    """A panel for each measure of quality, over the time of training; bars are standard deviations."""
+    """A panel for each measure of quality, over the time of training; bars are standard deviations. Forms
+    with less than half of the baseline's validation BLEU would squeeze the others, and are named above."""
     figure, panels = plt.subplots(1, len(COLUMNS), figsize=(5 * len(COLUMNS), 4.5), layout="constrained")
+    systems, least = results["systems"], results["systems"][0]["mean"]["valid BLEU"] / 2
+    shown = [row for row in systems if row["mean"]["valid BLEU"] >= least]
     for axes, (key, label) in zip(panels, COLUMNS.items()):
-        for number, row in enumerate(results["systems"]):
+        for number, row in enumerate(shown):
             axes.errorbar(
                 row["mean"]["training_seconds"],
                 row["mean"][key],
@@ -103,6 +106,8 @@ def draw(results: dict) -> plt.Figure:
         axes.set(xlabel="seconds of training", ylabel=label, xlim=(0, None))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    if absent := [f"{row['system']} ({spread(row, 'valid BLEU', 1)})" for row in systems if row not in shown]:
+        figure.suptitle("not shown, by validation BLEU: " + "; ".join(absent), fontsize="medium")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure
