@@ -87,7 +87,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             results.append(measure(parser, args, name, Path(folder)))
     if args.out:
-        write_json(args.out, {**setting, "rounds": args.rounds, "models": results})
+        write_json(args.out, {**setting, "models": results})
 
 
 def measure(
@@ -111,6 +111,7 @@ def measure(
     del trainer
     print(f"\n{name}: {weights} weights, at most {max_tokens} tokens in a batch, {tokens:.0f} target tokens")
     if not args.no_time:
+        result["rounds"] = args.rounds
         result["seconds"] = seconds(cfgs, group, args.rounds, name)
     if not args.no_memory:
         result["memory"] = peaks(cfgs, weights, group + 1, args, name)
