@@ -160,7 +160,7 @@ class SharpnessAwareOptimizer:
         if self.sharpness_config.ascent_interval == 1:
             return
         if self._component is None:
-            used = [self.optimizer.state[p].pop(COMPONENT, None) for p in self.params]
+            used = [self.optimizer.state.get(p, {}).pop(COMPONENT, None) for p in self.params]
             self._component = [
                 torch.zeros_like(p, requires_grad=False) if buffer is None else buffer.zero_()
                 for p, buffer in zip(self.params, used)
@@ -179,9 +179,10 @@ class SharpnessAwareOptimizer:
     @torch.no_grad()
     def _keep_or_reuse_component(self) -> None:
         if self._component is None:
-            used = [p for p in self.params if p.grad is not None]
-            component = [self.optimizer.state[p][COMPONENT] for p in used]
-            add_component_([p.grad for p in used], component, self.sharpness_config.ascent_reuse)
+            states = [(p.grad, self.optimizer.state.get(p, {})) for p in self.params]
+            pairs = [(g, state[COMPONENT]) for g, state in states if g is not None and COMPONENT in state]
+            gradients, component = map(list, zip(*pairs))
+            add_component_(gradients, component, self.sharpness_config.ascent_reuse)
             self.ascended = True
             return
         workers = distributed_utils.get_data_parallel_group()
@@ -209,9 +210,11 @@ class SharpnessAwareOptimizer:
         self.ascended = False
         super().step(*args, **kwargs)
         if self._component is not None:
-            # only now: Adam and others take a state that is not empty for one of theirs
+            # Only now, and only of the weights stepped (layer drop leaves some out): Adam and others take a
+            # state that is not empty for one of theirs.
             for p, component in zip(self.params, self._component):
-                self.optimizer.state[p][COMPONENT] = component
+                if p.grad is not None:
+                    self.optimizer.state[p][COMPONENT] = component
             self._component = None
 
 

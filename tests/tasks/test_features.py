@@ -15,6 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 FEATURES = {
     "ema": ["--store-ema", "--ema-fp32"],
     "layer drop": ["--encoder-layerdrop", "0.5", "--decoder-layerdrop", "0.5", "--encoder-layers", "3"],
+    "layer drop, epsilon at intervals": [
+        *("--encoder-layerdrop", "0.5", "--encoder-layers", "3", "--ascent-interval", "3"),
+    ],
     "checkpoint activations": ["--checkpoint-activations"],
     "accumulation on a schedule": ["--update-freq", "1,3", "--ema-decay", "0.9", "--store-ema"],
     "sentence average": ["--sentence-avg", "--clip-norm", "0.1"],
