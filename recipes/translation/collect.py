@@ -46,8 +46,9 @@ def collect(runs: list[Path], split: str) -> dict:
     """Return what the table shows.
 
     `training_seconds` counts the training steps of every epoch once, in whichever call they ran, each epoch
-    rounded to a second; losses are in bits per token; `ci95` is half the width of the 95 % interval around
-    `mean`. What a baseline can't have is None.
+    rounded to a second, and one whose figures an interruption kept out of the log at the mean of the others;
+    losses are in bits per token; `ci95` is half the width of the 95 % interval around `mean`. What a baseline
+    can't have is None.
     """
     references = read_lines(runs[0] / f"{split}.ref")
     hypotheses = [(run.name, read_lines(run / f"{split}.hyp")) for run in runs]
@@ -76,14 +77,15 @@ def training_figures(run: Path) -> dict:
     """Return the figures of a run that stand in its log."""
     epochs = read_epochs(run / "train.log")
     best = min(epochs, key=lambda epoch: epoch["valid_loss"])
+    logged = [epoch for epoch in epochs if "train_loss" in epoch]
     return {
         "name": run.name,
         "epochs": len(epochs),
-        "training_seconds": sum(epoch["train_train_wall"] for epoch in epochs),
+        "training_seconds": sum(epoch["train_train_wall"] for epoch in logged) * len(epochs) / len(logged),
         "best_valid_loss": best["valid_loss"],
         "best_epoch": int(best["epoch"]),
         "last_valid_loss": epochs[-1]["valid_loss"],
-        "last_train_loss": epochs[-1]["train_loss"],
+        "last_train_loss": logged[-1]["train_loss"],
     }
 
 

@@ -22,17 +22,18 @@ def parse(line: str) -> tuple[str, dict[str, float]] | None:
 
 
 def read_epochs(path: Path) -> list[dict[str, float]]:
-    """Return the figures of each finished epoch, in order, under fairseq's names.
+    """Return the figures of each epoch that was trained and validated, in order, under fairseq's names.
 
-    Among them are `train_loss`, `valid_loss`, and `train_train_wall`, the seconds spent in training steps;
+    Among them are `valid_loss`, `train_loss`, and `train_train_wall`, the seconds spent in training steps;
     with asam and sam also `train_sharpness`. An epoch that was interrupted and trained again counts once,
-    with its last figures.
+    with its last figures. fairseq logs those of the training after it has written the checkpoint: an epoch
+    that was interrupted in between isn't trained again, and has only those of the validation.
     """
     epochs: dict[float, dict[str, float]] = {}
     for tag, figures in _records(path):
         if tag in ("train", "valid"):
             epochs.setdefault(figures["epoch"], {}).update(figures)
-    return [epochs[number] for number in sorted(epochs) if "train_loss" in epochs[number]]
+    return [epochs[number] for number in sorted(epochs) if "valid_loss" in epochs[number]]
 
 
 def read_intervals(path: Path) -> list[dict[str, float]]:

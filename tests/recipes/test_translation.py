@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +160,29 @@ def test_the_table_agrees_with_the_sacrebleu_command(runs: list[Path], tmp_path:
     for system, hypothesis in zip(results["systems"], hypotheses):
         chrf = run("sacrebleu", runs[0] / "test.ref", "-i", hypothesis, "-m", "chrf", "-b", "-w", "6")
         assert float(succeeded(chrf).stdout) == pytest.approx(system["chrF2"]["score"], abs=1e-6)
+
+
+@pytest.mark.parametrize("epoch", [2, 5])
+def test_an_epoch_killed_between_its_checkpoint_and_its_training_figures_counts(
+    epoch: int, runs: list[Path], tmp_path: Path
+):
+    killed = tmp_path / "killed"
+    shutil.copytree(runs[1], killed)
+    log = killed / "train.log"
+    whole = log.read_text().splitlines(keepends=True)
+    trained = [line for line in whole if "| train |" in line]
+    lost = trained.pop(epoch - 1)
+    log.write_text("".join(line for line in whole if line != lost))
+    seconds = [float(re.search(r'"train_train_wall": "(\d+)"', line)[1]) for line in trained]
+    assert len(seconds) == 4
+
+    undisturbed, cut_off = collected(tmp_path, [runs[1], killed])["systems"]
+    assert cut_off["epochs"] == undisturbed["epochs"] == 5
+    assert cut_off["best_valid_loss"] == undisturbed["best_valid_loss"]
+    assert cut_off["last_valid_loss"] == undisturbed["last_valid_loss"]
+    assert (cut_off["last_train_loss"] == undisturbed["last_train_loss"]) == (epoch != 5)
+    assert cut_off["training_seconds"] == pytest.approx(5 * np.mean(seconds))
+    succeeded(script("curves.py", tmp_path / "curves.png", killed))
 
 
 def test_pictures_and_samples(runs: list[Path], tmp_path: Path):
