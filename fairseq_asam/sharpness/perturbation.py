@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from .normalization import NORMALIZATIONS, diagonal, operator_of
+
+aten = torch.ops.aten
+NO_REDUCTION = 0
 
 # Elements that go through the arithmetic together. On a CPU a block and its temporaries should stay in
 # the cache; on an accelerator the number of launches counts, and the bound is on temporary memory.
@@ -54,7 +58,7 @@ class Displacement:
     @torch.no_grad()
     def _restore(self) -> None:
         if self._moved:
-            torch._foreach_copy_(self._moved, self._saved[: len(self._moved)])
+            torch._foreach_copy_(self._moved[::-1], self._saved[: len(self._moved)][::-1])
         self._moved, self._saved = [], []
 
 
@@ -119,8 +123,11 @@ class Perturbation(Displacement):
         self.rho, self.eta, self.p = float(rho), float(eta), float(p)
         self.norm: Tensor | None = None
         self._masters = dict(masters or {})
-        # Kept between blocks: on a CPU, new memory for every step costs more than all of the arithmetic.
+        # Kept between steps: on a CPU, new memory for every step costs more than all of the arithmetic.
         self._copies: dict[Tensor, Tensor] = {}
+        self._forms: list[tuple] = []
+        self._blocks: list[_Block] = []
+        self._limits: dict[Tensor, int | None] = {}
         self._parameters: dict[Tensor, tuple[str, str]] = {}
         for name, parameter in _pairs(named_parameters):
             if not parameter.is_leaf:
@@ -156,7 +163,7 @@ class Perturbation(Displacement):
     @torch.no_grad()
     def _perturb(self) -> None:
         q = 1.0 if math.isinf(self.p) else self.p / (self.p - 1.0)
-        blocks = self._blocks()
+        blocks = self._blocks_with_gradients()
         # Powers other than squares soon leave the range of float32: take them in units of the largest.
         unit = None if q in (1.0, 2.0) else self._norm_of(blocks, math.inf)
         self.norm = self._norm_of(blocks, q, unit)
@@ -166,13 +173,16 @@ class Perturbation(Displacement):
         if self.rho == 0.0 or (on_cpu and not usable):
             return
         inverse = torch.where(usable, inverse, 0.0)
-        for block in blocks:
-            self._save(block.weights, block.copies)
-            if q == 2.0 and block.scratch is not None:
-                block.add_epsilon(self.rho * inverse.item(), self.eta)
+        # Backwards, and forwards in _restore: a CPU has in its cache what it touched last.
+        for block, gradients in reversed(blocks):
+            if block.scratch is not None and on_cpu:
+                squares = block.squared_diagonal()
+                self._save(block.weights, block.copies)
+                block.add(squares, gradients[0], self.rho * inverse.item())
                 continue
             diagonals = self._diagonals(block)
-            epsilon = torch._foreach_mul(block.normalized(diagonals), inverse.to(block.weights[0].device))
+            normalized = block.normalized(gradients, diagonals)
+            epsilon = torch._foreach_mul(normalized, inverse.to(block.weights[0].device))
             if not on_cpu:  # 0 * inf and 0 * nan, where the norm is not finite
                 for e in epsilon:
                     e.nan_to_num_(0.0, 0.0, 0.0)
@@ -183,24 +193,31 @@ class Perturbation(Displacement):
                 epsilon = [power.copysign_(e) for power, e in zip(powers, epsilon)]
             if diagonals is not None:
                 torch._foreach_mul_(epsilon, diagonals)
+            self._save(block.weights, block.copies)
             if block.masters:
                 torch._foreach_mul_(epsilon, self.rho)
                 torch._foreach_copy_(block.weights, torch._foreach_add(block.masters, epsilon))
             else:
                 torch._foreach_add_(block.weights, epsilon, alpha=self.rho)
 
-    def _norm_of(self, blocks: list[_Block], order: float, unit: Tensor | None = None) -> Tensor:
-        """||T g||_order over all *blocks*; with *unit*, computed in multiples of it."""
+    def _norm_of(
+        self, blocks: list[tuple[_Block, list[Tensor]]], order: float, unit: Tensor | None = None
+    ) -> Tensor:
+        """||T g||_order over all *blocks* and their gradients; with *unit*, computed in multiples of it."""
         norms: list[Tensor] = []
-        for block in blocks:
-            if order == 2.0 and block.scratch is not None:
-                norms.append(block.l2_norm(self.eta))
+        squares: list[tuple[Tensor, float]] = []
+        for block, gradients in blocks:
+            if block.scratch is not None:
+                squares.append(block.squared_norm(gradients[0]))
                 continue
-            normalized = block.normalized(self._diagonals(block))
+            normalized = block.normalized(gradients, self._diagonals(block))
             if unit is not None:
                 divisor = torch.where(unit > 0, unit, 1.0).to(normalized[0].device)
                 normalized = torch._foreach_div(normalized, divisor)
             norms += torch._foreach_norm(normalized, order)
+        if squares:
+            values, factors = zip(*squares)
+            norms.append(torch.stack(values).mul_(torch.tensor(factors)).sum().sqrt_())
         norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]), order)
         return norm if unit is None else norm * unit
 
@@ -212,95 +229,128 @@ class Perturbation(Displacement):
         return diagonal(weights, block.operator, self.eta)
 
     def _copy_of(self, parameter: Tensor) -> Tensor:
-        """Memory for a copy of *parameter*, new if that has changed its form since the last block."""
+        """Memory for a copy of *parameter*, new if that has changed its form since the last step."""
         copy = self._copies.get(parameter)
         form = (parameter.shape, parameter.stride(), parameter.dtype, parameter.device)
         if copy is None or (copy.shape, copy.stride(), copy.dtype, copy.device) != form:
             copy = self._copies[parameter] = torch.empty_like(parameter, requires_grad=False)
         return copy
 
-    def _blocks(self) -> list[_Block]:
-        blocks: list[_Block] = []
+    def _blocks_with_gradients(self) -> list[tuple[_Block, list[Tensor]]]:
+        """The weights that have a gradient in blocks, each with its gradients. The blocks of the last step
+        serve again unless a tensor has another place or form; the gradients are new, and not kept."""
+        present = [w for w in self._parameters if w.grad is not None and w.numel() > 0]
+        forms: list[tuple] = [(self.eta, self.p)]
+        forms += [
+            (id(w), w.data_ptr(), w.shape, w.stride(), w.dtype, w.device, w.grad.stride(), w.grad.dtype)
+            for w in present
+        ]
+        forms += [(m.data_ptr(), m.stride()) for m in map(self._masters.get, present) if m is not None]
+        if forms != self._forms:
+            self._forms = []
+            self._plan(present)
+            self._forms = forms
+        pieces = [piece for w in present for piece in _pieces(w.grad, self._limits[w])]
+        return [(block, [pieces[number] for number in block.numbers]) for block in self._blocks]
+
+    def _plan(self, parameters: list[Tensor]) -> None:
+        """Cut *parameters* into pieces, and put these into blocks."""
+        self._limits, self._blocks = {}, []
         open_blocks: dict[tuple, _Block] = {}
-        scratch: dict[torch.dtype, Tensor] = {}
-        for parameter, (_, operator) in self._parameters.items():
-            if parameter.grad is None or parameter.numel() == 0:
-                continue
-            tensors = [parameter.detach(), self._copy_of(parameter), parameter.grad.detach()]
-            if parameter in self._masters:
-                tensors.append(self._masters[parameter].detach())
+        shared: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        numbers = itertools.count()
+        for parameter in parameters:
+            _, operator = self._parameters[parameter]
+            masters = [self._masters[parameter].detach()] if parameter in self._masters else []
+            tensors = [parameter.detach(), self._copy_of(parameter), *masters]
             on_cpu = parameter.device.type == "cpu"
-            limit = _CPU_BLOCK if on_cpu else _ACCELERATOR_BLOCK
-            flat = operator != "filter-wise" and all(tensor.is_contiguous() for tensor in tensors)
-            pieces = [[tensor.view(-1) for tensor in tensors] if flat else tensors]
-            if flat and parameter.numel() > limit:
-                pieces = zip(*(tensor.split(limit) for tensor in pieces[0]))
-            key = (parameter.device, parameter.dtype, operator, len(tensors))
-            for piece in pieces:
+            size = _CPU_BLOCK if on_cpu else _ACCELERATOR_BLOCK
+            flat = all(tensor.is_contiguous() for tensor in (*tensors, parameter.grad))
+            flat = flat and operator != "filter-wise"
+            self._limits[parameter] = size if flat else None
+            dtype = parameter.dtype
+            fast = flat and on_cpu and self.p == 2.0 and not masters
+            fast = fast and dtype == parameter.grad.dtype in (torch.float32, torch.float64)
+            if fast and dtype not in shared:
+                shared[dtype] = torch.empty(size, dtype=dtype), torch.tensor(-self.eta, dtype=dtype)
+            key = (parameter.device, dtype, operator, len(tensors))
+            for pieces in zip(*(_pieces(tensor, self._limits[parameter]) for tensor in tensors)):
                 block = open_blocks.get(key)
                 # a CPU gains nothing from many tensors in one call
-                if block is None or on_cpu or block.size + piece[0].numel() > limit:
+                if block is None or on_cpu or block.size + pieces[0].numel() > size:
                     block = open_blocks[key] = _Block(operator)
-                    blocks.append(block)
-                block.add(*piece)
-                if on_cpu and flat and len(tensors) == 3 and block.working_dtype == parameter.dtype:
-                    if parameter.dtype not in scratch:
-                        scratch[parameter.dtype] = torch.empty(limit, dtype=parameter.dtype)
-                    block.scratch = scratch[parameter.dtype][: block.size]
-        return blocks
+                    self._blocks.append(block)
+                block.append(next(numbers), *pieces)
+                if fast:
+                    scratch, block.minus_eta = shared[dtype]
+                    block.scratch = scratch[: block.size]
 
 
 class _Block:
-    """Pieces of weights, copies, gradients and masters of one device, dtype and normalization operator.
+    """Pieces of weights, copies and masters of one device, dtype and normalization operator, with the numbers
+    of these pieces among all.
 
-    A block on a CPU is one piece. If that is flat and in full precision, it shares *scratch*, memory that
-    stays in the cache, with the others, and knows the fewest passes over memory to epsilon for p = 2."""
+    A block on a CPU is one piece. If that is flat and in full precision, and p = 2, it has *scratch*, memory
+    that all of them share and that stays in the cache, and takes the fewest passes over memory: T^2 is the
+    squared error between |w| and -eta, and 2 T g its gradient, and PyTorch has either in one pass."""
 
     def __init__(self, operator: str):
         self.operator = operator
+        self.numbers: list[int] = []
         self.weights: list[Tensor] = []
         self.copies: list[Tensor] = []
-        self.gradients: list[Tensor] = []
         self.masters: list[Tensor] = []
         self.scratch: Tensor | None = None
+        self.minus_eta: Tensor | None = None
         self.size = 0
 
-    def add(self, weight: Tensor, copy: Tensor, gradient: Tensor, *master: Tensor) -> None:
+    def append(self, number: int, weight: Tensor, copy: Tensor, *master: Tensor) -> None:
+        self.numbers.append(number)
         self.weights.append(weight)
         self.copies.append(copy)
-        self.gradients.append(gradient)
         self.masters += master
         self.size += weight.numel()
 
-    def normalized(self, diagonals: list[Tensor] | None) -> list[Tensor]:
-        """T g, in at least float32; the gradients themselves where *diagonals*, those of T, are ``None``."""
-        gradients = [gradient.to(self.working_dtype) for gradient in self.gradients]
+    def normalized(self, gradients: list[Tensor], diagonals: list[Tensor] | None) -> list[Tensor]:
+        """T g, in at least float32; g itself where *diagonals*, those of T, are ``None``."""
+        gradients = [gradient.to(self.working_dtype) for gradient in gradients]
         return gradients if diagonals is None else torch._foreach_mul(gradients, diagonals)
 
-    def l2_norm(self, eta: float) -> Tensor:
-        """||T g||_2, with *scratch*."""
-        (weight,), (gradient,) = self.weights, self.gradients
+    def squared_norm(self, gradient: Tensor) -> tuple[Tensor, float]:
+        """Two factors of ||T g||_2^2, with *scratch*."""
         if self.operator == "none":
-            return torch.dot(gradient, gradient).sqrt_()
-        magnitude = torch.abs(weight, out=self.scratch)
-        if eta > 1e-6:  # g + |w| g / eta at once, the norm in units of eta
-            scaled = torch.addcmul(gradient, magnitude, gradient, value=1.0 / eta, out=self.scratch)
-            return torch.dot(scaled, scaled).sqrt_().mul_(eta)
-        scaled = magnitude.add_(eta).mul_(gradient)
-        return torch.dot(scaled, scaled).sqrt_()
+            return torch.dot(gradient, gradient), 1.0
+        torch.abs(self.weights[0], out=self.scratch)
+        aten.mse_loss_backward.grad_input(
+            gradient, self.scratch, self.minus_eta, NO_REDUCTION, grad_input=self.scratch
+        )
+        return torch.dot(self.scratch, self.scratch), 0.25
 
-    def add_epsilon(self, scale: float, eta: float) -> None:
-        """Add *scale* T^2 g to the weights, with *scratch*."""
-        (weight,), (gradient,) = self.weights, self.gradients
+    def squared_diagonal(self) -> Tensor | None:
+        """T^2, in *scratch*; ``None`` where T = 1."""
         if self.operator == "none":
-            weight.add_(gradient, alpha=scale)
-            return
-        diagonal = torch.abs(weight, out=self.scratch).add_(eta)
-        weight.addcmul_(diagonal.mul_(diagonal), gradient, value=scale)
+            return None
+        torch.abs(self.weights[0], out=self.scratch)
+        return aten.mse_loss.out(self.scratch, self.minus_eta, NO_REDUCTION, out=self.scratch)
+
+    def add(self, squares: Tensor | None, gradient: Tensor, scale: float) -> None:
+        """Add *scale* T^2 g to the weights."""
+        if squares is None:
+            self.weights[0].add_(gradient, alpha=scale)
+        else:
+            self.weights[0].addcmul_(squares, gradient, value=scale)
 
     @property
     def working_dtype(self) -> torch.dtype:
         return torch.promote_types(self.weights[0].dtype, torch.float32)
+
+
+def _pieces(tensor: Tensor, limit: int | None) -> tuple[Tensor, ...]:
+    """Flat pieces of *tensor* of at most *limit* elements; without a limit the tensor itself."""
+    if limit is None:
+        return (tensor,)
+    flat = tensor.view(-1)
+    return flat.split(limit) if flat.numel() > limit else (flat,)
 
 
 def validate(rho: float, eta: float, p: float, normalization: str) -> None:

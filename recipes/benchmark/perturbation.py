@@ -5,15 +5,17 @@
 
 The files are `sam.py` of github.com/davda54/sam and `asam.py` of github.com/SamsungLabs/ASAM; PyPI's
 pytorch-optimizer takes part if it is installed. All make an adaptive perturbation of 39.5 million weights and
-take it back; they take turns, so that whatever else the machine does slows down all of them. The step of a
-base optimizer is no part of it.
+take it back; they take turns, in another order each round, so that whatever else the machine does slows down
+all of them. The step of a base optimizer is no part of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
+import random
 import statistics
 import sys
 import time
@@ -64,7 +66,7 @@ def main() -> None:
     model = transformer().to(args.device)
     torch.manual_seed(0)
     gradients = [torch.randn_like(parameter) * 1e-3 for parameter in model.parameters()]
-    seconds = measure(contestants(model, args), model, gradients, args.device, args.rounds)
+    seconds = measure(contestants(model, args), gradients, args.device, args.rounds)
     milliseconds = {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
     peers = [value for name, value in milliseconds.items() if name != "fairseq_asam"]
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -96,28 +98,43 @@ def transformer() -> nn.Module:
     return TransformerModel.build_model(options, task)
 
 
-def contestants(model: nn.Module, args: Namespace) -> dict[str, Callable[[], None]]:
-    """Functions that perturb the weights of *model* and take it back, given that they have gradients."""
-    perturbation = Perturbation(model.named_parameters(), rho=RHO)
-
-    def ours() -> None:
-        with perturbation:
-            pass
-
-    functions = {"fairseq_asam": ours}
+def contestants(model: nn.Module, args: Namespace) -> dict[str, tuple[nn.Module, Callable[[], None]]]:
+    """Models like *model*, and functions that perturb their weights and take it back, given that they have
+    gradients. Each has a model of its own, as some leave the weights in new memory."""
     options = {"rho": RHO, "adaptive": True, "lr": 0.0}
-    if args.davda54:
-        davda54 = module_of(args.davda54).SAM(model.parameters(), NoStep, **options)
-        functions["davda54/sam"] = lambda: (davda54.first_step(), davda54.second_step())
-    if args.samsung:
-        samsung = module_of(args.samsung).ASAM(NoStep(model.parameters(), lr=0.0), model, rho=RHO)
-        functions["SamsungLabs/ASAM"] = lambda: (samsung.ascent_step(), samsung.descent_step())
-    if importlib.util.find_spec("pytorch_optimizer"):
+
+    def ours(model: nn.Module) -> Callable[[], None]:
+        perturbation = Perturbation(model.named_parameters(), rho=RHO)
+
+        def both_ways() -> None:
+            with perturbation:
+                pass
+
+        return both_ways
+
+    def davda54(model: nn.Module) -> Callable[[], None]:
+        sam = module_of(args.davda54).SAM(model.parameters(), NoStep, **options)
+        return lambda: (sam.first_step(), sam.second_step())
+
+    def samsung(model: nn.Module) -> Callable[[], None]:
+        asam = module_of(args.samsung).ASAM(NoStep(model.parameters(), lr=0.0), model, rho=RHO)
+        return lambda: (asam.ascent_step(), asam.descent_step())
+
+    def kozistr(model: nn.Module) -> Callable[[], None]:
         from pytorch_optimizer import SAM
 
-        kozistr = SAM(model.parameters(), NoStep, **options)
-        functions["pytorch-optimizer"] = lambda: (kozistr.first_step(), kozistr.second_step())
-    return functions
+        sam = SAM(model.parameters(), NoStep, **options)
+        return lambda: (sam.first_step(), sam.second_step())
+
+    makers = {"fairseq_asam": ours}
+    if args.davda54:
+        makers["davda54/sam"] = davda54
+    if args.samsung:
+        makers["SamsungLabs/ASAM"] = samsung
+    if importlib.util.find_spec("pytorch_optimizer"):
+        makers["pytorch-optimizer"] = kozistr
+    models = {name: copy.deepcopy(model) for name in makers}
+    return {name: (models[name], make(models[name])) for name, make in makers.items()}
 
 
 def module_of(file: Path) -> ModuleType:
@@ -129,16 +146,18 @@ def module_of(file: Path) -> ModuleType:
 
 
 def measure(
-    functions: dict[str, Callable[[], None]],
-    model: nn.Module,
+    contestants: dict[str, tuple[nn.Module, Callable[[], None]]],
     gradients: list[torch.Tensor],
     device: str,
     rounds: int,
 ) -> dict[str, list[float]]:
-    """Seconds of each function in each round; one round before them warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    """Seconds of each contestant in each round; one round before them warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    order = random.Random(0)
     for _ in tqdm(range(rounds + 1), unit="round", disable=None):
-        for name, function in functions.items():
+        # none should always find the caches and the free memory as one of the others left them
+        for name in order.sample(list(contestants), len(contestants)):
+            model, function = contestants[name]
             # some of them change the gradients
             for parameter, gradient in zip(model.parameters(), gradients):
                 parameter.grad = gradient.clone()

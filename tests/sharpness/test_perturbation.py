@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -212,6 +213,67 @@ def test_weights_come_back_when_interrupted_anywhere(exception):
         assert_unchanged(model, before)
     passes(model, perturbation, inputs)  # and it can be used again
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_weights_may_change_place_and_form_between_steps(normalization):
+    """What is kept from a step to the next never stands for weights or gradients that are no more."""
+    torch.manual_seed(4)
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3), "linear": nn.Linear(5, 6), "big": nn.Linear(900, 700)})
+
+    def epsilon(perturbation):
+        before = snapshot(model)
+        with perturbation:
+            moved = {name: w.detach() - before[name] for name, w in model.named_parameters()}
+        assert_unchanged(model, before)
+        return moved
+
+    def new_storage():
+        for w in model.parameters():
+            w.data = w.detach().clone()
+
+    def gradients_of_another_form():
+        model["conv"].weight.grad = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
+        model["linear"].weight.grad = torch.randn(5, 6).t()
+
+    def no_gradient():
+        model["linear"].bias.grad = model["big"].weight.grad = None
+
+    perturbation = Perturbation(model.named_parameters(), 0.5, normalization=normalization)
+    for change in (
+        lambda: None,
+        new_storage,
+        gradients_of_another_form,
+        no_gradient,
+        lambda: None,
+        lambda: setattr(perturbation, "eta", 0.3),
+        lambda: setattr(perturbation, "p", INF),
+        lambda: setattr(perturbation, "p", 2.0),
+        model.double,
+        lambda: model.to(memory_format=torch.channels_last),
+    ):
+        for w in model.parameters():
+            w.grad = torch.randn_like(w)
+        change()
+        options = dict(eta=perturbation.eta, p=perturbation.p, normalization=normalization)
+        fresh = Perturbation(model.named_parameters(), 0.5, **options)
+        kept, expected = epsilon(perturbation), epsilon(fresh)
+        assert any(e.any() for e in expected.values())
+        for name, e in expected.items():
+            torch.testing.assert_close(kept[name], e, rtol=0, atol=0)
+
+
+def test_the_memory_of_the_gradients_is_free_within_the_block():
+    array = np.ones((300, 20), dtype=np.float32)
+    w = nn.Parameter(torch.randn(300, 20))
+    w.grad, alive = torch.from_numpy(array), weakref.ref(array)
+    del array
+    for perturbation in (Perturbation([("w", w)], 0.1), Perturbation([("w", w)], 0.1, p=INF)):
+        with perturbation:
+            assert alive() is not None
+    with perturbation:
+        w.grad = None
+        assert alive() is None
 
 
 def test_gradients_missing_in_either_pass():
