@@ -19,6 +19,7 @@ NO_REDUCTION = 0
 # the cache; on an accelerator the number of launches counts, and the bound is on temporary memory.
 _CPU_BLOCK = 2**19
 _ACCELERATOR_BLOCK = 2**24
+_PAGE = 4096  # bytes
 
 
 class Displacement:
@@ -233,7 +234,7 @@ class Perturbation(Displacement):
         copy = self._copies.get(parameter)
         form = (parameter.shape, parameter.stride(), parameter.dtype, parameter.device)
         if copy is None or (copy.shape, copy.stride(), copy.dtype, copy.device) != form:
-            copy = self._copies[parameter] = torch.empty_like(parameter, requires_grad=False)
+            copy = self._copies[parameter] = _memory_for(parameter)
         return copy
 
     def _blocks_with_gradients(self) -> list[tuple[_Block, list[Tensor]]]:
@@ -343,6 +344,18 @@ class _Block:
     @property
     def working_dtype(self) -> torch.dtype:
         return torch.promote_types(self.weights[0].dtype, torch.float32)
+
+
+def _memory_for(weight: Tensor) -> Tensor:
+    """Memory for a copy of *weight*."""
+    if weight.device.type != "cpu" or not weight.is_contiguous():
+        return torch.empty_like(weight, requires_grad=False)
+    # A CPU that copies between addresses with the same place in their pages takes them for one another, and
+    # waits: begin half a page away from that of the weight.
+    itemsize = weight.element_size()
+    memory = torch.empty(weight.numel() + _PAGE // itemsize, dtype=weight.dtype)
+    start = (weight.data_ptr() + _PAGE // 2 - memory.data_ptr()) % _PAGE // itemsize
+    return memory[start : start + weight.numel()].view(weight.shape)
 
 
 def _pieces(tensor: Tensor, limit: int | None) -> tuple[Tensor, ...]:

@@ -12,7 +12,6 @@ all of them. The step of a base optimizer is no part of it.
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
 import json
 import random
@@ -66,7 +65,7 @@ def main() -> None:
     model = transformer().to(args.device)
     torch.manual_seed(0)
     gradients = [torch.randn_like(parameter) * 1e-3 for parameter in model.parameters()]
-    seconds = measure(contestants(model, args), gradients, args.device, args.rounds)
+    seconds = measure(contestants(model, args), model, gradients, args.device, args.rounds)
     milliseconds = {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
     peers = [value for name, value in milliseconds.items() if name != "fairseq_asam"]
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -98,43 +97,28 @@ def transformer() -> nn.Module:
     return TransformerModel.build_model(options, task)
 
 
-def contestants(model: nn.Module, args: Namespace) -> dict[str, tuple[nn.Module, Callable[[], None]]]:
-    """Models like *model*, and functions that perturb their weights and take it back, given that they have
-    gradients. Each has a model of its own, as some leave the weights in new memory."""
+def contestants(model: nn.Module, args: Namespace) -> dict[str, Callable[[], None]]:
+    """Functions that perturb the weights of *model* and take it back, given that they have gradients."""
+    perturbation = Perturbation(model.named_parameters(), rho=RHO)
+
+    def ours() -> None:
+        with perturbation:
+            pass
+
+    functions = {"fairseq_asam": ours}
     options = {"rho": RHO, "adaptive": True, "lr": 0.0}
-
-    def ours(model: nn.Module) -> Callable[[], None]:
-        perturbation = Perturbation(model.named_parameters(), rho=RHO)
-
-        def both_ways() -> None:
-            with perturbation:
-                pass
-
-        return both_ways
-
-    def davda54(model: nn.Module) -> Callable[[], None]:
-        sam = module_of(args.davda54).SAM(model.parameters(), NoStep, **options)
-        return lambda: (sam.first_step(), sam.second_step())
-
-    def samsung(model: nn.Module) -> Callable[[], None]:
-        asam = module_of(args.samsung).ASAM(NoStep(model.parameters(), lr=0.0), model, rho=RHO)
-        return lambda: (asam.ascent_step(), asam.descent_step())
-
-    def kozistr(model: nn.Module) -> Callable[[], None]:
+    if args.davda54:
+        davda54 = module_of(args.davda54).SAM(model.parameters(), NoStep, **options)
+        functions["davda54/sam"] = lambda: (davda54.first_step(), davda54.second_step())
+    if args.samsung:
+        samsung = module_of(args.samsung).ASAM(NoStep(model.parameters(), lr=0.0), model, rho=RHO)
+        functions["SamsungLabs/ASAM"] = lambda: (samsung.ascent_step(), samsung.descent_step())
+    if importlib.util.find_spec("pytorch_optimizer"):
         from pytorch_optimizer import SAM
 
-        sam = SAM(model.parameters(), NoStep, **options)
-        return lambda: (sam.first_step(), sam.second_step())
-
-    makers = {"fairseq_asam": ours}
-    if args.davda54:
-        makers["davda54/sam"] = davda54
-    if args.samsung:
-        makers["SamsungLabs/ASAM"] = samsung
-    if importlib.util.find_spec("pytorch_optimizer"):
-        makers["pytorch-optimizer"] = kozistr
-    models = {name: copy.deepcopy(model) for name in makers}
-    return {name: (models[name], make(models[name])) for name, make in makers.items()}
+        kozistr = SAM(model.parameters(), NoStep, **options)
+        functions["pytorch-optimizer"] = lambda: (kozistr.first_step(), kozistr.second_step())
+    return functions
 
 
 def module_of(file: Path) -> ModuleType:
@@ -146,25 +130,26 @@ def module_of(file: Path) -> ModuleType:
 
 
 def measure(
-    contestants: dict[str, tuple[nn.Module, Callable[[], None]]],
+    functions: dict[str, Callable[[], None]],
+    model: nn.Module,
     gradients: list[torch.Tensor],
     device: str,
     rounds: int,
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round; one round before them warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    """Seconds of each function in each round; one round before them warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    weights = [parameter.data for parameter in model.parameters()]
     order = random.Random(0)
     for _ in tqdm(range(rounds + 1), unit="round", disable=None):
-        # none should always find the caches and the free memory as one of the others left them
-        for name in order.sample(list(contestants), len(contestants)):
-            model, function = contestants[name]
-            # some of them change the gradients
-            for parameter, gradient in zip(model.parameters(), gradients):
-                parameter.grad = gradient.clone()
+        for name in order.sample(list(functions), len(functions)):
+            # Some of them change the gradients, and one leaves the weights in other memory. It should be the
+            # same for all, as some of it is a sixth slower.
+            for parameter, weight, gradient in zip(model.parameters(), weights, gradients):
+                parameter.data, parameter.grad = weight, gradient.clone()
             if device == "cuda":
                 torch.cuda.synchronize()
             begin = time.perf_counter()
-            function()
+            functions[name]()
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - begin)
