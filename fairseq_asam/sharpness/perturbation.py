@@ -20,6 +20,7 @@ NO_REDUCTION = 0
 _CPU_BLOCK = 2**19
 _ACCELERATOR_BLOCK = 2**24
 _PAGE = 4096  # bytes
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 class Displacement:
@@ -184,14 +185,16 @@ class Perturbation(Displacement):
             diagonals = self._diagonals(block)
             normalized = block.normalized(gradients, diagonals)
             epsilon = torch._foreach_mul(normalized, inverse.to(block.weights[0].device))
-            if not on_cpu:  # 0 * inf and 0 * nan, where the norm is not finite
-                for e in epsilon:
-                    e.nan_to_num_(0.0, 0.0, 0.0)
+            if (
+                not on_cpu
+            ):  # Where the norm is not finite, 0 * inf and 0 * nan are not 0, but 0 times their bits.
+                bits = [e.view(_BITS[e.dtype]) for e in epsilon]
+                torch._foreach_mul_(bits, usable.to(bits[0]))
             if q == 1.0:
                 torch._foreach_sign_(epsilon)
             elif q != 2.0:
                 powers = torch._foreach_pow(torch._foreach_abs(epsilon), q - 1.0)
-                epsilon = [power.copysign_(e) for power, e in zip(powers, epsilon)]
+                epsilon = torch._foreach_mul(powers, torch._foreach_sign(epsilon))
             if diagonals is not None:
                 torch._foreach_mul_(epsilon, diagonals)
             self._save(block.weights, block.copies)
@@ -279,7 +282,7 @@ class Perturbation(Displacement):
                 block = open_blocks.get(key)
                 # a CPU gains nothing from many tensors in one call
                 if block is None or on_cpu or block.size + pieces[0].numel() > size:
-                    block = open_blocks[key] = _Block(operator)
+                    block = open_blocks[key] = _Block(operator, dtype)
                     self._blocks.append(block)
                 block.append(next(numbers), *pieces)
                 if fast:
@@ -295,8 +298,9 @@ class _Block:
     that all of them share and that stays in the cache, and takes the fewest passes over memory: T^2 is the
     squared error between |w| and -eta, and 2 T g its gradient, and PyTorch has either in one pass."""
 
-    def __init__(self, operator: str):
+    def __init__(self, operator: str, dtype: torch.dtype):
         self.operator = operator
+        self.working_dtype = torch.promote_types(dtype, torch.float32)
         self.numbers: list[int] = []
         self.weights: list[Tensor] = []
         self.copies: list[Tensor] = []
@@ -340,10 +344,6 @@ class _Block:
             self.weights[0].add_(gradient, alpha=scale)
         else:
             self.weights[0].addcmul_(squares, gradient, value=scale)
-
-    @property
-    def working_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.weights[0].dtype, torch.float32)
 
 
 def _memory_for(weight: Tensor) -> Tensor:

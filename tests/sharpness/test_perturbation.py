@@ -276,6 +276,33 @@ def test_the_memory_of_the_gradients_is_free_within_the_block():
         assert alive() is None
 
 
+class CountLaunches(TorchDispatchMode):
+    """Counts the tensor operations that are more than another view of the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("p", [2.0, 1.5, INF])
+def test_on_an_accelerator_launches_do_not_grow_with_the_number_of_weights(p):
+    counts = []
+    for layers in (5, 50):
+        model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(layers))).to("meta")
+        for w in model.parameters():
+            w.grad = torch.empty_like(w)
+        perturbation = Perturbation(model.named_parameters(), 0.1, p=p)
+        for _ in range(2):
+            with CountLaunches() as launches, perturbation:
+                pass
+        counts.append(launches.count)
+    assert counts[0] == counts[1]
+
+
 def test_gradients_missing_in_either_pass():
     torch.manual_seed(2)
     model = nn.ModuleDict({name: nn.Linear(3, 3) for name in ("always", "first", "second")})
