@@ -288,7 +288,7 @@ class CountLaunches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("p", [2.0, 1.5, INF])
+@pytest.mark.parametrize("p", [2.0, INF])
 def test_on_an_accelerator_launches_do_not_grow_with_the_number_of_weights(p):
     counts = []
     for layers in (5, 50):
