@@ -1,4 +1,4 @@
-"""JSON and pictures, written whole or not at all."""
+"""Pictures, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
-from fairseq_asam.files import whole, write_json
-
-__all__ = ["write_figure", "write_json"]
+from fairseq_asam.files import whole
 
 
 def write_figure(path: Path, figure: Figure) -> None:

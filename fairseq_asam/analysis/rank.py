@@ -25,9 +25,9 @@ import numpy as np
 from matplotlib import pyplot as plt
 from scipy.stats import kendalltau
 
-from fairseq_asam.files import whole
+from fairseq_asam.files import whole, write_json
 
-from .output import write_figure, write_json
+from .output import write_figure
 
 
 def kendall(gaps: Sequence[float], values: Sequence[float]) -> float:

@@ -37,11 +37,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fairseq_asam import Region, measure
+from fairseq_asam.files import write_json
 from fairseq_asam.vision import data
 from fairseq_asam.vision.batches import Batches, evaluation_loader, seed_of
 from fairseq_asam.vision.models import WITH_DROPOUT, build_model
 
-from .output import write_json
 from .rank import rank_statistics, table, write
 
 #: Name in Table 1 -> option.

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fairseq_asam import Region, measure
+from fairseq_asam.files import write_json
 from fairseq_asam.sharpness.measure import Displaced, Loss, evaluate
 
 from .checkpoints import DatasetLoss, load
 from .measuring import watched
-from .output import write_figure, write_json
+from .output import write_figure
 from .sharpness import add_data_arguments
 
 

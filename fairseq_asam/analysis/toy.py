@@ -20,8 +20,9 @@ from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 from fairseq_asam import Region, SharpnessAware, measure
+from fairseq_asam.files import write_json
 
-from .output import write_figure, write_json
+from .output import write_figure
 
 #: The points of Figure 1, before and after the scaling diag(3, 1/3).
 POINTS = ((1.0, 1.0), (3.0, 1 / 3))

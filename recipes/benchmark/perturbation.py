@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import random
 import statistics
 import sys
@@ -30,6 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fairseq_asam import Perturbation
+from fairseq_asam.files import write_json
 
 # Sizes of the German and the English dictionary of IWSLT'14 as fairseq prepares it.
 VOCABULARIES = (8848, 6632)
@@ -80,7 +80,7 @@ def main() -> None:
         figures.append({"name": name, "median_ms": median, "minimum_ms": minimum, "ratio": ratio})
     if args.out:
         setting = {"weights": count, "device": device, "rounds": args.rounds, "torch": torch.__version__}
-        args.out.write_text(json.dumps({**setting, "figures": figures}, indent=2) + "\n")
+        write_json(args.out, {**setting, "figures": figures})
 
 
 def transformer() -> nn.Module:
