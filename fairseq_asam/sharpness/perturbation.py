@@ -185,9 +185,7 @@ class Perturbation(Displacement):
             diagonals = self._diagonals(block)
             normalized = block.normalized(gradients, diagonals)
             epsilon = torch._foreach_mul(normalized, inverse.to(block.weights[0].device))
-            if (
-                not on_cpu
-            ):  # Where the norm is not finite, 0 * inf and 0 * nan are not 0, but 0 times their bits.
+            if not on_cpu:  # where the norm is not finite, 0 * inf and 0 * nan; but 0 times their bits is 0
                 bits = [e.view(_BITS[e.dtype]) for e in epsilon]
                 torch._foreach_mul_(bits, usable.to(bits[0]))
             if q == 1.0:
