@@ -2,7 +2,8 @@
 
     python -m data_prep.embedded DEST [--package FILE] [--vocab-size N] [--held-out N] [--seed N]
 
-DEST gets {train,valid,test}.{de,en}, sentencepiece.model and .vocab, bin/ for fairseq, and statistics.json.
+DEST gets {train,valid,test}.{de,en}, phrases.{de,en}, sentencepiece.model and .vocab, embeddings.{de,en} to
+start from, bin/ for fairseq, and statistics.json.
 Where the package can't be had, the generated corpus stands in, and the output says so.
 """
 

@@ -347,8 +347,9 @@ def summary(settings: Settings, found: list[dict[str, Any]], args: argparse.Name
         f"{settings.epochs} epochs (it was then {min(losses):.4f} to {max(losses):.4f}); the others are left "
         f"out. Data set {settings.dataset}, model {settings.model}, seed {settings.seed}; "
         f"{', '.join(values)}. The generalization gap, test loss - training loss, is {min(gaps):.4f} to "
-        f"{max(gaps):.4f}. Sharpness: rho = {settings.rho:g}, adaptive {settings.adaptive_rho:g}, ascent "
-        f"steps: {settings.steps}. The models took {minutes:.1f} minutes in all, on {found[0]['hardware']}."
+        f"{max(gaps):.4f}. Sharpness: rho = {settings.rho:g}, adaptive {settings.adaptive_rho:g}, for p = "
+        f"inf divided by the square root of the number of weights; ascent steps: {settings.steps}. The "
+        f"models took {minutes:.1f} minutes in all, on {found[0]['hardware']}."
     )
 
 

@@ -76,7 +76,7 @@ class SAMConfig(FairseqDataclass):
     ascent_interval: int = field(
         default=1,
         metadata={
-            "help": "make both passes in every so-manieth update only, and in between reuse what they found, "
+            "help": "make both passes in every N-th update only, and in between reuse what they found, "
             "as LookSAM does (arXiv 2203.02714)"
         },
     )
@@ -84,7 +84,7 @@ class SAMConfig(FairseqDataclass):
         default=None,
         metadata={
             "help": "with --ascent-interval, alpha, the weight of the reused component (LookSAM: 0.7); by "
-            "default its own, the tangent of the angle between the gradients at w and w + epsilon"
+            "default its own, the tangent of the angle between the gradients at w and w + epsilon, at most 1"
         },
     )
 

@@ -1,7 +1,7 @@
 """Image classification with SGD, SAM or ASAM.
 
-    python -m fairseq_asam.vision train --dataset cifar10 --model wrn28_10 --optimizer asam --output RUN
-    python -m fairseq_asam.vision sharpness RUN --rho 0.05 0.1 0.2
+    python -m fairseq_asam.vision train --dataset cifar10 --data ROOT --model wrn28_10 --output RUN
+    python -m fairseq_asam.vision sharpness RUN --data ROOT --rho 0.05 0.1 0.2
 
 RUN gets result.json when the run is finished, and before that a checkpoint after every epoch, from which
 the same command goes on. The second command measures the sharpness of the last checkpoint.

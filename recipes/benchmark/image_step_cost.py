@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from fairseq_asam import Perturbation
+from fairseq_asam.files import write_json
 from fairseq_asam.vision.models import MODELS, build_model
 from fairseq_asam.vision.update import Update
 
@@ -59,8 +59,7 @@ def main() -> None:
         print("| {model} | {optimizer} | {seconds:.3f} | {ratio:.3f} |".format(**figure))
     if arguments.out:
         setting = {"updates": arguments.updates, "batch_size": arguments.batch_size, "device": device}
-        text = json.dumps({**setting, "torch": torch.__version__, "epochs": figures}, indent=1)
-        arguments.out.write_text(text + "\n")
+        write_json(arguments.out, {**setting, "torch": torch.__version__, "epochs": figures})
 
 
 def epoch_seconds(accelerator: Accelerator, model: str, batch_size: int, updates: int) -> dict[str, float]:

@@ -30,7 +30,7 @@ from fairseq_asam.optim import OPTIMIZERS
 
 LONGEST_SENTENCE = 100  # tokens
 BATCHES = 40  # that a corpus makes
-# Those of recipes/translation/train.sh, which are the paper's (Section 5.3).
+# Those of recipes/translation/train.sh: the paper's (Section 5.3), else those of fairseq's recipe.
 FLAGS = (
     "--task translation --source-lang de --target-lang en --seed 1 --no-save --num-workers 0 "
     "--required-batch-size-multiple 1 --lr 5e-4 --lr-scheduler inverse_sqrt --warmup-updates 4000 "

@@ -11,7 +11,7 @@ import math
 
 from grid import EMBEDDED, arguments, results_of
 from rho_search import RHOS
-from table import as_markdown, described, draw_sweep, summary, write
+from table import as_markdown, dataset_of, described, draw_sweep, summary, write
 
 VARIANTS = {
     "element-wise, p = inf": {"p_norm": math.inf},
@@ -38,7 +38,7 @@ def main() -> None:
     results = results_of(cells, args)
     summaries = {cell: summary(of_cell) for cell, of_cell in results.items()}
     note = described(results)
-    figure = draw_sweep(summaries, "ASAM", "maximum test accuracy (%)")
+    figure = draw_sweep(summaries, f"ASAM on {dataset_of(results)}", "maximum test accuracy (%)")
     write(args.out, args.name, as_markdown("rho", summaries, note=note), figure, note=note, cells=summaries)
 
 

@@ -16,6 +16,8 @@ from grid import OPTIMIZERS
 
 #: (row, column) -> figures of a cell, as :func:`summary` returns them.
 Summaries = dict[tuple[str, str], dict[str, Any]]
+# A sweep's axis begins at most so many percent below the median: what failed would squeeze the others.
+SHOWN_BELOW = 5.0
 # How often the accuracy of chance a run must reach at least once so as not to count as completely failed.
 CHANCES = 2
 
@@ -71,6 +73,11 @@ def as_markdown(
     return "\n".join([*lines, "", note]) + "\n"
 
 
+def dataset_of(results: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
+    """Return the name of the data set of a table's runs."""
+    return next(iter(results.values()))[0]["options"]["dataset"]
+
+
 def described(results: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
     """Return in words what the runs of a table have in common and how they were made."""
     runs = [result for of_cell in results.values() for result in of_cell]
@@ -109,6 +116,7 @@ def draw(corner: str, cells: Summaries, paper: dict[str, tuple[str, ...]] | None
                 places, theirs, "D", markerfacecolor="none", color=f"C{number}", label=f"{column}, paper"
             )
     axes.set_xticks(range(len(rows)), rows, rotation=30 if max(map(len, rows)) > 8 else 0)
+    axes.set_xlim(-0.5, len(rows) - 0.5)
     axes.set(xlabel=corner, ylabel="maximum test accuracy (%)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -126,12 +134,17 @@ def draw_sweep(cells: Summaries, title: str, ylabel: str) -> plt.Figure:
         low, high = ([min(m + sign * s, 100) for m, s in zip(means, stds)] for sign in (-1, 1))
         axes.fill_between(rhos, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set(title=title, xlabel="$\\rho$", ylabel=ylabel, xscale="log")
+    means = [cell["mean"] for cell in cells.values() if cell["mean"]]
+    if (floor := statistics.median(means) - SHOWN_BELOW) > min(means):
+        axes.set_ylim(bottom=floor)
+        axes.set_title(f"below {floor:.0f}%: see the table", loc="right", fontsize="small", color="grey")
+    axes.set_ylim(top=min(axes.get_ylim()[1], 100.5))
     ticks = sorted({float(row) for row, _ in cells})
     axes.set_xticks(ticks, [f"{rho:g}" for rho in ticks], rotation=45)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -144,6 +157,8 @@ def publish(
 ) -> None:
     """Write a table of `summaries`, which are those of `results`, beside the paper's numbers."""
     note = described(results)
+    if args.embedded:
+        note += " The paper's numbers are of its own networks and images: not to be compared."
     markdown = as_markdown(corner, summaries, paper, note)
     # Accuracies on other images belong on no common axis.
     figure = draw(corner, summaries, None if args.embedded else paper)

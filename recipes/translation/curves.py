@@ -69,7 +69,7 @@ def draw(logs: dict[str, Path]) -> plt.Figure:
         handles=[
             *(Line2D([], [], color=f"C{number}", label=name) for number, name in enumerate(logs)),
             Line2D([], [], color="grey", marker="o", markersize=4, label="validation"),
-            Line2D([], [], color="grey", linewidth=0.8, alpha=0.7, label="training (with dropout)"),
+            Line2D([], [], color="grey", linewidth=0.8, alpha=0.7, label="training"),
         ],
         frameon=False,
     )

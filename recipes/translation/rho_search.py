@@ -103,7 +103,8 @@ def write(out: Path, points: list[dict]) -> None:
 
 
 def draw(points: list[dict]) -> plt.Figure:
-    """Validation BLEU over rho, a point for each run with its 95 % interval and a line through the means."""
+    """Validation BLEU over rho, a point for each run with its 95 % interval; a line through those of the
+    search, which has one seed. Runs of other seeds are hollow."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     baseline = [point["BLEU"] for point in points if point["rho"] is None]
     if baseline:
@@ -112,21 +113,19 @@ def draw(points: list[dict]) -> plt.Figure:
         axes.axhline(mean, color="grey", label=f"adam, mean and range of {len(baseline)}")
     optimizers = dict.fromkeys(point["optimizer"] for point in points if point["rho"] is not None)
     for number, optimizer in enumerate(optimizers):
-        scores: dict[float, list[float]] = {}
-        for point in points:
-            if point["optimizer"] == optimizer:
-                seeds = scores.setdefault(point["rho"], [])
-                # beside each other, or the intervals of several seeds and optimizers would hide one another
-                x = point["rho"] * 1.04 ** (len(seeds) + 0.5 * number)
-                seeds.append(point["BLEU"])
-                axes.errorbar(
-                    x, point["BLEU"], point["ci95"], fmt="o", markersize=4, alpha=0.5, color=f"C{number}"
-                )
-        x = sorted(scores)
-        y = [sum(scores[rho]) / len(scores[rho]) for rho in x]
-        axes.plot(x, y, color=f"C{number}", label=optimizer)
+        own = [point for point in points if point["optimizer"] == optimizer]
+        seeds = list(dict.fromkeys(point["seed"] for point in own))
+        for point in own:
+            # beside each other, or the intervals of several seeds and optimizers would hide one another
+            x = point["rho"] * 1.04 ** (seeds.index(point["seed"]) + 0.5 * number)
+            filling = {} if point["seed"] == seeds[0] else {"markerfacecolor": "none"}
+            style = {"fmt": "o", "markersize": 4, "alpha": 0.5, "color": f"C{number}", **filling}
+            axes.errorbar(x, point["BLEU"], point["ci95"], **style)
+        searched = sorted((point["rho"], point["BLEU"]) for point in own if point["seed"] == seeds[0])
+        axes.plot(*zip(*searched), color=f"C{number}", label=optimizer)
     values = sorted({point["rho"] for point in points if point["rho"] is not None})
-    axes.set(xscale="log", xlabel="$\\rho$", ylabel="validation BLEU", title="Search for $\\rho$")
+    axes.set(xscale="log", xlabel="$\\rho$", ylabel="validation BLEU")
+    axes.set_title("Search for $\\rho$ (hollow: other seeds)")
     axes.set_xticks(values, [f"{rho:g}" for rho in values])
     axes.minorticks_off()
     axes.grid(alpha=0.3)

@@ -123,6 +123,14 @@ def test_rho_is_searched_on_held_out_images_alone(commands):
         assert all(run.hold_out for run in commands("rho_search", *arguments))
 
 
+def test_of_equally_accurate_rhos_the_smaller_is_best():
+    """Equal as the table shows them: the means of the same counts can differ in their last digit."""
+    means = {"0.02": 98.83333333333333, "0.5": 98.83333333333334, "2": 98.5, "10": None}
+    summaries = {(rho, "SAM"): {"mean": mean} for rho, mean in means.items()}
+    summaries["1", "ASAM"] = {"mean": 99.0}
+    assert importlib.import_module("rho_search").best_rho(summaries, "SAM") == "0.02"
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_embedded_forms_need_no_data_and_have_folders_of_their_own(script, commands):
     embedded, full = commands(script, "--embedded"), commands(script)
