@@ -29,8 +29,9 @@ from fairseq_asam.sharpness.reuse import add_component_, orthogonal_component_
 
 # No "from __future__ import annotations" here: fairseq's parser needs types, not their names.
 
-# What --ascent-interval keeps of each weight in the optimizer's state, and so in checkpoints.
-COMPONENT = "ascent_component"
+# What --ascent-interval keeps of each weight in the optimizer's state, and so in checkpoints, and the number
+# of updates before the one that it is from.
+COMPONENT, COMPONENT_UPDATE = "ascent_component", "ascent_update"
 
 
 @dataclass
@@ -120,10 +121,8 @@ class SharpnessAwareOptimizer:
         validate_config(cfg)
         super().__init__(cfg, params)
         self.sharpness_config = cfg
-        self.ascended = False
+        self.begin_update(0)
         self._perturbation: Optional[Perturbation] = None
-        # Of an update in progress: the gradient at w, and then its reusable component.
-        self._component: Optional[list[Tensor]] = None
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:
@@ -144,16 +143,40 @@ class SharpnessAwareOptimizer:
             )
         return self._perturbation
 
-    def begin_update(self) -> None:
-        """Forget an update that came to nothing."""
-        self.ascended = False
-        self._component = None
+    def begin_update(self, num_updates: int) -> None:
+        """Begin the update after *num_updates*, whatever became of the last one.
 
-    def ascends(self, num_updates: int) -> bool:
-        """Whether the update after *num_updates* makes both passes: with ``--ascent-interval``, every so many
-        do, and the first one that has no component to reuse."""
-        due = num_updates % self.sharpness_config.ascent_interval == 0
-        return due or not any(COMPONENT in state for state in self.optimizer.state.values())
+        :attr:`ascends` then says whether it makes both passes: with ``--ascent-interval``, every so many do,
+        and the first one that has no component to reuse. :attr:`ascended` is for the passes to tell that
+        they were made.
+        """
+        self._num_updates = num_updates
+        self.ascended = False
+        # The gradient at w, and then its reusable component.
+        self._component: Optional[list[Tensor]] = None
+        self.ascends = num_updates % self.sharpness_config.ascent_interval == 0 or not any(
+            self._reusable(p) for p in self.params
+        )
+
+    def _reusable(self, parameter: Tensor) -> bool:
+        """Whether a component is kept of *parameter*, and not from before the last interval: a run may have
+        gone on without them in between."""
+        state = self.optimizer.state.get(parameter, {})
+        age = self._num_updates - state.get(COMPONENT_UPDATE, -math.inf)
+        return COMPONENT in state and age < self.sharpness_config.ascent_interval
+
+    def load_state_dict(self, state_dict, optimizer_overrides=None):
+        """Load a state of this optimizer or its base, less the components that would not be reused."""
+        super().load_state_dict(state_dict, optimizer_overrides)
+        if self.sharpness_config.ascent_interval == 1:
+            for state in self.optimizer.state.values():
+                state.pop(COMPONENT, None)
+                state.pop(COMPONENT_UPDATE, None)
+
+    @property
+    def has_noted_gradient(self) -> bool:
+        """Whether :meth:`note_gradient` was called in this update, with ``--ascent-interval``."""
+        return self._component is not None
 
     def note_gradient(self, optimizer: FairseqOptimizer) -> None:
         """With ``--ascent-interval``, add the model's present gradients to the update's gradient at w."""
@@ -178,11 +201,11 @@ class SharpnessAwareOptimizer:
 
     @torch.no_grad()
     def _keep_or_reuse_component(self) -> None:
-        if self._component is None:
-            states = [(p.grad, self.optimizer.state.get(p, {})) for p in self.params]
-            pairs = [(g, state[COMPONENT]) for g, state in states if g is not None and COMPONENT in state]
-            gradients, component = map(list, zip(*pairs))
-            add_component_(gradients, component, self.sharpness_config.ascent_reuse)
+        if not self.ascends:
+            reusable = [p for p in self.params if p.grad is not None and self._reusable(p)]
+            if reusable:
+                component = [self.optimizer.state[p][COMPONENT] for p in reusable]
+                add_component_([p.grad for p in reusable], component, self.sharpness_config.ascent_reuse)
             self.ascended = True
             return
         workers = distributed_utils.get_data_parallel_group()
@@ -214,7 +237,9 @@ class SharpnessAwareOptimizer:
             # state that is not empty for one of theirs.
             for p, component in zip(self.params, self._component):
                 if p.grad is not None:
-                    self.optimizer.state[p][COMPONENT] = component
+                    self.optimizer.state[p].update(
+                        {COMPONENT: component, COMPONENT_UPDATE: self._num_updates}
+                    )
             self._component = None
 
 

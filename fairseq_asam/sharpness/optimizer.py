@@ -52,6 +52,10 @@ class SharpnessAware(torch.optim.Optimizer):
         # No super().__init__(): it would build groups and a state beside those of the base.
         self.__setstate__({})
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's own leaves out all but the state and the groups, which are the base's.
+        return dict(vars(self))
+
     defaults = property(lambda self: self.base.defaults)
     param_groups = property(lambda self: self.base.param_groups)
     state = property(lambda self: self.base.state)

@@ -15,7 +15,7 @@ def orthogonal_component_(gradients: list[Tensor], perturbed: list[Tensor]) -> N
 
     Its length is the tangent of the angle between g and g_s. Products and norms are over all tensors
     together, and g may be in another unit than g_s. Without a g_h, or if g_v is nothing but rounding, as
-    at rho 0, there is nothing to reuse: it becomes 0.
+    at rho 0, or not finite, there is nothing to reuse: it becomes 0.
     """
     square = _product(gradients, gradients)
     share = torch.where(square > 0, _product(gradients, perturbed) / square, 0.0)
@@ -26,7 +26,7 @@ def orthogonal_component_(gradients: list[Tensor], perturbed: list[Tensor]) -> N
     significant = _product(gradients, gradients).sqrt() > rounding * parallel
     unit = torch.where(significant & (parallel > 0), 1.0 / parallel, 0.0)
     for g_v in gradients:
-        g_v.mul_(unit.to(g_v))
+        g_v.mul_(unit.to(g_v)).masked_fill_((unit == 0).to(g_v.device), 0.0)
 
 
 @torch.no_grad()

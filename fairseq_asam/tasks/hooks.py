@@ -88,7 +88,7 @@ def _sharpness_aware_train_step(train_step):
         if asam is not None:
             if not isinstance(self.task, SharpnessAwareTask):
                 self.task.__class__ = with_sharpness_awareness(type(self.task))
-            asam.begin_update()
+            asam.begin_update(self.get_num_updates())
             self.task.begin_update(len(samples))
         return train_step(self, samples, raise_oom)
 

@@ -66,7 +66,7 @@ class SharpnessAwareTask:
             ignore_grad=ignore_grad,
             **kwargs,
         )
-        if not asam.ascends(update_num):
+        if not asam.ascends:
             return step(sample)
         random_state = None if cfg.fresh_masks else RandomState()
         part = sample
@@ -91,10 +91,9 @@ class SharpnessAwareTask:
                 _set_gradients(parameters, [None] * len(parameters))
                 with _no_sync(model, criterion):
                     loss = this.run()
-                self._passes = [this]
             asam.note_gradient(optimizer)
-            smallest = min((p for p in parameters if p.grad is not None), key=Tensor.numel)
             with perturbation, _no_new_update(model), frozen_batch_norm_statistics(model):
+                smallest = min((p for p in parameters if p.grad is not None and p.numel()), key=Tensor.numel)
                 _set_gradients(parameters, accumulated)
                 _mark_non_finite(smallest, perturbation.norm)
                 sample_size = 0
@@ -105,9 +104,12 @@ class SharpnessAwareTask:
         except RuntimeError:
             # After running out of memory in one worker of several, fairseq goes on with the gradients of
             # the others, which wait for this one, and with the logging outputs that it has.
-            if per_update and is_last and this.logging_output is None:
+            if is_last and this.logging_output is None:
                 _set_gradients(parameters, [None] * len(parameters))
-                _all_reduce(asam, model, criterion)
+                if per_update:
+                    _all_reduce(asam, model, criterion)
+            if is_last and not asam.has_noted_gradient:
+                asam.note_gradient(optimizer)
             for earlier in self._passes:
                 earlier.note(earlier.logging_output)
             self._passes = []
@@ -205,11 +207,14 @@ def _no_sync(*modules: Module) -> Iterator[None]:
 def _no_new_update(model: Module) -> Iterator[None]:
     """Keep the *model* from taking the repeated pass for one of a new update: some models step a moving
     average of their weights whenever a task tells them the number of the update."""
+    own = vars(model).get("set_num_updates")
     model.set_num_updates = lambda num_updates: None
     try:
         yield
     finally:
         del model.set_num_updates
+        if own is not None:
+            model.set_num_updates = own
 
 
 def _mark_non_finite(parameter: Tensor, norm: Tensor) -> None:

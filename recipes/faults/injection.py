@@ -77,6 +77,9 @@ def train(arguments: list[str], log: Path, fault: Fault | None, parent: Connecti
     from fairseq.trainer import Trainer
     from fairseq_cli.train import cli_main
 
+    # --user-dir imports nothing where the package is imported already, as by the script that starts this.
+    import fairseq_asam.tasks  # noqa: F401
+
     with open(log, "w") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
@@ -88,7 +91,6 @@ def train(arguments: list[str], log: Path, fault: Fault | None, parent: Connecti
         initialize(trainer, *args, **kwargs)
         _Injection(fault, parent, place).install(trainer)
 
-    # By then fairseq has imported the plugin.
     Trainer.__init__ = initialize_and_inject
     cli_main()
 

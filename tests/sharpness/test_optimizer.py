@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -106,6 +107,18 @@ def test_state_dict_is_the_base_s_and_loads_into_it():
     moments = [state["exp_avg"] for state in bare.state.values()]
     assert len(moments) == 4 and all(m.abs().sum() > 0 for m in moments)
     assert optimizer.state_dict().keys() == bare.state_dict().keys() == {"state", "param_groups"}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_goes_on_as_the_original_does(copied):
+    original = setting(adam, rho=0.1)
+    train(*original, range(3))
+    model, optimizer = copied(original)
+    for each in (original, (model, optimizer)):
+        train(*each, range(3, 6))
+    assert torch.equal(weights(model), weights(original[0]))
+    train(model, optimizer, range(6, 7))
+    assert not torch.equal(weights(model), weights(original[0]))
 
 
 def test_rho_zero_is_the_base_optimizer():

@@ -1,5 +1,7 @@
 """The component that LookSAM reuses, against flat vectors in float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -45,6 +47,17 @@ def test_the_component_is_added_at_the_length_of_the_gradient(alpha, factor):
     added = flat(gradients) - g
     assert added.norm().item() == pytest.approx(factor * g.norm().item(), rel=1e-6)
     assert torch.cosine_similarity(added, g_v, 0).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("which", [0, 1])
+def test_of_a_gradient_that_is_not_finite_nothing_is_reused(bad, which):
+    """One update that overflowed must not spoil those that would reuse it."""
+    tensors = random_tensors(1), random_tensors(2)
+    tensors[which][1].view(-1)[0] = bad
+    component, perturbed = tensors
+    orthogonal_component_(component, perturbed)
+    assert not flat(component).any()
 
 
 def test_nothing_is_divided_by_zero():

@@ -25,6 +25,9 @@ FEATURES = {
     "normalization layers": ["--perturbed-weights", "normalization-layers"],
     "all but embeddings": ["--perturbed-weights", "all-but-embeddings"],
     "epsilon from a fraction": ["--ascent-fraction", "0.4", "--store-ema"],
+    "epsilon from a fraction, for a model that wants no padding": [
+        *("--ascent-fraction", "0.3", "--arch", "lstm"),
+    ],
     "epsilon at intervals": ["--ascent-interval", "3", "--update-freq", "2", "--clip-norm", "0.1"],
     "epsilon at intervals for each micro-batch": ["--ascent-interval", "3", "--ascent-scope", "micro-batch"],
 }

@@ -1,5 +1,6 @@
 """The step that fairseq's Trainer makes, against Algorithm 1 written out by hand."""
 
+import collections
 import copy
 import math
 
@@ -203,12 +204,73 @@ def test_the_loss_of_a_fraction_is_that_of_its_sentences(corpus, monkeypatch):
     assert stats["loss"] == pytest.approx(loss.item() / seen[0]["ntokens"] / math.log(2), abs=2e-3)
 
 
-def test_a_batch_whose_sentences_cannot_be_told_apart_is_refused():
-    sample = {"id": torch.arange(4), "nsentences": 4, "ntokens": 12, "target": torch.zeros(3, 4)}
-    with pytest.raises(
-        RuntimeError, match=r"a target of shape \(3, 4\) .* 4 sentences; use --ascent-fraction 1"
-    ):
+@pytest.mark.parametrize("flags", [[], ["--left-pad-source"]])
+def test_a_part_is_a_batch_of_its_sentences(corpus, flags):
+    """As fairseq would make it of them alone, but for the padding of the target."""
+    trainer, batches = setting(corpus, "--optimizer", "asam", *flags)  # the flag means right
+    dataset, narrower = trainer.task.dataset("train"), 0
+    for seed, batch in enumerate(batches):
+        torch.manual_seed(seed)
+        part = random_part(batch, 0.2, trainer.task.source_dictionary.pad())
+        alone = dataset.collater([dataset[i] for i in part["id"].tolist()])
+        order = [alone["id"].tolist().index(i) for i in part["id"].tolist()]
+        for key in ("src_tokens", "src_lengths"):
+            assert torch.equal(part["net_input"][key], alone["net_input"][key][order])
+        assert (part["nsentences"], part["ntokens"]) == (alone["nsentences"], alone["ntokens"])
+        narrower += part["net_input"]["src_tokens"].size(1) < batch["net_input"]["src_tokens"].size(1)
+    assert narrower > 0
+
+
+def test_a_part_of_what_other_tasks_have_in_a_batch():
+    Pair = collections.namedtuple("Pair", "text rows")
+    sample = {"nsentences": 3, "texts": ["a", "b", "c"], "pair": Pair("abc", torch.tensor([5, 6, 7]))}
+    sample["speech"] = {"nsentences": 2, "net_input": {"source": torch.arange(8).view(2, 4)}}
+    part = random_part(sample, 0.4, padding=1)
+    (row,) = ("abc".index(text) for text in part["texts"])
+    assert part["pair"] == ("abc", torch.tensor([row + 5]))
+    part = random_part({"de": {}, "en": sample["speech"]}, 0.5, padding=None)
+    assert part["de"] == {} and part["en"]["net_input"]["source"].shape == (1, 4)
+
+
+@pytest.mark.parametrize(
+    "sample, reason",
+    [
+        ({"nsentences": 4, "target": torch.zeros(3, 4)}, r"a target of shape \(3, 4\) .* 4 sentences"),
+        (
+            {"id": torch.arange(4), "net_input": {"source": torch.zeros(4, 9)}},
+            "no 'nsentences', but 'id', 'net_",
+        ),
+        ({"nsentences": 4, "alignments": torch.zeros(7, 2)}, "'alignments'"),
+    ],
+)
+def test_a_batch_whose_sentences_cannot_be_told_apart_is_refused(sample, reason):
+    with pytest.raises(RuntimeError, match=rf"a part of this task's .*{reason}.*; use --ascent-fraction 1"):
         random_part(sample, 0.5, padding=1)
+
+
+def test_what_an_earlier_run_found_is_not_reused(corpus):
+    """A run may have gone on without an interval in between."""
+    trainer, batches = setting(corpus, "--optimizer", "asam", "--ascent-interval", "3")
+    made = []
+    for update, num_updates in enumerate((0, 1, 2, 3, 7, 8)):
+        trainer.set_num_updates(num_updates)
+        made.append("sharpness" in trainer.train_step([batches[update]]))
+    assert made == [True, False, False, True, True, False]
+
+
+def test_a_weight_without_elements_is_left_alone(corpus):
+    trainer, batches = setting(corpus, "--optimizer", "asam")
+    criterion = trainer.get_criterion()
+    empty = trainer.get_model().encoder.empty = torch.nn.Parameter(torch.empty(0, dtype=torch.float64))
+    trainer._build_optimizer()
+    forward = criterion.forward
+
+    def forward_with_empty(model, sample, **kwargs):
+        loss, *others = forward(model, sample, **kwargs)
+        return loss + empty.sum(), *others
+
+    criterion.forward = forward_with_empty
+    assert trainer.train_step([batches[0]])["sharpness"] > 0
 
 
 def test_a_step_without_the_pass_at_w_plus_epsilon_is_an_error(corpus):
@@ -247,7 +309,8 @@ def test_a_model_that_steps_a_moving_average_does_so_at_w(corpus):
     for i in range(3):
         at_w.append(model.encoder.embed_tokens.weight.detach().clone())
         trainer.train_step([batches[i]])
-    assert all(any(torch.equal(w, seen_w) for w in at_w) for _, seen_w in seen[:-1])
+    assert [n for n, _ in seen] == [0, 1, 2]
+    assert all(torch.equal(w, seen_w) for w, (_, seen_w) in zip(at_w, seen))
 
 
 class NormalizedFeatures(torch.nn.BatchNorm1d):

@@ -145,6 +145,16 @@ def trained_out_of_memory(cfg, rank, failing):
     return {name: w.detach().numpy() for name, w in trainer.get_model().named_parameters()}
 
 
+@pytest.mark.parametrize(
+    "scope, call", [("update", 2), ("update", 8), ("micro-batch", 3), ("micro-batch", 9)]
+)
+def test_out_of_memory_in_one_worker_at_an_ascent(corpus, scope, call):
+    """In the last pass at w, with which the worker finds what later updates reuse: of the first update, and
+    of the third, when there is a component of an earlier one."""
+    flags = ["asam", "--ascent-scope", scope, "--ascent-interval", "2", "--ddp-backend", "legacy_ddp"]
+    weights(2, corpus, *flags, split=(1, call), function=trained_out_of_memory)
+
+
 @pytest.mark.parametrize("call", [5, 6, 7, 8])
 @pytest.mark.parametrize("scope", ["update", "micro-batch"])
 def test_out_of_memory_in_one_worker(corpus, scope, call):
