@@ -186,7 +186,9 @@ def draw(result: dict[str, Any]) -> plt.Figure:
     for axis, x, rows in ((axes[0][0], millions, result["size"]), (axes[0][1], tokens, result["batch"])):
         axis.plot(x, [row["ratio"] for row in rows], **style)
         axis.axhline(2, color="grey", linestyle="dashed", linewidth=1)
-        axis.set(ylabel="asam / adam, seconds per update", xscale="log")
+        # within a tenth of 2, or noise of a percent would look like a trend
+        low, high = axis.get_ylim()
+        axis.set(ylabel="asam / adam, seconds per update", xscale="log", ylim=(min(low, 1.8), max(high, 2.2)))
         axis.set_xticks(x, [f"{value:.0f}" for value in x])
         axis.minorticks_off()
     axes[1][0].plot(millions, [row["overhead_ms"] for row in result["size"]], **style)

@@ -109,6 +109,26 @@ def test_scale_has_a_row_for_every_size_and_draws_them(tmp_path: Path):
     assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_perturbation_without_others_has_no_ratio(tmp_path: Path):
+    text = output_of("perturbation.py", "--rounds", "1", "--out", tmp_path / "new" / "out.json")
+    result = json.loads((tmp_path / "new" / "out.json").read_text())
+    assert (result["weights"], result["rounds"]) == (39469056, 1)
+    ours = next(figure for figure in result["figures"] if figure["name"] == "fairseq_asam")
+    assert 0 < ours["minimum_ms"] <= ours["median_ms"]
+    assert [row[0] for row in rows_of(text)] == [figure["name"] for figure in result["figures"]]
+
+
+def test_image_step_cost_has_the_ratio_to_sgd_of_every_optimizer(tmp_path: Path):
+    out = tmp_path / "new" / "out.json"
+    options = ("--models", "resnet8", "--updates", "1", "--batch-size", "2", "--out", out)
+    rows = rows_of(output_of("image_step_cost.py", *options))
+    epochs = json.loads(out.read_text())["epochs"]
+    assert [row[:2] for row in rows] == [["resnet8", optimizer] for optimizer in ("sgd", "sam", "asam")]
+    assert epochs[0]["ratio"] == 1.0
+    for row, epoch in zip(rows, epochs):
+        assert row[2:] == [f"{epoch['seconds']:.3f}", f"{epoch['ratio']:.3f}"]
+
+
 @pytest.mark.parametrize(
     "script, arguments, message",
     [
@@ -122,6 +142,9 @@ def test_scale_has_a_row_for_every_size_and_draws_them(tmp_path: Path):
         ("scale", ["--widths", "64", "100"], "a width must be a multiple of 64, .* not 100"),
         ("scale", ["--tokens", "512", "512"], "--tokens must be at least 2 numbers"),
         ("scale", ["--tokens", "512", "9"], "at least 100, .* not 9"),
+        ("perturbation", ["--rounds", "0"], "--rounds must be at least 1, not 0"),
+        ("perturbation", ["--davda54", "no.py"], "no.py: no such file"),
+        ("image_step_cost", ["--updates", "0"], "--batch-size and --updates must be at least 1"),
     ],
 )
 def test_bad_input_is_named_in_a_sentence(monkeypatch, capfd, script: str, arguments: list, message: str):
