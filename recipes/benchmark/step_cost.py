@@ -62,13 +62,13 @@ def main() -> None:
     )
     defaults = ", ".join(f"{model.max_tokens} for {name}" for name, model in MODELS.items())
     parser.add_argument("--max-tokens", type=int, metavar="N", help=f"in a batch (default: {defaults})")
+    defaults = ", ".join(f"{model.rounds} for {name}" for name, model in MODELS.items())
     parser.add_argument(
         "--rounds",
         type=int,
-        default=5,
         metavar="N",
         help="to time, after one that warms up; each has at least 5 updates, and as many with two passes as "
-        "every --ascent-interval says (default: 5)",
+        f"every --ascent-interval says (default: {defaults})",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--no-time", action="store_true", help="measure memory only")
@@ -111,8 +111,8 @@ def measure(
     del trainer
     print(f"\n{name}: {weights} weights, at most {max_tokens} tokens in a batch, {tokens:.0f} target tokens")
     if not args.no_time:
-        result["rounds"] = args.rounds
-        result["seconds"] = seconds(cfgs, group, args.rounds, name)
+        result["rounds"] = model.rounds if args.rounds is None else args.rounds
+        result["seconds"] = seconds(cfgs, group, result["rounds"], name)
     if not args.no_memory:
         result["memory"] = peaks(cfgs, weights, group + 1, args, name)
     return result

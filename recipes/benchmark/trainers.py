@@ -44,13 +44,15 @@ class Model:
     """A model and the sentences that it is trained on.
 
     `vocabularies` are the sizes of the source and the target dictionary, `length` is the mean number of
-    tokens in a sentence, `max_tokens` the default of the batches, and `flags` are fairseq-train's.
+    tokens in a sentence, `flags` are fairseq-train's, and `max_tokens` of the batches and `rounds` of the
+    timing are defaults.
     """
 
     vocabularies: tuple[int, int]
     length: float
     max_tokens: int
     flags: str
+    rounds: int = 5
 
 
 MODELS = {
@@ -66,6 +68,7 @@ MODELS = {
         "--arch transformer --encoder-layers 1 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 "
         "--encoder-attention-heads 4 --decoder-layers 1 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 "
         "--decoder-attention-heads 4 --dropout 0.1",
+        rounds=30,
     ),
 }
 
@@ -79,8 +82,9 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace, *at_least_1: str) -> None:
     """End the program with a sentence if a value of :func:`add_machine`, or one of *at_least_1*, is wrong."""
     for option in ("threads", *at_least_1):
-        if getattr(args, option) < 1:
-            parser.error(f"--{option} must be at least 1, not {getattr(args, option)}")
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            parser.error(f"--{option} must be at least 1, not {value}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here")
     torch.set_num_threads(args.threads)

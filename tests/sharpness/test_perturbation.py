@@ -346,6 +346,26 @@ def test_half_precision_gradients_whose_norm_leaves_half_precision():
     assert perturbation.norm == 120000.0
 
 
+def test_a_gradient_scaler_changes_nothing():
+    """Both losses scaled, and unscaled after the block, as the README says."""
+    weights = []
+    for enabled in (False, True):
+        model, inputs = small_model(), torch.linspace(-1, 1, 96).view(6, 2, 8)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=enabled)
+        perturbation = Perturbation(model.named_parameters(), 0.7)
+        for _ in range(5):
+            scaler.scale(model(inputs).pow(2).mean()).backward()
+            with perturbation:
+                optimizer.zero_grad()
+                scaler.scale(model(inputs).pow(2).mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        weights.append(torch.cat([w.detach().flatten() for w in model.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
 def test_frozen_parameters_and_rho_zero_move_nothing():
     model = small_model()
     model[0].weight.requires_grad_(False)

@@ -139,6 +139,17 @@ def test_runs_change_between_adam_and_asam_with_their_moments(train):
     assert first["step"] == saved["optimizer_history"][-1]["num_updates"]
 
 
+def test_a_run_that_gives_up_its_interval_keeps_no_component(train):
+    """It would take memory, and a place in every checkpoint."""
+    kept = []
+    for epoch, interval in (("1", "3"), ("2", "1")):
+        flags = ["--optimizer", "asam", "--ascent-interval", interval, "--max-epoch", epoch]
+        _, saved = train("run", *flags)
+        states = saved["last_optimizer_state"]["state"].values()
+        kept.append(["ascent_component" in state for state in states])
+    assert all(kept[0]) and not any(kept[1])
+
+
 def test_an_asam_checkpoint_translates_with_and_without_the_plugin(train, fairseq, corpus, tmp_path):
     train("run", "--optimizer", "asam", "--max-epoch", "15", "--dropout", "0")
     saved = tmp_path / "run" / "checkpoint_best.pt"
