@@ -66,9 +66,9 @@ class Block:
         """Add epsilon to the weights, of which there is a copy by now."""
         diagonals = self._diagonals()
         normalized = self._normalized(gradients, diagonals)
-        device = normalized[0].device
-        epsilon = torch._foreach_mul(normalized, ascent.inverse.to(device))
-        if device.type != "cpu":  # not usable: 0 * inf and 0 * nan are nan, but 0 times their bits is 0
+        epsilon = torch._foreach_mul(normalized, ascent.inverse.to(normalized[0].device))
+        # Nobody has looked whether it is usable: 0 * inf and 0 * nan are nan, but 0 times their bits is 0.
+        if ascent.usable.device.type != "cpu":
             bits = [e.view(_BITS[e.dtype]) for e in epsilon]
             torch._foreach_mul_(bits, ascent.usable.to(bits[0]))
         if ascent.q == 1.0:
