@@ -128,6 +128,17 @@ def test_any_shape_and_size_follows_the_formula(normalization, p, dtype, rtol):
     )
 
 
+def test_more_small_weights_than_go_through_the_arithmetic_together():
+    torch.manual_seed(0)
+    parameters = {f"{i}.weight": nn.Parameter(torch.randn(150, 150)) for i in range(60)}
+    for w in parameters.values():
+        w.grad = torch.randn_like(w)
+    epsilon = flat(epsilon_of(parameters, rho=500.0, eta=ETA).values())
+    t = flat(w.detach().double().abs() + ETA for w in parameters.values())
+    g = flat(w.grad.double() for w in parameters.values())
+    np.testing.assert_allclose(epsilon, 500.0 * t * t * g / np.linalg.norm(t * g), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("eta", [0.0, 1e-12, 1e-7, 1e-5, 0.3, 1e6])
 def test_any_eta_follows_the_formula(eta):
     torch.manual_seed(0)
