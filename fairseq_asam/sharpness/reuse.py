@@ -25,7 +25,7 @@ def orthogonal_component_(gradients: list[Tensor], perturbed: list[Tensor]) -> N
     rounding = 8 * torch.finfo(square.dtype).eps
     significant = _product(gradients, gradients).sqrt() > rounding * parallel
     unit = torch.where(significant & (parallel > 0), 1.0 / parallel, 0.0)
-    for g_v in gradients:
+    for g_v in gradients:  # 0 * inf and 0 * nan are nan
         g_v.mul_(unit.to(g_v)).masked_fill_((unit == 0).to(g_v.device), 0.0)
 
 
