@@ -27,7 +27,7 @@ setup(
     python_requires=">=3.9",
     packages=find_packages(include=["fairseq_asam", "fairseq_asam.*"]),
     install_requires=[
-        "torch>=2.0",
+        "torch>=2.1",
         # fairseq 0.12.2 pins hydra and omegaconf releases that Python 3.11 cannot import.
         "fairseq==0.12.2; python_version<'3.11'",
         "fairseq-fixed==0.12.3.1; python_version>='3.11'",

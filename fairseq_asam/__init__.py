@@ -13,7 +13,7 @@ from .sharpness import (
     Region,
     Sharpness,
     SharpnessAware,
-    frozen_batch_norm_statistics,
+    TwoPasses,
     measure,
     selected_parameters,
 )
@@ -25,7 +25,7 @@ __all__ = [
     "Region",
     "Sharpness",
     "SharpnessAware",
-    "frozen_batch_norm_statistics",
+    "TwoPasses",
     "measure",
     "selected_parameters",
 ]

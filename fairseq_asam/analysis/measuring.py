@@ -26,7 +26,8 @@ def add_region_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--rho", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.5], help="radii of the regions")
     add("--p-norm", type=float, nargs="+", default=[2.0], help="orders of the norm, 2 or inf")
-    add("--normalization", choices=NORMALIZATIONS[1:], default="element-wise", help="of adaptive sharpness")
+    adaptive = sorted(NORMALIZATIONS.keys() - {"none"})
+    add("--normalization", choices=adaptive, default="element-wise", help="of adaptive sharpness")
     add("--eta", type=float, default=0.01, help="stability term of the normalization")
     add("--normalize-bias", action="store_true", help="normalize biases too")
     add("--steps", type=int, default=1, help="1: the epsilon of training; more: projected gradient ascent")

@@ -23,7 +23,7 @@ from fairseq.optim import (
 from torch import Tensor
 from torch.nn import Module
 
-from fairseq_asam.sharpness import NORMALIZATIONS, SELECTIONS, Perturbation, selected_parameters
+from fairseq_asam.sharpness import NORMALIZATIONS, SELECTIONS, Perturbation, TwoPasses, selected_parameters
 from fairseq_asam.sharpness.perturbation import validate
 from fairseq_asam.sharpness.reuse import add_component_, orthogonal_component_
 
@@ -121,8 +121,8 @@ class SharpnessAwareOptimizer:
         validate_config(cfg)
         super().__init__(cfg, params)
         self.sharpness_config = cfg
+        self._two_passes: Optional[TwoPasses] = None
         self.begin_update(0)
-        self._perturbation: Optional[Perturbation] = None
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:
@@ -130,18 +130,19 @@ class SharpnessAwareOptimizer:
         super().add_args(parser)
         gen_parser_from_dataclass(parser, cls.sharpness_options())
 
-    def perturbation(self, model: Module, criterion: Module, optimizer: FairseqOptimizer) -> Perturbation:
-        """Return the perturbation of the weights that *optimizer*, which is or wraps this one, trains. Made
-        once: fairseq builds a new optimizer when the parameters change."""
-        if self._perturbation is None:
+    def two_passes(self, model: Module, criterion: Module, optimizer: FairseqOptimizer) -> TwoPasses:
+        """Return what makes the passes with the weights that *optimizer*, which is or wraps this one, trains.
+        It is made once: fairseq builds a new optimizer when the parameters change."""
+        if self._two_passes is None:
             cfg = self.sharpness_config
-            self._perturbation = Perturbation(
+            perturbation = Perturbation(
                 chain(*(selected_parameters(m, str(cfg.perturbed_weights)) for m in (model, criterion))),
                 **_region(cfg),
                 normalize_bias=getattr(cfg, "normalize_bias", False),
                 masters=master_weights(optimizer),
             )
-        return self._perturbation
+            self._two_passes = TwoPasses(perturbation, [model, criterion], fresh_masks=cfg.fresh_masks)
+        return self._two_passes
 
     def begin_update(self, num_updates: int) -> None:
         """Begin the update after *num_updates*, whatever became of the last one.
@@ -152,6 +153,8 @@ class SharpnessAwareOptimizer:
         """
         self._num_updates = num_updates
         self.ascended = False
+        if self._two_passes is not None:
+            self._two_passes.reset()
         # The gradient at w, and then its reusable component.
         self._component: Optional[list[Tensor]] = None
         self.ascends = num_updates % self.sharpness_config.ascent_interval == 0 or not any(

@@ -1,11 +1,11 @@
 """The mathematics of sharpness-aware training. Imports torch and nothing else."""
 
-from .batch_norm import frozen_batch_norm_statistics
 from .measure import Region, Sharpness, measure
 from .normalization import NORMALIZATIONS
 from .optimizer import SharpnessAware
 from .perturbation import Perturbation
 from .selection import SELECTIONS, selected_parameters
+from .two_passes import TwoPasses
 
 __all__ = [
     "NORMALIZATIONS",
@@ -14,7 +14,7 @@ __all__ = [
     "Region",
     "Sharpness",
     "SharpnessAware",
-    "frozen_batch_norm_statistics",
+    "TwoPasses",
     "measure",
     "selected_parameters",
 ]

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from .normalization import diagonal, operator_of
+from .normalization import operator_of
 from .perturbation import Displacement, Perturbation, validate
 
 #: A loss without arguments, at the weights as they are: a tensor, or the terms of a mean one after another,
@@ -219,6 +219,7 @@ class Displaced(Displacement):
 
     @torch.no_grad()
     def _move(self) -> None:
+        self._remember_places(self.weights)
         self._save(self.weights, [torch.empty_like(weight) for weight in self.weights])
         torch._foreach_add_(self.weights, self.epsilon)
 
@@ -232,10 +233,8 @@ class _Ball:
         self.diagonals: list[Tensor] = []
         for weight, name in zip(self.weights, parameters.values()):
             operator = operator_of(name, weight, region.normalization, region.normalize_bias)
-            if operator == "none":
-                self.diagonals.append(torch.ones((), dtype=weight.dtype, device=weight.device))
-            else:
-                self.diagonals += diagonal([weight], operator, region.eta)
+            one = torch.ones((), dtype=weight.dtype, device=weight.device)
+            self.diagonals += operator.diagonal([weight], region.eta) or [one]
 
     def centre(self) -> list[Tensor]:
         return [torch.zeros_like(weight) for weight in self.weights]

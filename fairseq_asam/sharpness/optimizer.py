@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .perturbation import Perturbation
+from .two_passes import TwoPasses
+
+# Set on a gradient that a step leaves behind: its version then.
+_LEFT_AT = "_left_by_sharpness_aware_at_version"
 
 
 class SharpnessAware(torch.optim.Optimizer):
     """Steps *base* with the gradient at w + epsilon (Algorithm 1 of the paper)::
 
-        optimizer = SharpnessAware(torch.optim.Adam(model.parameters()), model.named_parameters(), rho=0.5)
+        optimizer = SharpnessAware(torch.optim.Adam(model.parameters()), model, rho=0.5)
 
         def closure():
             optimizer.zero_grad()
@@ -24,31 +29,40 @@ class SharpnessAware(torch.optim.Optimizer):
 
         loss = optimizer.step(closure)
 
-    Parameter groups, state and state dict are those of *base*: learning-rate schedulers work on
-    either, and a checkpoint of one loads into the other.
+    Both passes are those of :class:`~fairseq_asam.TwoPasses`. Parameter groups, state and state dict are
+    those of *base*: learning-rate schedulers work on either, and a checkpoint of one loads into the other.
 
     Args:
-        base: the optimizer that makes the step. It must not call the closure itself (LBFGS does).
-        named_parameters, **options: of :class:`~fairseq_asam.Perturbation`.
+        base: the optimizer that makes the step. It must not call the closure itself (LBFGS does). If it
+            maximizes, epsilon goes down the objective.
+        weights: a module, or pairs of name and parameter as :class:`~fairseq_asam.Perturbation` takes them.
+            Give the module if the model is compiled: otherwise a hook has to look for the modules that run.
+        rho, **options: of :class:`~fairseq_asam.Perturbation`.
 
     Attributes:
         base: the optimizer given.
         perturbation: the :class:`~fairseq_asam.Perturbation`, whose ``rho`` may change between steps.
-        sharpness: L(w + epsilon) - L(w) of the last step, a tensor; ``None`` before it.
+
+    Raises:
+        ValueError: *base* cannot make the step; all that :class:`~fairseq_asam.Perturbation` raises.
     """
+
+    # torch.amp.GradScaler then tells of itself in `found_inf`.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
         base: torch.optim.Optimizer,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        weights: nn.Module | Iterable[tuple[str, Tensor]],
         rho: float,
         **options: Any,
     ):
         if isinstance(base, torch.optim.LBFGS):
             raise ValueError("LBFGS evaluates the closure at points of its own: use another base optimizer")
         self.base = base
-        self.perturbation = Perturbation(named_parameters, rho, **options)
-        self.sharpness: Tensor | None = None
+        modules = [weights] if isinstance(weights, nn.Module) else []
+        named_parameters = weights.named_parameters() if modules else weights
+        self._passes = TwoPasses(Perturbation(named_parameters, rho, **options), modules, _parameters(base))
         # No super().__init__(): it would build groups and a state beside those of the base.
         self.__setstate__({})
 
@@ -59,29 +73,91 @@ class SharpnessAware(torch.optim.Optimizer):
     defaults = property(lambda self: self.base.defaults)
     param_groups = property(lambda self: self.base.param_groups)
     state = property(lambda self: self.base.state)
+    perturbation = property(lambda self: self._passes.perturbation)
 
-    def step(self, closure: Callable[[], Tensor]) -> Tensor:
-        """Run *closure* (which clears the gradients, computes the loss, calls ``backward()`` and returns
-        the loss) at w and at w + epsilon, step at w with the second gradient, and return the loss at w.
+    @property
+    def sharpness(self) -> Tensor | float | None:
+        """L(w + epsilon) - L(w) of the last step, in the type of the closure's loss; ``None`` before it."""
+        return self._passes.sharpness
 
-        If the closure raises, the weights are w and no step is made.
+    def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor | float | None:
+        """Step at w with the gradient at w + epsilon.
+
+        Args:
+            closure: clears the gradients, computes the loss, calls ``backward()`` and returns the loss. It
+                runs twice. It may leave the gradients uncleared if none are there before the step.
+
+        Returns:
+            The loss at w. Without a closure, ``None``: that is allowed where all gradients are 0, as torch's
+            distributed checkpoints step to initialize the state, for epsilon is 0 then.
+
+        Raises:
+            TypeError: there is no closure, or it returned no loss.
+            RuntimeError: the closure made no gradient, or neither made nor cleared one that was there before,
+                or a GradScaler calls the step.
+            ValueError: the base optimizer maximizes with some weights and minimizes with others.
+
+            The weights are w then, and no step is made; nor is one if the closure raises.
         """
+        self._refuse_gradient_scaler()
+        self.perturbation.maximize = self._maximizes()
+        parameters = self._passes.parameters
         if closure is None:
-            raise TypeError(
-                "step() needs a closure that evaluates the loss and its gradient, since it does so twice; "
-                "without one, use Perturbation as a context manager"
-            )
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if not gradients or any(map(_is_nonzero, gradients)):
+                raise TypeError(
+                    "step() needs a closure that evaluates the loss and its gradient, since it does so "
+                    "twice: call step(closure), or use TwoPasses in a loop of your own"
+                )
+            self.base.step()
+            return None
+        foreign = self._parameter_with_foreign_gradient()
+        earlier = [parameter.grad for parameter in parameters]
+        self.base.zero_grad()
         with torch.enable_grad():
-            loss = closure()
-            with self.perturbation:
-                perturbed_loss = closure()
+            try:
+                loss = self._passes.at_w(lambda: _first(closure, foreign), again=closure)
+            except BaseException:
+                for parameter, gradient in zip(parameters, earlier):
+                    parameter.grad = gradient
+                raise
+            self._passes.at_w_plus_epsilon()
         self.base.step()
-        self.sharpness = (perturbed_loss - loss).detach()
+        for parameter in parameters:
+            if parameter.grad is not None:
+                setattr(parameter.grad, _LEFT_AT, parameter.grad._version)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the base's parameters."""
         self.base.zero_grad(set_to_none)
+
+    def _parameter_with_foreign_gradient(self) -> Tensor | None:
+        """Return a parameter that has a gradient which the last step did not leave, if there is one: the
+        caller called ``backward()`` itself."""
+        foreign = [
+            p
+            for p in self._passes.parameters
+            if p.grad is not None and getattr(p.grad, _LEFT_AT, None) != p.grad._version
+        ]
+        return next((p for p in foreign if _is_nonzero(p.grad)), None)
+
+    def _refuse_gradient_scaler(self) -> None:
+        if vars(self).pop("found_inf", None) is not None:
+            vars(self).pop("grad_scale", None)
+            raise RuntimeError(
+                "GradScaler.step(optimizer, closure) unscales the gradients before the closure replaces "
+                "them: use TwoPasses in a loop of your own, scale the loss there, call scaler.step(base)"
+            )
+
+    def _maximizes(self) -> bool:
+        maximize = {bool(group.get("maximize")) for group in self.base.param_groups}
+        if len(maximize) > 1:
+            raise ValueError(
+                "some parameter groups have maximize=True and others do not, but one epsilon has one "
+                "objective: use an optimizer for each"
+            )
+        return maximize.pop()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the perturbation would not know the names of the new parameters."""
@@ -94,3 +170,27 @@ class SharpnessAware(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of the base optimizer, saved with or without this wrapper."""
         self.base.load_state_dict(state_dict)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _is_nonzero(gradient: Tensor) -> bool:
+    return gradient.norm().item() != 0
+
+
+def _first(closure: Callable[[], Any], foreign: Tensor | None) -> Any:
+    """Run *closure* at w. Refuse it if it leaves the gradient of *foreign* uncleared."""
+    if foreign is None:
+        return closure()
+    # NaN stays NaN when a gradient is added to it.
+    foreign.grad = probe = torch.full_like(foreign, math.nan)
+    result = closure()
+    if foreign.grad is probe and probe.isnan().any():
+        raise RuntimeError(
+            "there were gradients before step() that its closure neither made nor cleared, and they would be "
+            "lost: drop the backward() before step(), clear the gradients in the closure, or accumulate over "
+            "micro-batches with TwoPasses"
+        )
+    return result

@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from .blocks import Ascent, Block, Blocks
-from .normalization import NORMALIZATIONS, operator_of
+from .normalization import NORMALIZATIONS, NormalizationOperator, operator_of
 
 
 class Displacement:
-    """Context manager that moves weights, and back on exit: then every weight is bit for bit what it was,
-    in the same storage, whatever happened inside the block. A subclass says where to in :meth:`_move`."""
+    """Context manager that moves weights, and back on exit.
+
+    On exit every weight is bit for bit what it was, in the same storage, whatever happened inside the block.
+    A subclass says where to in :meth:`_move`.
+
+    Raises:
+        RuntimeError: on entry, the weights are displaced already; inside the block, an optimizer is to step
+            with them.
+    """
 
     def __init__(self):
         self._moved: list[Tensor] = []
         self._saved: list[Tensor] = []
+        # Each weight and its storage on entry; None outside of the block.
+        self._places: list[tuple[Tensor, Tensor]] | None = None
+        self._guard: RemovableHandle | None = None
 
     def __enter__(self) -> Displacement:
-        if self._moved:
+        if self._places is not None:
             raise RuntimeError("the weights are perturbed already: leave the block before entering it again")
         try:
+            self._places = []
+            self._guard = register_optimizer_step_pre_hook(self._refuse_to_step)
             self._move()
+            # Autocast keeps half-precision copies of the weights, which are those of w.
+            torch.clear_autocast_cache()
         except BaseException:
-            self._restore()
+            self.__exit__()
             raise
         return self
 
@@ -39,8 +57,12 @@ class Displacement:
             raise
 
     def _move(self) -> None:
-        """Move the weights, each list of them after a call of :meth:`_save`."""
+        """Move the weights, each list of them after a call of :meth:`_save`; tell :meth:`_remember_places`
+        of them before."""
         raise NotImplementedError
+
+    def _remember_places(self, weights: Iterable[Tensor]) -> None:
+        self._places = [(weight, weight.detach()) for weight in weights]
 
     def _save(self, weights: list[Tensor], copies: list[Tensor]) -> None:
         torch._foreach_copy_(copies, weights)
@@ -51,7 +73,21 @@ class Displacement:
     def _restore(self) -> None:
         if self._moved:
             torch._foreach_copy_(self._moved[::-1], self._saved[: len(self._moved)][::-1])
-        self._moved, self._saved = [], []
+        for weight, place in self._places or ():
+            if weight.data_ptr() != place.data_ptr():  # as quantization noise puts weights into new memory
+                weight.data = place
+        torch.clear_autocast_cache()
+        if self._guard is not None:
+            self._guard.remove()
+        self._moved, self._saved, self._places, self._guard = [], [], None, None
+
+    def _refuse_to_step(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+        displaced = {id(weight) for weight, _ in self._places or ()}
+        if any(id(p) in displaced for group in optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} is to step with weights at w + epsilon, but on leaving the "
+                "block they go back to w, and the step would be lost: call step() after the block"
+            )
 
 
 class Perturbation(Displacement):
@@ -74,30 +110,37 @@ class Perturbation(Displacement):
 
     On exit every weight is bit for bit what it was, in the same storage, whatever happened inside the
     block. A parameter without a gradient on entry is not perturbed, and a zero gradient perturbs
-    nothing. A gradient whose norm is not finite perturbs nothing either; :attr:`norm` tells.
+    nothing. A gradient whose norm is not finite perturbs nothing either; :attr:`norm` tells. What both passes
+    should see alike, such as dropout masks and batch normalization, :class:`~fairseq_asam.TwoPasses` takes
+    care of.
+
+    All options but *masters* are attributes too, which may be set between blocks.
 
     Args:
         named_parameters: pairs of name and parameter, as from ``model.named_parameters()``. The names
-            decide what is a bias. Parameters that do not require a gradient are left alone.
+            decide what is a bias. A parameter that requires no gradient is left alone for as long.
         rho: radius of the maximization region, >= 0. The paper: 0.05 to 0.1 for SAM and 0.5 to 1.0 for
             ASAM on images (Section 5.2), 0.1 and 0.2 on translation (Section 5.3).
         eta: added to the normalization operator for stability, >= 0. Unused for ``none`` and biases.
         p: order of the norm that bounds the region, 1 < p <= inf.
-        normalization: one of :data:`~fairseq_asam.NORMALIZATIONS`; ``none`` is SAM.
+        normalization: a key of :data:`~fairseq_asam.NORMALIZATIONS`; ``none`` is SAM.
         normalize_bias: normalize biases like other weights (Section 5.2, Figure 4; default: T = 1).
         masters: the float32 master copy of each half-precision parameter. Epsilon is far below the
             resolution of half precision; added to the master and rounded once, it survives on average.
             Masters are read and never changed.
+        maximize: the gradients are those of an objective to maximize: epsilon goes down it.
 
     Attributes:
+        parameters: those given, without duplicates and those that are not real numbers.
         norm: ||T g||_q of the last entry, a tensor without dimensions on the device of the parameters,
             ``None`` before the first entry.
 
     Raises:
-        ValueError: a value out of its range, a parameter that is not a leaf or not real, no parameters;
-            on entry, a sparse gradient.
+        ValueError: a value out of its range; a parameter that is not a leaf, is complex and requires a
+            gradient, or is in shards; no parameter requires a gradient; on entry, a sparse gradient.
         TypeError: *named_parameters* are not pairs of name and tensor.
-        RuntimeError: on entry, no parameter has a gradient, or the weights are perturbed already.
+        RuntimeError: on entry, no parameter has a gradient, or the weights are perturbed already; inside the
+            block, an optimizer is to step with the weights.
     """
 
     def __init__(
@@ -109,51 +152,84 @@ class Perturbation(Displacement):
         normalization: str = "element-wise",
         normalize_bias: bool = False,
         masters: Mapping[Tensor, Tensor] | None = None,
+        maximize: bool = False,
     ):
         super().__init__()
-        validate(rho=rho, eta=eta, p=p, normalization=normalization)
-        self.rho, self.eta, self.p = float(rho), float(eta), float(p)
+        self.rho, self.eta, self.p = rho, eta, p
+        self.normalization, self.normalize_bias = normalization, normalize_bias
+        self.maximize = maximize
         self.norm: Tensor | None = None
         masters = dict(masters or {})
         self._names: dict[Tensor, str] = {}
-        operators: dict[Tensor, str] = {}
+        self._not_real: dict[Tensor, str] = {}
         for name, parameter in _pairs(named_parameters):
             if not parameter.is_leaf:
                 raise ValueError(f"{name} is not a leaf tensor: pass parameters, which get gradients")
-            if not parameter.is_floating_point():
-                raise ValueError(f"{name} has dtype {parameter.dtype}: pass real floating-point weights")
-            if parameter.requires_grad:
-                operator = operator_of(name, parameter, normalization, normalize_bias)
-                operators.setdefault(parameter, operator)
-                self._names.setdefault(parameter, name)
-        if not operators:
-            raise ValueError("there is no parameter to perturb: none was given that requires a gradient")
+            names = self._names if parameter.is_floating_point() else self._not_real
+            names.setdefault(parameter, name)
+        self.parameters = list(self._names)
+        self._refuse(given=[p for p in (*self._names, *self._not_real) if p.requires_grad])
+        if not any(parameter.requires_grad for parameter in self.parameters):
+            others = "".join(f"; {name} has dtype {p.dtype}" for p, name in self._not_real.items())
+            raise ValueError(
+                f"there is no parameter to perturb: none was given that requires a gradient{others}"
+            )
         if any(
             parameter.dtype in (torch.float16, torch.bfloat16) and parameter not in masters
-            for parameter in operators
+            for parameter in self.parameters
         ):
             warnings.warn(
                 "half-precision weights absorb most of epsilon, which is far below their resolution: give "
                 "their float32 master weights as masters",
                 stacklevel=2,
             )
-        self._blocks = Blocks(operators, masters)
+        self._blocks = Blocks(self.parameters, masters)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _CHECKS:
+            validate(**{name: value})
+            value = value if isinstance(value, str) else float(value)
+        super().__setattr__(name, value)
+
+    def _refuse(self, given: Iterable[Tensor]) -> None:
+        """Raise ValueError if a parameter of *given* cannot be perturbed."""
+        for parameter in given:
+            name = self._names.get(parameter) or self._not_real[parameter]
+            if parameter.is_complex():
+                raise ValueError(
+                    f"{name} has dtype {parameter.dtype}, but the paper defines epsilon for real weights: "
+                    "train its real and imaginary parts as two parameters, or do not pass it"
+                )
+            kind = _sharded_by(parameter)
+            if kind is not None:
+                raise ValueError(
+                    f"{name} is in shards ({kind}), but epsilon needs the norm over all shards, which is not "
+                    "supported yet: use DistributedDataParallel, which keeps weights whole"
+                )
 
     def _move(self) -> None:
-        if all(parameter.grad is None for parameter in self._names):
-            raise RuntimeError("no parameter has a gradient: call backward() at w before entering the block")
-        for parameter, name in self._names.items():
-            if parameter.grad is not None and parameter.grad.layout != torch.strided:
+        present = [p for p in (*self._names, *self._not_real) if p.requires_grad and p.grad is not None]
+        if not present:
+            raise RuntimeError(
+                "no parameter has a gradient: call backward() at w before entering the block, or make no "
+                "update for a batch that you skip"
+            )
+        self._refuse(given=present)
+        for parameter in present:
+            if parameter.grad.layout != torch.strided:
                 raise ValueError(
-                    f"the gradient of {name} is sparse, which sharpness-aware training does not support: "
-                    "use a dense gradient (for nn.Embedding, sparse=False)"
+                    f"the gradient of {self._names[parameter]} is sparse, which sharpness-aware training "
+                    "does not support: use a dense gradient (for nn.Embedding, sparse=False)"
                 )
+        self._remember_places(present)
         self._perturb()
 
     @torch.no_grad()
     def _perturb(self) -> None:
         q = 1.0 if math.isinf(self.p) else self.p / (self.p - 1.0)
-        blocks = self._blocks.with_gradients(self.eta, self.p)
+        blocks = self._blocks.with_gradients(
+            self._operator_of, self.eta, self.p, self.normalization, self.normalize_bias
+        )
         # Powers other than squares soon leave the range of float32: take them in units of the largest.
         unit = None if q in (1.0, 2.0) else _norm(blocks, math.inf)
         self.norm = _norm(blocks, q, unit)
@@ -162,31 +238,48 @@ class Perturbation(Displacement):
         on_cpu = self.norm.device.type == "cpu"  # elsewhere, to look at a value would stall the device
         if self.rho == 0.0 or (on_cpu and not usable):
             return
-        ascent = Ascent(self.rho, q, torch.where(usable, inverse, 0.0), usable)
+        rho = -self.rho if self.maximize else self.rho
+        ascent = Ascent(rho, q, torch.where(usable, inverse, 0.0), usable)
         # Backwards, and forwards in _restore: a CPU has in its cache what it touched last.
         for block, gradients in reversed(blocks):
             self._save(block.weights, block.copies)
             block.move(gradients, ascent)
 
+    def _operator_of(self, parameter: Tensor) -> NormalizationOperator:
+        return operator_of(self._names[parameter], parameter, self.normalization, self.normalize_bias)
+
 
 def _norm(blocks: list[tuple[Block, list[Tensor]]], order: float, unit: Tensor | None = None) -> Tensor:
-    """||T g||_order over all *blocks* and their gradients; with *unit*, computed in multiples of it."""
+    """Return ||T g||_order over all *blocks* and their gradients; *unit* keeps powers of it in range."""
     norms = [norm for block, gradients in blocks for norm in block.norms(gradients, order, unit)]
     norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]), order)
     return norm if unit is None else norm * unit
 
 
-def validate(rho: float, eta: float, p: float, normalization: str) -> None:
-    """Raise ValueError, in one sentence, if a value is out of the range that :class:`Perturbation` states."""
-    if not 0.0 <= rho < math.inf:
-        raise ValueError(f"rho is {rho}, but the radius of a region must be a finite number >= 0")
-    if not 0.0 <= eta < math.inf:
-        raise ValueError(f"eta is {eta}, but it must be a finite number >= 0 (the paper uses 0.01)")
-    if not p > 1.0:
-        raise ValueError(f"p is {p}, but it must be greater than 1 (the paper uses 2 and inf)")
-    if normalization not in NORMALIZATIONS:
-        choices = ", ".join(NORMALIZATIONS)
-        raise ValueError(f"normalization is {normalization!r}, but it must be one of {choices}")
+def _sharded_by(parameter: Tensor) -> str | None:
+    """Return what put *parameter* into shards, or ``None`` if it is whole."""
+    distributed_tensor = sys.modules.get("torch.distributed.tensor")  # slow to import, and loaded if in use
+    if distributed_tensor is not None and isinstance(parameter, distributed_tensor.DTensor):
+        return "a DTensor, as of fully_shard or tensor parallelism"
+    # torch has no public sign of it. tests/sharpness/test_shards.py tells if this one goes.
+    return "FullyShardedDataParallel" if getattr(parameter, "_fsdp_flattened", False) else None
+
+
+_CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "rho": (lambda rho: 0.0 <= rho < math.inf, "the radius of a region must be a finite number >= 0"),
+    "eta": (lambda eta: 0.0 <= eta < math.inf, "it must be a finite number >= 0 (the paper uses 0.01)"),
+    "p": (lambda p: p > 1.0, "it must be greater than 1 (the paper uses 2 and inf)"),
+    "normalization": (lambda name: name in NORMALIZATIONS, f"it must be one of {', '.join(NORMALIZATIONS)}"),
+}
+
+
+def validate(**options: Any) -> None:
+    """Raise ValueError, in one sentence, if one of *options*, called as the arguments of
+    :class:`Perturbation`, is out of the range stated there."""
+    for name, value in options.items():
+        is_allowed, what_is = _CHECKS[name]
+        if not is_allowed(value):
+            raise ValueError(f"{name} is {value!r}, but {what_is}")
 
 
 def _pairs(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

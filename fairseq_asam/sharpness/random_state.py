@@ -4,23 +4,69 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
+from typing import Any
 
 import torch
 
 
 class RandomState:
-    """The state of every random number generator that a forward pass may use, as it is when made."""
+    """The random numbers that follow from the moment at which this is made.
+
+    It keeps the states of the generators of Python, torch and numpy. It also keeps the seeds of generators
+    that ``numpy.random.default_rng()`` makes afterwards on this thread, until the next RandomState is made:
+    fairseq's wav2vec draws its masks from such fresh generators. :meth:`release` ends that.
+    """
+
+    # The one that keeps the seeds now, and numpy's own function, which ours stands for meanwhile.
+    _current: RandomState | None = None
+    _default_rng: Any = None
 
     def __init__(self):
         self._python, self._torch = random.getstate(), torch.get_rng_state()
-        self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
-        self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        self._numpy = None
+        if "numpy" in sys.modules:  # which torch does without, and so do we
+            self._numpy = sys.modules["numpy"].random.get_state()
+        self._thread = threading.get_ident()
+        self._seeds: list[int] = []
+        self._begin()
 
     def restore(self) -> None:
-        """Set the generators back."""
+        """Go back to that moment: all random numbers follow once more."""
         random.setstate(self._python)
         torch.set_rng_state(self._torch)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda)
+        self._begin()
+
+    @classmethod
+    def release(cls) -> None:
+        """Let ``numpy.random.default_rng()`` be numpy's own again."""
+        cls._current = None
+        if "numpy" in sys.modules and sys.modules["numpy"].random.default_rng is _default_rng:
+            sys.modules["numpy"].random.default_rng = cls._default_rng
+
+    def _begin(self) -> None:
+        self._used = 0
+        RandomState._current = self
+        numpy_random = None if self._numpy is None else sys.modules["numpy"].random
+        if numpy_random is not None and numpy_random.default_rng is not _default_rng:
+            RandomState._default_rng = staticmethod(numpy_random.default_rng)
+            numpy_random.default_rng = _default_rng
+
+    def _seed(self) -> int:
+        if self._used == len(self._seeds):
+            self._seeds.append(sys.modules["numpy"].random.SeedSequence().entropy)
+        self._used += 1
+        return self._seeds[self._used - 1]
+
+
+def _default_rng(seed: Any = None) -> Any:
+    current = RandomState._current
+    # Threads that load data draw in an order of their own.
+    if seed is None and current is not None and threading.get_ident() == current._thread:
+        seed = current._seed()
+    return RandomState._default_rng(seed)

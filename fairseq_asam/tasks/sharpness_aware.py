@@ -12,16 +12,14 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from fairseq.logging import metrics
 from fairseq.optim import FairseqOptimizer
 from fairseq.tasks import FairseqTask
 from torch import Tensor
 from torch.nn import Module
 
-from fairseq_asam.optim import model_parameters, sharpness_aware_optimizer
-from fairseq_asam.sharpness import frozen_batch_norm_statistics
-from fairseq_asam.sharpness.random_state import RandomState
+from fairseq_asam.optim import sharpness_aware_optimizer
+from fairseq_asam.sharpness import TwoPasses
 
 from .fraction import extrapolate_, random_part
 
@@ -36,7 +34,7 @@ class SharpnessAwareTask:
         """Called before the first of *num_micro_batches* calls to :meth:`train_step`."""
         self._num_micro_batches = num_micro_batches
         self._calls = 0
-        self._passes: list[_Pass] = []
+        self._micro_batches: list[_MicroBatch] = []
 
     def train_step(
         self,
@@ -68,55 +66,48 @@ class SharpnessAwareTask:
         )
         if not asam.ascends:
             return step(sample)
-        random_state = None if cfg.fresh_masks else RandomState()
         part = sample
         if cfg.ascent_fraction < 1.0:
             part = random_part(sample, cfg.ascent_fraction, getattr(criterion, "padding_idx", None))
-        this = _Pass(step, part, sample, random_state)
-        perturbation = asam.perturbation(model, criterion, optimizer)
-        parameters = model_parameters(optimizer)
+        two_passes = asam.two_passes(model, criterion, optimizer)
         per_update = cfg.ascent_scope == "update"
         self._calls += 1
         is_last = self._calls == self._num_micro_batches
+        this = _MicroBatch(step, part, sample)
+
+        def again() -> tuple[Tensor, int, dict[str, Any]]:
+            # With the last pass the gradients are complete, and workers add them up.
+            alone = _no_sync(model, criterion, apply=per_update and not is_last)
+            with _marked_backward(optimizer, two_passes), _no_new_update(model), alone:
+                return this.repeat()
+
         try:
+            with _no_sync(model, criterion, apply=not per_update):
+                loss = two_passes.at_w(this.run, again)[0]
             if per_update:
-                loss = this.run()
-                self._passes.append(this)
+                self._micro_batches.append(this)
                 if not is_last:
                     return loss, 0, this.logging_output
                 _all_reduce(asam, model, criterion)
-                accumulated = [None] * len(parameters)
-            else:
-                accumulated = [parameter.grad for parameter in parameters]
-                _set_gradients(parameters, [None] * len(parameters))
-                with _no_sync(model, criterion):
-                    loss = this.run()
             asam.note_gradient(optimizer)
-            with perturbation, _no_new_update(model), frozen_batch_norm_statistics(model):
-                smallest = min((p for p in parameters if p.grad is not None and p.numel()), key=Tensor.numel)
-                _set_gradients(parameters, accumulated)
-                _mark_non_finite(smallest, perturbation.norm)
-                sample_size = 0
-                with _no_sync(model, criterion):
-                    for earlier in self._passes[:-1]:
-                        sample_size += earlier.repeat()
-                sample_size += this.repeat()
+            sample_size = sum(size for _, size, _ in two_passes.at_w_plus_epsilon())
         except RuntimeError:
             # After running out of memory in one worker of several, fairseq goes on with the gradients of
             # the others, which wait for this one, and with the logging outputs that it has.
             if is_last and this.logging_output is None:
-                _set_gradients(parameters, [None] * len(parameters))
+                for parameter in two_passes.parameters:
+                    parameter.grad = None
                 if per_update:
                     _all_reduce(asam, model, criterion)
             if is_last and not asam.has_noted_gradient:
                 asam.note_gradient(optimizer)
-            for earlier in self._passes:
+            for earlier in self._micro_batches:
                 earlier.note(earlier.logging_output)
-            self._passes = []
+            self._micro_batches = []
             asam.ascended = True
             raise
         if is_last:
-            self._calls, self._passes = 0, []
+            self._calls, self._micro_batches = 0, []
         asam.ascended = True
         return loss, sample_size, this.logging_output
 
@@ -145,46 +136,32 @@ def with_sharpness_awareness(task: type[FairseqTask]) -> type[FairseqTask]:
     return type(task.__name__, (SharpnessAwareTask, task), {"__doc__": task.__doc__})
 
 
-class _Pass:
-    """Forward and backward of one micro-batch: at w, perhaps of a part of it, and then at w + epsilon."""
+class _MicroBatch:
+    """A micro-batch: perhaps a part of it at w, and the whole of it at w + epsilon."""
 
-    def __init__(
-        self,
-        step: Callable[[dict[str, Any]], tuple],
-        part: dict[str, Any],
-        whole: dict[str, Any],
-        random_state: RandomState | None,
-    ):
-        self.step = step
-        self.part, self.whole = part, whole
-        self.random_state = random_state
+    def __init__(self, step: Callable[[dict[str, Any]], tuple], part: dict[str, Any], whole: dict[str, Any]):
+        self.step, self.part, self.whole = step, part, whole
         self.logging_output: dict[str, Any] | None = None
 
-    def run(self) -> Tensor:
-        """Make the pass at w and return its loss."""
-        loss, self.sample_size, self.logging_output = self.step(self.part)
-        return loss
+    def run(self) -> tuple[Tensor, int, dict[str, Any]]:
+        """Make the pass at w."""
+        results = self.step(self.part)
+        _, self.sample_size, self.logging_output = results
+        return results
 
-    def repeat(self) -> Any:
-        """Make the pass at w + epsilon, with the same random numbers unless these are to be fresh, and
-        return the sample size."""
-        if self.random_state is not None:
-            self.random_state.restore()
-        _, sample_size, perturbed = self.step(self.whole)
+    def repeat(self) -> tuple[Tensor, int, dict[str, Any]]:
+        """Make the pass at w + epsilon."""
+        results = self.step(self.whole)
+        _, sample_size, perturbed = results
         if self.part is not self.whole:
             extrapolate_(self.logging_output, perturbed, sample_size / (self.sample_size or 1))
         self.note(perturbed)
-        return sample_size
+        return results
 
     def note(self, perturbed: dict[str, Any]) -> None:
         """Note the logging outputs at w + epsilon beside those at w, which the Trainer has by now."""
         marked = {PERTURBED + k: v for k, v in perturbed.items() if not k.startswith(PERTURBED)}
         self.logging_output.update(marked)
-
-
-def _set_gradients(parameters: list[Tensor], gradients: list[Tensor | None]) -> None:
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
 
 
 def _all_reduce(optimizer: FairseqOptimizer, *modules: Module) -> None:
@@ -194,34 +171,38 @@ def _all_reduce(optimizer: FairseqOptimizer, *modules: Module) -> None:
 
 
 @contextlib.contextmanager
-def _no_sync(*modules: Module) -> Iterator[None]:
-    """Keep gradients on this worker, whatever data-parallel wrapper the *modules* have."""
+def _no_sync(*modules: Module, apply: bool) -> Iterator[None]:
+    """If it is to *apply*, keep gradients on this worker, whatever data-parallel wrapper *modules* have."""
     with contextlib.ExitStack() as stack:
-        for module in modules:
+        for module in modules if apply else ():
             if hasattr(module, "no_sync"):
                 stack.enter_context(module.no_sync())
         yield
 
 
-@contextlib.contextmanager
-def _no_new_update(model: Module) -> Iterator[None]:
+def _marked_backward(optimizer: FairseqOptimizer, two_passes: TwoPasses) -> contextlib.AbstractContextManager:
+    """Make the gradients NaN if those at w are not finite: fairseq then skips the update on every worker, or
+    ends the run, as it does with any gradient that is not finite."""
+    backward = optimizer.backward
+    return _instead(optimizer, backward=lambda loss: backward(two_passes.marked(loss)))
+
+
+def _no_new_update(model: Module) -> contextlib.AbstractContextManager:
     """Keep the *model* from taking the repeated pass for one of a new update: some models step a moving
     average of their weights whenever a task tells them the number of the update."""
-    own = vars(model).get("set_num_updates")
-    model.set_num_updates = lambda num_updates: None
+    return _instead(model, set_num_updates=lambda num_updates: None)
+
+
+@contextlib.contextmanager
+def _instead(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Give *owner* other *attributes* for the time of the block."""
+    own = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
+    for name, value in attributes.items():
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        del model.set_num_updates
-        if own is not None:
-            model.set_num_updates = own
-
-
-def _mark_non_finite(parameter: Tensor, norm: Tensor) -> None:
-    """Start the gradient of *parameter* with NaN if the *norm* at w is not finite: there is no epsilon then,
-    and the update is to be skipped on every worker, or the run to end, as fairseq does with any other
-    gradient that is not finite."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    first = parameter.grad[(0,) * parameter.dim()]
-    first += torch.where(torch.isfinite(norm), 0.0, torch.nan).to(first)
+        for name in attributes:
+            delattr(owner, name)
+        for name, value in own.items():
+            setattr(owner, name, value)

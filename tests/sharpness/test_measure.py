@@ -5,6 +5,7 @@ import itertools
 import math
 
 import numpy as np
+import plain_epsilon
 import pytest
 import torch
 from torch import nn
@@ -41,14 +42,10 @@ class Quadratic:
         return epsilon @ self.gradient + np.einsum("...i,ij,...j", epsilon, self.hessian, epsilon) / 2
 
     def diagonal(self, normalization):
-        """The diagonal of T, by hand."""
-        if normalization == "none":
-            return np.ones(7)
-        t = np.abs(self.w0) + ETA
-        t[6] = 1.0
-        if normalization == "filter-wise":
-            t[:4] = np.repeat(np.linalg.norm(self.w0[:4].reshape(2, 2), axis=1) + ETA, 2)
-        return t
+        weights = {name: w.detach().numpy() for name, w in self.parameters.items()}
+        return np.concatenate(
+            [plain_epsilon.diagonal(n, w, normalization, ETA).ravel() for n, w in weights.items()]
+        )
 
 
 def maximum_over_ball(hessian, gradient, rho):

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from fairseq_asam import SharpnessAware
 
@@ -192,10 +193,200 @@ def test_a_gradient_that_is_not_finite_does_not_stay_in_the_weights_at_learning_
     assert torch.equal(weights(model), before)
 
 
+def regression(weights="pairs", base=lambda p: torch.optim.SGD(p, lr=1.0), **options):
+    """A layer, its optimizer, and a function that computes the loss of one fixed batch and its gradient."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4).double()
+    given = model if weights == "module" else model.named_parameters()
+    optimizer = SharpnessAware(base(model.parameters()), given, rho=0.5, **options)
+    inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).double()
+
+    def backward():
+        loss = (model(inputs) - 1).square().mean()
+        loss.backward()
+        return loss
+
+    return model, optimizer, backward
+
+
+def clearing(optimizer, backward, set_to_none=True):
+    """The closure that torch's documentation asks for."""
+
+    def closure():
+        optimizer.zero_grad(set_to_none)
+        return backward()
+
+    return closure
+
+
+def stepped():
+    """The weights after two right steps."""
+    model, optimizer, backward = regression()
+    for _ in range(2):
+        optimizer.step(clearing(optimizer, backward))
+    return weights(model)
+
+
+@pytest.mark.parametrize("weights_given", ["module", "pairs"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_closure_that_clears_the_gradients(weights_given, set_to_none):
+    """Also after a call of it for the log, and where an earlier step's gradients are zeroed in place."""
+    model, optimizer, backward = regression(weights_given)
+    closure = clearing(optimizer, backward, set_to_none)
+    closure()
+    optimizer.step(closure)
+    optimizer.zero_grad(set_to_none)
+    optimizer.step(closure)
+    assert torch.equal(weights(model), stepped())
+
+
+def test_a_closure_that_leaves_the_clearing_to_the_optimizer():
+    """As davda54/sam's, but for the backward() before the step."""
+    model, optimizer, backward = regression()
+    for _ in range(2):
+        optimizer.step(backward)
+    assert torch.equal(weights(model), stepped())
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zeroed_gradients_are_none_of_the_caller_s(set_to_none):
+    model, optimizer, backward = regression()
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none)
+        optimizer.step(backward)
+    assert torch.equal(weights(model), stepped())
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_gradients_that_the_closure_neither_made_nor_cleared_are_refused(steps_before):
+    """Of a backward() before the step (davda54/sam), or of micro-batches that a trainer accumulates."""
+    model, optimizer, backward = regression()
+    for _ in range(steps_before):
+        optimizer.step(backward)
+    backward()
+    before, gradient = weights(model), model.weight.grad.clone()
+    with pytest.raises(RuntimeError, match=r"neither made nor cleared.*drop the backward\(\) before step"):
+        optimizer.step(backward)
+    assert torch.equal(weights(model), before) and torch.equal(model.weight.grad, gradient)
+    optimizer.zero_grad()
+    optimizer.step(backward)
+    assert not torch.equal(weights(model), before)
+
+
+def test_a_float_counts_as_a_loss():
+    model, optimizer, backward = regression()
+    closure = clearing(optimizer, backward)
+    assert isinstance(optimizer.step(lambda: closure().item()), float)
+    assert isinstance(optimizer.sharpness, float) and optimizer.sharpness > 0
+    optimizer.step(closure)
+    assert torch.equal(weights(model), stepped())
+
+
+def test_a_closure_without_a_loss_or_without_a_gradient_is_refused_before_the_step():
+    model, optimizer, backward = regression()
+    before = weights(model)
+    with pytest.raises(TypeError, match="it must return the loss"):
+        optimizer.step(lambda: backward() and None)
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="make no update for a batch that you skip"):
+        optimizer.step(lambda: model.weight.sum())
+    assert torch.equal(weights(model), before)
+
+
+def test_a_gradient_scaler_is_refused_and_the_optimizer_goes_on():
+    model, optimizer, backward = regression()
+    scaler, before = torch.amp.GradScaler("cpu"), weights(model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 8).double()).square().mean()
+        scaler.scale(loss).backward()
+        return loss
+
+    closure()
+    with pytest.raises(RuntimeError, match=r"GradScaler.step\(optimizer, closure\).*scaler.step\(base\)"):
+        scaler.step(optimizer, closure)
+    assert torch.equal(weights(model), before)
+    optimizer.zero_grad()
+    for _ in range(2):
+        optimizer.step(backward)
+    assert torch.equal(weights(model), stepped())
+
+
+def test_torch_s_distributed_checkpoints_take_a_fresh_optimizer():
+    model, optimizer = setting(adam, rho=0.1)
+    other_model, other = setting(adam, rho=0.1)
+    train(other_model, other, range(3))
+    set_optimizer_state_dict(model, optimizer, copy.deepcopy(get_optimizer_state_dict(other_model, other)))
+    model.load_state_dict(other_model.state_dict())
+    train(model, optimizer, range(3, 6))
+    train(other_model, other, range(3, 6))
+    assert torch.equal(weights(model), weights(other_model))
+
+
+def test_maximizing_is_minimizing_the_negated_loss():
+    model, optimizer, _ = regression(base=lambda p: torch.optim.SGD(p, lr=1.0, maximize=True))
+
+    def negated():
+        loss = -(model(torch.eye(8).double()) - 1).square().mean()
+        loss.backward()
+        return loss
+
+    expected_model, expected, _ = regression()
+
+    def closure():
+        loss = (expected_model(torch.eye(8).double()) - 1).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(negated)
+        expected.step(closure)
+    assert torch.equal(weights(model), weights(expected_model))
+    optimizer.param_groups.append({**optimizer.param_groups[0], "maximize": False})
+    with pytest.raises(ValueError, match="one epsilon has one objective"):
+        optimizer.step(negated)
+
+
+def test_weights_unfrozen_later_are_perturbed():
+    model, optimizer, backward = regression()
+    model.weight.requires_grad_(False)
+    optimizer = SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.0), model.named_parameters(), rho=0.5)
+    for frozen in (True, False):
+        model.weight.requires_grad_(not frozen)
+        seen = []
+        optimizer.step(lambda seen=seen: seen.append(model.weight.detach().clone()) or backward())
+        assert torch.equal(*seen) == frozen
+
+
+@pytest.mark.parametrize("weights_given", ["module", "pairs"])
+def test_both_passes_draw_the_same_masks_and_the_statistics_are_those_of_w(weights_given):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 4))
+    given = model if weights_given == "module" else model.named_parameters()
+    optimizer = SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), given, rho=0.0)
+    inputs = torch.randn(16, 8)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(inputs).square().mean()
+        loss.backward()
+        return loss
+
+    for step in range(1, 3):
+        optimizer.step(closure)
+        assert optimizer.sharpness == 0.0
+        assert model[1].num_batches_tracked == step
+
+
 def test_misuse_is_refused():
     model, optimizer = setting(adam, rho=0.1)
-    with pytest.raises(TypeError, match="closure"):
-        optimizer.step(None)
+    for arguments in ((), (None,)):
+        with pytest.raises(TypeError, match=r"step\(\) needs a closure"):
+            optimizer.step(*arguments)
+    model(torch.ones(2, 4)).sum().backward()
+    with pytest.raises(TypeError, match=r"step\(\) needs a closure"):
+        optimizer.step()
     with pytest.raises(ValueError, match="LBFGS"):
         SharpnessAware(torch.optim.LBFGS(model.parameters()), model.named_parameters(), rho=0.1)
     with pytest.raises(ValueError, match="rho is -1"):

@@ -5,6 +5,7 @@ import math
 import weakref
 
 import numpy as np
+import plain_epsilon
 import pytest
 import torch
 from torch import nn
@@ -13,10 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fairseq_asam import NORMALIZATIONS, Perturbation
 
 INF = math.inf
-
-
-def dual(p):
-    return 1.0 if p == INF else p / (p - 1.0)
 
 
 def parameters_of(tensors):
@@ -38,26 +35,23 @@ def flat(arrays):
     return np.concatenate([np.asarray(a).ravel() for a in arrays])
 
 
-# Three weights each, so that the whole region can be enumerated: parameters and the diagonal of T by hand.
+# Three weights each, so that the whole region can be enumerated.
 ETA = 0.1
-SMALL = {
-    "none": ({"a.weight": ([[0.5, -2.0]], [[1.0, 3.0]]), "a.bias": ([0.7], [-2.0])}, [1.0, 1.0, 1.0]),
-    "element-wise": (
-        {"a.weight": ([[0.5, -2.0]], [[1.0, 3.0]]), "a.bias": ([0.7], [-2.0])},
-        [0.6, 2.1, 1.0],
-    ),
-    "filter-wise": (
-        {"conv.weight": ([[[3.0, -4.0]]], [[[0.2, 0.1]]]), "gain": ([-0.4], [1.5])},
-        [5.1, 5.1, 0.5],
-    ),
-}
+SMALL = [
+    {"a.weight": ([[0.5, -2.0]], [[1.0, 3.0]]), "a.bias": ([0.7], [-2.0])},
+    {"conv.weight": ([[[3.0, -4.0]]], [[[0.2, 0.1]]]), "gain": ([-0.4], [1.5])},
+]
+
+
+def diagonal_of(tensors, normalization):
+    return flat(plain_epsilon.diagonal(n, np.array(w), normalization, ETA) for n, (w, _) in tensors.items())
 
 
 @pytest.mark.parametrize("p", [2.0, 1.5, INF])
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_epsilon_is_the_maximum_of_the_linearized_loss(normalization, p):
-    tensors, diagonal = SMALL[normalization]
-    rho, diagonal = 0.3, np.array(diagonal)
+@pytest.mark.parametrize("tensors", SMALL, ids=["matrix and bias", "filter and gain"])
+def test_epsilon_is_the_maximum_of_the_linearized_loss(tensors, normalization, p):
+    rho, diagonal = 0.3, diagonal_of(tensors, normalization)
     gradient = flat(g for _, g in tensors.values())
     epsilon = flat(
         epsilon_of(parameters_of(tensors), rho=rho, eta=ETA, p=p, normalization=normalization).values()
@@ -76,56 +70,76 @@ def test_epsilon_is_the_maximum_of_the_linearized_loss(normalization, p):
 
 def test_closed_forms():
     """p = 2: rho T^2 g / ||T g||; p = inf: rho T sign(g) (Section 4)."""
-    for normalization, (tensors, diagonal) in SMALL.items():
-        t, g = np.array(diagonal), flat(g for _, g in tensors.values())
+    for normalization, tensors in itertools.product(NORMALIZATIONS, SMALL):
+        t, g = diagonal_of(tensors, normalization), flat(g for _, g in tensors.values())
         for p, expected in ((2.0, t * t * g / np.linalg.norm(t * g)), (INF, t * np.sign(g))):
             epsilon = epsilon_of(parameters_of(tensors), rho=0.3, eta=ETA, p=p, normalization=normalization)
             np.testing.assert_allclose(flat(epsilon.values()), 0.3 * expected, rtol=1e-12)
 
 
+def test_an_objective_to_maximize_is_descended():
+    for p in (2.0, 1.5, INF):
+        up, down = (epsilon_of(parameters_of(SMALL[0]), rho=0.3, p=p, maximize=m) for m in (False, True))
+        np.testing.assert_allclose(flat(up.values()), -flat(down.values()), rtol=1e-12)
+
+
 def test_biases_are_normalized_only_if_asked():
     tensors = {"layer.in_proj_bias": ([-3.0], [2.0]), "bias_net.weight": ([5.0], [2.0])}
-    for normalize_bias, t in ((False, [1.0, 5.1]), (True, [3.1, 5.1])):
+    tensors["lstm.bias_ih_l0"] = ([-3.0], [2.0])
+    for normalize_bias, t in ((False, [1.0, 5.1, 1.0]), (True, [3.1, 5.1, 3.1])):
         epsilon = epsilon_of(parameters_of(tensors), rho=0.1, eta=ETA, p=INF, normalize_bias=normalize_bias)
         np.testing.assert_allclose(flat(epsilon.values()), 0.1 * np.array(t), rtol=1e-12)
 
 
-@pytest.mark.parametrize("p", [2.0, 1.01, 1.5, 7.0, INF])
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-@pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-9), (torch.float32, 2e-3)])
-def test_any_shape_and_size_follows_the_formula(normalization, p, dtype, rtol):
-    """Many small tensors, one larger than any block, non-contiguous ones, against plain numpy."""
+def many_shapes():
+    """Small weights, one larger than any block, some that are not contiguous, an empty one and a scalar."""
     torch.manual_seed(0)
     tensors = {f"layers.{i}.bias": torch.randn(5) for i in range(40)}
     tensors["embedding.weight"] = torch.randn(1700, 331)
     tensors["transposed.weight"] = torch.randn(70, 1300).t()
     tensors["conv.weight"] = torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last)
+    tensors["lstm.weight_hh_l0"], tensors["lstm.bias_hh_l0"] = torch.randn(30, 10), torch.randn(30)
     tensors["empty.weight"] = torch.empty(0, 3)
     tensors["scalar"] = torch.tensor(1.5)
-    parameters = {name: nn.Parameter(t.to(dtype)) for name, t in tensors.items()}
+    return tensors
+
+
+@pytest.mark.parametrize("p", [2.0, 1.01, 1.5, 7.0, INF])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("normalize_bias", [False, True])
+@pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-9), (torch.float32, 2e-3)])
+def test_any_shape_and_size_follows_the_formula(normalization, p, normalize_bias, dtype, rtol):
+    parameters = {name: nn.Parameter(t.to(dtype)) for name, t in many_shapes().items()}
     for w in parameters.values():
         w.grad = torch.randn_like(w) * 1e-3
-    # Double epsilon so that w + epsilon - w keeps enough digits.
-    epsilon = epsilon_of(parameters, rho=20.0, eta=ETA, p=p, normalization=normalization)
+    # Large, so that w + epsilon - w keeps enough digits.
+    options = dict(rho=20.0, eta=ETA, p=p, normalization=normalization, normalize_bias=normalize_bias)
+    epsilon = epsilon_of(parameters, **options)
+    weights = {name: w.detach().double().numpy() for name, w in parameters.items()}
+    gradients = {name: w.grad.double().numpy() for name, w in parameters.items()}
+    expected = flat(plain_epsilon.epsilon(weights, gradients, **options).values())
+    largest = np.abs(expected).max()
+    np.testing.assert_allclose(flat(epsilon.values()), expected, rtol=rtol, atol=rtol * largest)
 
-    q = dual(p)
-    diagonals, gradients = {}, {}
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_twenty_steps_of_the_blocks_are_those_of_the_plain_formula(normalization):
+    """SGD from the same start, side by side, with what is kept between steps."""
+    parameters = {name: nn.Parameter(t.double()) for name, t in many_shapes().items()}
+    weights = {name: w.detach().numpy().copy() for name, w in parameters.items()}
+    options = dict(rho=0.5, eta=0.01, p=2.0, normalization=normalization)
+    perturbation = Perturbation(parameters.items(), **options)
+    for _ in range(20):  # of the loss -sum cos w
+        for w in parameters.values():
+            w.grad = w.detach().sin()
+        with perturbation:
+            gradients = {name: w.detach().sin() for name, w in parameters.items()}
+        epsilon = plain_epsilon.epsilon(weights, {n: np.sin(w) for n, w in weights.items()}, **options)
+        for name, w in parameters.items():
+            w.data -= 0.1 * gradients[name]
+            weights[name] = weights[name] - 0.1 * np.sin(weights[name] + epsilon[name])
     for name, w in parameters.items():
-        array = w.detach().double().numpy()
-        gradients[name] = w.grad.double().numpy()
-        if normalization == "none" or name.endswith("bias"):
-            diagonals[name] = np.ones_like(array)
-        elif normalization == "filter-wise" and name == "conv.weight":
-            norms = np.sqrt((array**2).sum(axis=(1, 2, 3), keepdims=True))
-            diagonals[name] = np.broadcast_to(norms + ETA, array.shape)
-        else:
-            diagonals[name] = np.abs(array) + ETA
-    t, g = flat(diagonals.values()), flat(gradients.values())
-    unit = np.abs(t * g) / np.abs(t * g).max()
-    expected = 20.0 * t * np.sign(g) * (unit / (unit**q).sum() ** (1 / q)) ** (q - 1)
-    np.testing.assert_allclose(
-        flat(epsilon.values()), expected, rtol=rtol, atol=rtol * np.abs(expected).max()
-    )
+        np.testing.assert_allclose(w.detach().numpy(), weights[name], rtol=1e-12, atol=1e-14)
 
 
 def test_more_small_weights_than_go_through_the_arithmetic_together():
@@ -427,18 +441,114 @@ def test_bad_values_are_refused_in_one_sentence():
         (dict(rho=0.1, eta=-1), "eta is -1"),
         (dict(rho=0.1, p=1), "p is 1"),
         (dict(rho=0.1, p=math.nan), "p is nan"),
-        (dict(rho=0.1, normalization="layer-wise"), "'layer-wise'.*none, element-wise, filter-wise"),
+        (dict(rho=0.1, normalization="row-wise"), "'row-wise'.*none, element-wise, filter-wise, layer-wise"),
     ):
         with pytest.raises(ValueError, match=message):
             Perturbation([("w", w)], **options)
     with pytest.raises(ValueError, match="v is not a leaf"):
         Perturbation([("v", w * 2)], 0.1)
-    with pytest.raises(ValueError, match=r"v has dtype torch\.int64"):
+    with pytest.raises(ValueError, match=r"no parameter to perturb.*v has dtype torch\.int64"):
         Perturbation([("v", torch.ones(2, dtype=torch.int64))], 0.1)
+    with pytest.raises(ValueError, match=r"v has dtype torch\.complex64.*two parameters"):
+        Perturbation([("w", w), ("v", nn.Parameter(torch.ones(2, dtype=torch.complex64)))], 0.1)
     with pytest.raises(ValueError, match="no parameter to perturb"):
         Perturbation([], 0.1)
     with pytest.raises(TypeError, match=r"model.named_parameters\(\)"):
         Perturbation([w], 0.1)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("rho", math.nan), ("eta", -1.0), ("p", 1.0), ("normalization", "row-wise")]
+)
+def test_values_set_later_are_checked_as_in_the_constructor(name, value):
+    perturbation = Perturbation([("w", nn.Parameter(torch.ones(2)))], 0.1)
+    before = getattr(perturbation, name)
+    with pytest.raises(ValueError, match=f"{name} is {value!r}"):
+        setattr(perturbation, name, value)
+    assert getattr(perturbation, name) == before
+
+
+def test_parameters_that_are_not_real_are_left_alone_while_they_are_frozen():
+    model = nn.Linear(2, 2)
+    model.table = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    model.phase = nn.Parameter(torch.zeros(3, dtype=torch.complex64), requires_grad=False)
+    perturbation, before = Perturbation(model.named_parameters(), 0.1), snapshot(model)
+    for w in (model.weight, model.bias):
+        w.grad = torch.ones_like(w)
+    with perturbation:
+        assert not torch.equal(model.weight, before["weight"])
+        assert torch.equal(model.table, before["table"]) and torch.equal(model.phase, before["phase"])
+    model.phase.requires_grad_(True).grad = torch.ones_like(model.phase)
+    with pytest.raises(ValueError, match=r"phase has dtype torch\.complex64"), perturbation:
+        pass
+    assert_unchanged(model, before)
+
+
+def test_weights_are_perturbed_from_when_they_are_unfrozen_until_they_are_frozen():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    perturbation, before = Perturbation(model.named_parameters(), 0.1), snapshot(model)
+    for frozen in (True, False, True):
+        model[0].requires_grad_(not frozen)
+        for w in model.parameters():
+            w.grad = torch.ones_like(w)  # the frozen have one of before
+        with perturbation:
+            assert torch.equal(model[0].weight, before["0.weight"]) == frozen
+            assert not torch.equal(model[1].weight, before["1.weight"])
+
+
+class Rebinding(nn.Linear):
+    """Puts its weight into new memory in each forward pass, as quantization noise does."""
+
+    def forward(self, x):
+        self.weight.data = self.weight.data * 1.0
+        return super().forward(x)
+
+
+def test_a_weight_that_the_forward_pass_puts_into_new_memory_comes_back():
+    model = nn.Sequential(Rebinding(4, 3), nn.Linear(3, 2))
+    passes(model, Perturbation(model.named_parameters(), 0.5), torch.randn(5, 4))
+    model(torch.randn(5, 4)).pow(2).mean().backward()
+    before, place = snapshot(model), model[0].weight.data_ptr()
+    with Perturbation(model.named_parameters(), 0.5):
+        model(torch.randn(5, 4)).pow(2).mean().backward()
+        assert model[0].weight.data_ptr() != place
+    assert_unchanged(model, before)
+    assert model[0].weight.data_ptr() == place
+
+
+def test_both_passes_in_one_autocast_see_their_own_weights():
+    """Autocast caches half-precision copies of the weights."""
+    model, inputs = nn.Linear(8, 4), torch.randn(16, 8)
+    perturbation = Perturbation(model.named_parameters(), 2.0)
+
+    def loss():
+        return model(inputs).square().mean()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        at_w = loss()
+        at_w.backward()
+        with perturbation:
+            perturbed = loss()
+        assert loss() == at_w
+    with perturbation, torch.autocast("cpu", dtype=torch.bfloat16):
+        assert loss() == perturbed
+    assert perturbed > 1.1 * at_w
+
+
+def test_an_optimizer_that_steps_inside_the_block_is_refused():
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other)]
+    for w in (*model.parameters(), *other.parameters()):
+        w.grad = torch.ones_like(w)
+    before = snapshot(model)
+    with Perturbation(model.named_parameters(), 0.1):
+        with pytest.raises(RuntimeError, match="and the step would be lost"):
+            optimizers[0].step()
+        optimizers[1].step()  # other weights
+    assert_unchanged(model, before)
+    optimizers[0].step()
+    assert not torch.equal(model.weight, before["weight"])
 
 
 def test_bad_use_is_refused_before_any_weight_moves():

@@ -208,7 +208,7 @@ def test_the_installed_commands_work_from_the_repository_root(corpus, tmp_path):
         (["--rho", "-0.1"], "rho is -0.1, but"),
         (["--p-norm", "1"], "p is 1.0, but"),
         (["--eta", "nan"], "eta is nan, but"),
-        (["--normalization", "layer-wise"], "'layer-wise' (choose from"),
+        (["--normalization", "row-wise"], "'row-wise' (choose from"),
         (["--ascent-fraction", "0"], "--ascent-fraction is 0.0, but"),
         (["--ascent-interval", "0"], "--ascent-interval is 0, but"),
         (["--ascent-reuse", "-1"], "--ascent-reuse is -1.0, but"),

@@ -293,7 +293,7 @@ def test_sharpness_is_the_difference_of_two_losses(corpus):
 
     at_w = loss()
     gradient(trainer, batches[:2])
-    with trainer.optimizer.perturbation(trainer.model, trainer.criterion, trainer.optimizer):
+    with trainer.optimizer.two_passes(trainer.model, trainer.criterion, trainer.optimizer).perturbation:
         perturbed = loss()
     stats = trainer.train_step(copy.deepcopy(batches[:2]))
     assert stats["loss"] == pytest.approx(at_w, abs=2e-3)  # fairseq rounds its columns

@@ -1,0 +1,69 @@
+"""What a forward pass changes in its modules: buffers, such as the statistics of batch normalization."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
+
+
+class ModuleState:
+    """The buffers of *modules*, and of all modules within them, as they are when this is made."""
+
+    def __init__(self, modules: Iterable[nn.Module] = ()):
+        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        self._modules: set[nn.Module] = set()
+        for module in modules:
+            self.add(module)
+
+    @torch.no_grad()
+    def add(self, module: nn.Module) -> None:
+        """Keep the buffers of *module* too, as they are now, unless they are kept already."""
+        if module in self._modules:
+            return
+        for part in module.modules():
+            if part not in self._modules:
+                self._modules.add(part)
+                for name, buffer in part.named_buffers(recurse=False):
+                    if not is_lazy(buffer):  # has no values before the first forward pass
+                        self._buffers.append((part, name, buffer, buffer.clone()))
+
+    @torch.no_grad()
+    def now(self) -> ModuleState:
+        """Return the state of the same buffers as it is now."""
+        state = ModuleState()
+        for module, name, _, _ in self._buffers:
+            buffer = getattr(module, name)
+            state._buffers.append((module, name, buffer, buffer.clone()))
+        return state
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the buffers back: the same tensors, with the values that they had."""
+        for module, name, buffer, copy in self._buffers:
+            buffer.copy_(copy)
+            if getattr(module, name) is not buffer:
+                setattr(module, name, buffer)
+
+    @contextlib.contextmanager
+    def adding_what_runs(self) -> Iterator[None]:
+        """Within the block, keep the buffers of every module that runs, as they are before it does.
+
+        Modules that ``torch.compile`` traces are kept with the compiled module around them; one compiled in
+        place (``module.compile()``) escapes.
+        """
+
+        def add(module: nn.Module, inputs: object) -> None:
+            if not is_compiling():
+                self.add(module)
+
+        handle = register_module_forward_pre_hook(add)
+        try:
+            yield
+        finally:
+            handle.remove()

@@ -1,0 +1,181 @@
+"""The two passes of a sharpness-aware update, at w and at w + epsilon (Algorithm 1 of the paper)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .module_state import ModuleState
+from .perturbation import Perturbation
+from .random_state import RandomState
+
+#: A forward and backward pass. It returns the loss, or a tuple that begins with it.
+Evaluate = Callable[[], Any]
+
+
+class TwoPasses:
+    """Makes the passes of an update; afterwards ``.grad`` holds the gradient at w + epsilon::
+
+        two_passes = TwoPasses(Perturbation(model.named_parameters(), rho=0.5), [model])
+
+        def forward_and_backward():
+            loss = criterion(model(inputs), targets)
+            loss.backward()
+            return loss
+
+        loss = two_passes(forward_and_backward)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    Algorithm 1 maximizes and then descends one function, L_B. Hence both passes see the same:
+
+    - random numbers: the same dropout masks, among others;
+    - state of the model: both start from the buffers of before. Afterwards the buffers are those that the
+      pass at w left, so that the statistics of batch normalization are those of w.
+
+    Gradients that were there before, as of earlier micro-batches, are set aside meanwhile, and the gradient
+    at w + epsilon is added to them. If a pass raises, weights and buffers are what they were at w.
+
+    For one epsilon over several micro-batches (gradient accumulation), call :meth:`at_w` for each and then
+    :meth:`at_w_plus_epsilon` once. For an epsilon of each (m-sharpness), call this object for each.
+
+    Args:
+        perturbation: of the weights.
+        modules: whose buffers and gradients are taken care of. By default the buffers are those of every
+            module that runs in the pass at w, and the gradients those of *parameters* and of the weights of
+            *perturbation*.
+        parameters: others that get a gradient.
+        fresh_masks: let the second pass draw random numbers of its own.
+        buffers_of_both: let both passes change the buffers, as the code of the paper's authors does.
+
+    Attributes:
+        parameters: all whose gradients are taken care of.
+        sharpness: L(w + epsilon) - L(w) of the last update, a tensor without dimensions or a float. Losses
+            of several micro-batches are added up. ``None`` before the first update.
+    """
+
+    def __init__(
+        self,
+        perturbation: Perturbation,
+        modules: Iterable[nn.Module] = (),
+        parameters: Iterable[Tensor] = (),
+        fresh_masks: bool = False,
+        buffers_of_both: bool = False,
+    ):
+        self.perturbation, self.modules = perturbation, list(modules)
+        self.fresh_masks, self.buffers_of_both = fresh_masks, buffers_of_both
+        self.sharpness: Tensor | float | None = None
+        everything = [
+            *perturbation.parameters,
+            *parameters,
+            *(p for m in self.modules for p in m.parameters()),
+        ]
+        self.parameters = list(dict.fromkeys(everything))
+        self.reset()
+
+    def __call__(self, evaluate: Evaluate, again: Evaluate | None = None) -> Any:
+        """Make both passes over one batch; return what the pass at w did. Takes and raises what
+        :meth:`at_w` does."""
+        at_w = self.at_w(evaluate, again)
+        self.at_w_plus_epsilon()
+        return at_w
+
+    def at_w(self, evaluate: Evaluate, again: Evaluate | None = None) -> Any:
+        """Make the pass at w over a batch, and return what *evaluate* returned.
+
+        Args:
+            evaluate: runs forward and backward, and returns the loss or a tuple that begins with it.
+            again: what runs at w + epsilon; *evaluate* by default.
+
+        Raises:
+            TypeError: *evaluate* returned no loss.
+        """
+        try:
+            if self._before is None:
+                self._earlier = [parameter.grad for parameter in self.parameters]
+                self._set_gradients([None] * len(self.parameters))
+                self._before = ModuleState(self.modules)
+            random_state = None if self.fresh_masks else RandomState()
+            with contextlib.nullcontext() if self.modules else self._before.adding_what_runs():
+                result = evaluate()
+            self._passes.append(_Pass(again or evaluate, random_state, _loss_of(result)))
+        except BaseException:
+            self._set_gradients(self._earlier)
+            self.reset()
+            raise
+        return result
+
+    def at_w_plus_epsilon(self) -> list[Any]:
+        """Make the pass at w + epsilon for each pass at w since the last call, and return what each returned.
+
+        Raises:
+            TypeError: a pass returned no loss.
+            RuntimeError: no pass at w was made, or none gave a weight of the perturbation a gradient.
+        """
+        if not self._passes:
+            raise RuntimeError("there was no pass at w since the last update: call at_w() first")
+        buffers = ModuleState() if self.buffers_of_both else self._before.now()
+        try:
+            with self.perturbation:
+                self._set_gradients(self._earlier)
+                self._perturbed = True
+                if not self.buffers_of_both:
+                    self._before.restore()
+                results = [each.repeat() for each in self._passes]
+            self.sharpness = sum(map(_loss_of, results)) - sum(each.loss for each in self._passes)
+        except BaseException:
+            if not self._perturbed:
+                self._set_gradients(self._earlier)
+            raise
+        finally:
+            buffers.restore()
+            self.reset()
+        return results
+
+    def marked(self, loss: Tensor) -> Tensor:
+        """Return *loss*, as NaN in the pass at w + epsilon if the gradient at w is not finite.
+
+        There is no epsilon then. Trainers and gradient scalers that look for gradients that are not finite
+        skip the update. Call it on the loss before ``backward()``.
+        """
+        return loss * (1.0 + 0.0 * self.perturbation.norm).to(loss) if self._perturbed else loss
+
+    def reset(self) -> None:
+        """Forget the passes at w that no pass at w + epsilon has followed."""
+        self._passes: list[_Pass] = []
+        self._earlier: list[Tensor | None] = []
+        self._before: ModuleState | None = None
+        self._perturbed = False
+        RandomState.release()
+
+    def _set_gradients(self, gradients: list[Tensor | None]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients):
+            parameter.grad = gradient
+
+
+class _Pass(NamedTuple):
+    """A pass to make at w + epsilon, and what is known of the one at w."""
+
+    evaluate: Evaluate
+    random_state: RandomState | None
+    loss: Tensor | float
+
+    def repeat(self) -> Any:
+        if self.random_state is not None:
+            self.random_state.restore()
+        return self.evaluate()
+
+
+def _loss_of(result: Any) -> Tensor | float:
+    loss = result[0] if isinstance(result, tuple) and result else result
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss.detach().reshape(())
+    if isinstance(loss, (int, float)) and not isinstance(loss, bool):
+        return float(loss)
+    raise TypeError(
+        f"the pass returned {type(result).__name__}, but it must return the loss, a number or a tensor with "
+        "one element: let it end in `return loss`"
+    )

@@ -1,0 +1,64 @@
+"""RandomState: whatever a pass draws, the next draws again."""
+
+import random
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from fairseq_asam.sharpness.random_state import RandomState
+
+DEFAULT_RNG = np.random.default_rng
+
+
+@pytest.fixture(autouse=True)
+def released():
+    yield
+    RandomState.release()
+    assert np.random.default_rng is DEFAULT_RNG
+
+
+def draw():
+    fresh, other = np.random.default_rng(), np.random.default_rng(None)
+    return random.random(), torch.rand(()).item(), np.random.random(), fresh.random(), other.random()
+
+
+def test_every_generator_goes_back():
+    state = RandomState()
+    first = draw()
+    state.restore()
+    assert draw() == first
+    assert len(set(first)) == len(set(draw())) == 5
+
+
+def test_several_passes_each_go_back_to_their_own_beginning():
+    states, drawn = [], []
+    for _ in range(3):
+        states.append(RandomState())
+        drawn.append(draw())
+        draw()  # between two passes
+    for state, expected in zip(states, drawn):
+        state.restore()
+        assert draw() == expected
+    assert len(set(drawn)) == 3
+
+
+def test_a_second_pass_may_draw_more_than_the_first():
+    state = RandomState()
+    first = np.random.default_rng().random()
+    state.restore()
+    second, more = np.random.default_rng().random(), np.random.default_rng().random()
+    assert second == first != more
+
+
+def test_seeds_of_the_caller_s_own_and_other_threads_are_left_alone():
+    state = RandomState()
+    assert np.random.default_rng(7).random() == DEFAULT_RNG(7).random()
+    drawn = []
+    for _ in range(2):
+        state.restore()
+        thread = threading.Thread(target=lambda: drawn.append(np.random.default_rng().random()))
+        thread.start()
+        thread.join()
+    assert drawn[0] != drawn[1]

@@ -1,0 +1,359 @@
+"""TwoPasses: Algorithm 1, and what both passes have in common."""
+
+import copy
+import math
+
+import numpy as np
+import plain_epsilon
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.module import _global_forward_pre_hooks
+from torch.nn.utils.parametrizations import spectral_norm
+
+from fairseq_asam import Perturbation, TwoPasses
+
+
+class OwnStatistics(nn.BatchNorm1d):
+    """Updates its running statistics itself, as synchronized batch normalizations do."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(x.mean(0), 0.1)
+        return (x - x.mean(0)) * self.weight + self.bias
+
+
+class NewBuffer(nn.Module):
+    """Counts in a buffer that is another tensor after each pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.count = self.count + 1
+        return x
+
+
+class FreshGenerator(nn.Module):
+    """Draws a mask from a generator made for it, as wav2vec does."""
+
+    def forward(self, x):
+        return x * torch.tensor(np.random.default_rng(None).random(x.shape) < 0.5)
+
+
+class NumpyMask(nn.Module):
+    def forward(self, x):
+        return x * torch.tensor(np.random.random(x.shape) < 0.5)
+
+
+def channels(layer):
+    """A layer that expects (N, features, length)."""
+    return nn.Sequential(nn.Unflatten(1, (2, 4)), layer, nn.Flatten())
+
+
+STATEFUL = {
+    "batch normalization": lambda: nn.BatchNorm1d(8),
+    "cumulative batch normalization": lambda: nn.BatchNorm1d(8, momentum=None),
+    "batch normalization of another make": lambda: OwnStatistics(8),
+    "scripted batch normalization": lambda: torch.jit.script(nn.BatchNorm1d(8)),
+    "instance normalization": lambda: channels(nn.InstanceNorm1d(2, track_running_stats=True)),
+    "spectral norm": lambda: spectral_norm(nn.Linear(8, 8)),
+    "buffer made anew": NewBuffer,
+    "dropout": lambda: nn.Dropout(0.5),
+    "numpy's generator": NumpyMask,
+    "fresh generators": FreshGenerator,
+}
+
+
+def network(kind):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), STATEFUL[kind](), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def batch(seed=1, size=16):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, 5, dtype=torch.float64, generator=generator)
+
+
+def forward_and_backward(model, inputs):
+    def evaluate():
+        loss = model(inputs).square().mean()
+        loss.backward()
+        return loss
+
+    return evaluate
+
+
+def two_passes_of(model, rho=0.5, known=True, **options):
+    return TwoPasses(Perturbation(model.named_parameters(), rho), [model] if known else (), **options)
+
+
+def buffers(model):
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def gradients(model):
+    return {name: w.grad.clone() for name, w in model.named_parameters()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def seed():
+    torch.manual_seed(5)
+    np.random.seed(5)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["modules given", "modules that run"])
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_at_rho_zero_both_passes_are_one(kind, known):
+    """The loss is the same to the bit; gradient and buffers are those of one plain pass."""
+    model, plain = network(kind), network(kind)
+    two_passes = two_passes_of(model, rho=0.0, known=known)
+    for step in range(2):
+        seed()
+        two_passes(forward_and_backward(model, batch(step)))
+        assert two_passes.sharpness == 0.0
+        if kind == "fresh generators":  # which differ in every pass but these two
+            continue
+        seed()
+        forward_and_backward(plain, batch(step))()
+        assert_same(gradients(model), gradients(plain))
+        assert_same(buffers(model), buffers(plain))
+        model.zero_grad()
+        plain.zero_grad()
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["modules given", "modules that run"])
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_the_buffers_are_those_that_the_pass_at_w_leaves(kind, known):
+    model, plain = network(kind), network(kind)
+    tensors = dict(model.named_buffers())
+    two_passes = two_passes_of(model, known=known)
+    for step in range(2):
+        seed()
+        two_passes(forward_and_backward(model, batch(step)))
+        assert two_passes.sharpness > 0
+        seed()
+        plain(batch(step))
+        assert_same(buffers(model), buffers(plain))
+    if kind != "buffer made anew":
+        assert all(buffer is tensors[name] for name, buffer in model.named_buffers())
+    assert not _global_forward_pre_hooks
+
+
+def test_buffers_of_both_passes_on_request():
+    model, plain = network("batch normalization"), network("batch normalization")
+    two_passes_of(model, buffers_of_both=True)(forward_and_backward(model, batch()))
+    plain(batch())
+    assert model[1].num_batches_tracked == 2
+    assert not torch.equal(model[1].running_mean, plain[1].running_mean)
+
+
+def test_an_evaluating_layer_evaluates():
+    model = network("batch normalization")
+    model(batch())
+    model.eval()
+    before = buffers(model)
+    two_passes_of(model)(forward_and_backward(model, batch()))
+    assert_same(buffers(model), before)
+
+
+def by_hand(model, batches, epsilon_from):
+    """The summed gradient of *batches* at w + epsilon, which is that of the batches *epsilon_from*."""
+    reference = copy.deepcopy(model)
+    reference.zero_grad()
+    for inputs in epsilon_from:
+        forward_and_backward(reference, inputs)()
+    weights = {name: w.detach().numpy().copy() for name, w in reference.named_parameters()}
+    g = {name: w.grad.numpy() for name, w in reference.named_parameters()}
+    epsilon = plain_epsilon.epsilon(weights, g, rho=0.5, eta=0.01, p=2.0, normalization="element-wise")
+    reference.zero_grad()
+    for name, w in reference.named_parameters():
+        w.data += torch.tensor(epsilon[name])
+    for inputs in batches:
+        forward_and_backward(reference, inputs)()
+    return gradients(reference)
+
+
+def plain_network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def assert_close(actual, expected):
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-11, atol=1e-14)
+
+
+def test_one_batch():
+    model = plain_network()
+    before = {name: w.detach().clone() for name, w in model.named_parameters()}
+    loss = two_passes_of(model)(forward_and_backward(model, batch()))
+    assert loss == model(batch()).square().mean()
+    assert_close(gradients(model), by_hand(model, [batch()], [batch()]))
+    assert_same({name: w.detach() for name, w in model.named_parameters()}, before)
+
+
+def test_one_epsilon_over_accumulated_batches():
+    model, batches = plain_network(), [batch(1), batch(2), batch(3)]
+    two_passes = two_passes_of(model)
+    losses = [two_passes.at_w(forward_and_backward(model, inputs)).item() for inputs in batches]
+    perturbed = [loss.item() for loss in two_passes.at_w_plus_epsilon()]
+    assert_close(gradients(model), by_hand(model, batches, batches))
+    assert two_passes.sharpness.item() == pytest.approx(sum(perturbed) - sum(losses), rel=1e-12)
+
+
+def test_an_epsilon_of_each_batch():
+    """m-sharpness: what was accumulated before has no part in a later epsilon."""
+    model, batches = plain_network(), [batch(1), batch(2)]
+    two_passes = two_passes_of(model)
+    for inputs in batches:
+        two_passes(forward_and_backward(model, inputs))
+    parts = [by_hand(model, [inputs], [inputs]) for inputs in batches]
+    assert_close(gradients(model), {name: parts[0][name] + parts[1][name] for name in parts[0]})
+
+
+def test_epsilon_from_another_batch():
+    model = plain_network()
+    two_passes = two_passes_of(model)
+    two_passes(forward_and_backward(model, batch(1)[:4]), again=forward_and_backward(model, batch(1)))
+    assert_close(gradients(model), by_hand(model, [batch(1)], [batch(1)[:4]]))
+
+
+def test_accumulated_batches_draw_the_masks_that_they_drew_at_w():
+    model = network("dropout")
+    two_passes = two_passes_of(model, rho=0.0)
+    seen = []
+
+    def evaluate_on(inputs):
+        def evaluate():
+            loss = model(inputs).square().mean()
+            loss.backward()
+            seen.append(loss.item())
+            return loss
+
+        return evaluate
+
+    for step in range(3):
+        two_passes.at_w(evaluate_on(batch(step)))
+        torch.rand(7)  # what data loading may draw in between
+    two_passes.at_w_plus_epsilon()
+    assert seen[:3] == seen[3:] and len(set(seen)) == 3
+
+
+def test_fresh_masks_on_request():
+    model = network("dropout")
+    two_passes = two_passes_of(model, rho=0.0, fresh_masks=True)
+    two_passes(forward_and_backward(model, batch()))
+    assert two_passes.sharpness != 0.0
+
+
+class FailsAt:
+    def __init__(self, model, inputs, call):
+        self.evaluate, self.call = forward_and_backward(model, inputs), call
+
+    def __call__(self):
+        self.call -= 1
+        loss = self.evaluate()
+        if self.call == 0:
+            raise MemoryError
+        return loss
+
+
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("known", [True, False])
+def test_after_an_exception_the_model_is_at_w_and_the_next_update_is_as_ever(call, known):
+    model, default_rng = network("batch normalization"), np.random.default_rng
+    two_passes = two_passes_of(model, known=known)
+    weights = {name: w.detach().clone() for name, w in model.named_parameters()}
+    after_one_pass = copy.deepcopy(model)
+    after_one_pass(batch())
+    forward_and_backward(model, batch(2))()  # an earlier micro-batch
+    earlier, state = gradients(model), buffers(model)
+    with pytest.raises(MemoryError):
+        two_passes(FailsAt(model, batch(), call))
+    assert_same({name: w.detach() for name, w in model.named_parameters()}, weights)
+    assert np.random.default_rng is default_rng and not _global_forward_pre_hooks
+    if call == 1:
+        assert_same(gradients(model), earlier)
+    else:
+        assert model[1].num_batches_tracked == state["1.num_batches_tracked"] + 1
+    model.zero_grad()
+    fresh = copy.deepcopy(model)
+    two_passes(forward_and_backward(model, batch(3)))
+    two_passes_of(fresh)(forward_and_backward(fresh, batch(3)))
+    assert_same(gradients(model), gradients(fresh))
+
+
+@pytest.mark.parametrize("returned", [None, "0.5", (), torch.ones(2), True, (None, 1.0)])
+def test_what_is_no_loss_is_refused_before_any_weight_moves(returned):
+    model = plain_network()
+    evaluate, calls = forward_and_backward(model, batch()), []
+    with pytest.raises(TypeError, match="but it must return the loss"):
+        two_passes_of(model)(lambda: calls.append(evaluate()) or returned)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("of", [float, lambda x: x.view(1), lambda x: (x, "accuracy"), np.float64])
+def test_what_counts_as_a_loss(of):
+    model = plain_network()
+    two_passes, evaluate = two_passes_of(model), forward_and_backward(model, batch())
+    two_passes(lambda: of(evaluate().detach()))
+    sharpness = float(two_passes.sharpness)
+    model.zero_grad()
+    two_passes(evaluate)
+    assert 0 < sharpness == two_passes.sharpness
+
+
+def test_a_pass_without_gradients_says_so():
+    model = plain_network()
+    two_passes = two_passes_of(model)
+    with pytest.raises(RuntimeError, match="make no update for a batch that you skip"):
+        two_passes(lambda: model(batch()).sum())
+    with pytest.raises(RuntimeError, match="no pass at w"):
+        two_passes.at_w_plus_epsilon()
+
+
+def test_a_marked_loss_tells_of_a_gradient_at_w_that_is_not_finite():
+    """With masks of its own, the second pass might be finite."""
+    for factor in (1.0, math.inf):
+        model = plain_network()
+        two_passes, factors = two_passes_of(model), iter([factor, 1.0])
+
+        def evaluate(model=model, two_passes=two_passes, factors=factors):
+            loss = model(batch()).square().mean() * next(factors)
+            two_passes.marked(loss).backward()
+            return loss
+
+        two_passes(evaluate)
+        assert all(torch.isfinite(w.grad).all() == (factor == 1.0) for w in model.parameters())
+
+
+def test_with_a_gradient_scaler():
+    """Scaled and unscaled loops step alike; one that overflows is skipped."""
+    weights = []
+    for enabled in (False, True):
+        model = plain_network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=enabled)
+        two_passes = two_passes_of(model)
+
+        def evaluate(inputs, model=model, scaler=scaler, two_passes=two_passes):
+            loss = model(inputs).square().mean()
+            scaler.scale(two_passes.marked(loss)).backward()
+            return loss
+
+        for step in range(4):
+            inputs = batch(step) * (math.inf if enabled and step == 2 else 1.0)
+            if not enabled and step == 2:
+                continue
+            two_passes(lambda inputs=inputs: evaluate(inputs))
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        weights.append(torch.cat([w.detach().flatten() for w in model.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-12)
