@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from fairseq import utils
+from fairseq.data.data_utils import compute_mask_indices
 from fairseq.logging import metrics
 from training import FLOAT64_THROUGHOUT, configuration, trainer_and_batches
 
@@ -332,3 +333,51 @@ def test_batch_normalization_sees_the_passes_at_w_alone(corpus, scope):
     ours = asam.get_model().encoder.layer_norm
     torch.testing.assert_close(ours.running_mean, theirs.running_mean)
     torch.testing.assert_close(ours.running_var, theirs.running_var)
+
+
+@pytest.mark.parametrize("scope", ["update", "micro-batch"])
+def test_a_layer_that_the_pass_at_w_plus_epsilon_drops_is_not_stepped(corpus, scope):
+    """Layer drop with masks of its own in each pass: a zero gradient would still count as a step of Adam."""
+    flags = ["--encoder-layers", "4", "--encoder-layerdrop", "0.5", "--fresh-masks", "--ascent-scope", scope]
+    trainer, batches = setting(corpus, "--optimizer", "asam", *flags)
+    layers = [trainer.get_model().encoder.layers[i] for i in range(4)]  # to iterate would drop some
+    ran = []
+    for number, layer in enumerate(layers):
+        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
+    steps, dropped = collections.Counter(), 0
+    for batch in batches[:12]:
+        passes = []
+        criterion = trainer.get_criterion()
+        forward = type(criterion).forward
+
+        def split(*args, criterion=criterion, forward=forward, passes=passes, **kwargs):
+            ran.clear()
+            result = forward(criterion, *args, **kwargs)
+            passes.append(set(ran))
+            return result
+
+        criterion.forward = split
+        trainer.train_step([copy.deepcopy(batch)])
+        at_w, perturbed = passes
+        steps.update(perturbed)
+        dropped += bool(at_w - perturbed)
+    assert dropped > 0
+    state = trainer.optimizer.optimizer.state
+    for number, layer in enumerate(layers):
+        assert {state[w]["step"] if w in state else 0 for w in layer.parameters()} == {steps[number]}
+
+
+def test_masks_from_fresh_generators_are_the_same_in_both_passes(corpus, monkeypatch):
+    """As wav2vec, HuBERT and the CTC models draw them."""
+    trainer, batches = setting(corpus, "--optimizer", "asam", "--rho", "0")
+    encoder, drawn = trainer.get_model().encoder, []
+
+    def masked(layer, inputs, output):
+        drawn.append(compute_mask_indices(output.shape[:2], None, 0.5, 2))
+        return output * torch.tensor(drawn[-1])[..., None]
+
+    encoder.layers[0].register_forward_hook(masked)
+    with metrics.aggregate() as logged:
+        trainer.train_step(copy.deepcopy(batches[:2]))
+    assert (drawn[0] == drawn[2]).all() and (drawn[1] == drawn[3]).all()
+    assert logged["sharpness"].val == 0.0
