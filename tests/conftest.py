@@ -32,3 +32,13 @@ def corpus(tmp_path_factory) -> Path:
     command = [sys.executable, "-m", "data_prep.generated", str(destination), "--pairs", "1000"]
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     return destination
+
+
+@pytest.fixture(scope="session")
+def monolingual(corpus, tmp_path_factory) -> Path:
+    """The English side of the corpus, binarized word by word."""
+    destination = tmp_path_factory.mktemp("monolingual")
+    prefixes = [f"--{split}pref={corpus}/{split}.en" for split in ("train", "valid", "test")]
+    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", *prefixes]
+    subprocess.run([*command, f"--destdir={destination}"], check=True, capture_output=True)
+    return destination

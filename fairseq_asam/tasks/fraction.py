@@ -11,18 +11,23 @@ from torch import Tensor
 #: What logging outputs count, rather than sum over sentences.
 COUNTS = ("ntokens", "nsentences", "sample_size")
 
+# Fields with a column for each token or frame of the source, of the target, and of neither.
+SOURCE = {"src_tokens", "durations", "pitches", "energies"}
+TARGET = {"target", "prev_output_tokens"}
+NEITHER = {"speaker", "tgt_speaker"}
+
 
 def random_part(sample: dict[str, Any], fraction: float, padding: int | None) -> dict[str, Any]:
     """Return a batch of round(*fraction* n) of the n sentences of *sample*, at least one, in their order.
 
-    They are drawn with torch's generator, which fairseq seeds with the number of the update. Tensors whose
-    first dimension is n, and lists of n, are taken to hold a row for each sentence. The source of a
-    translation is cut to the longest that was drawn. ``ntokens`` is counted again, in the target without
-    *padding* or else, where there is no such tensor, in proportion. A batch that consists of batches, as
-    those of multilingual tasks do, gets a part of each.
+    They are drawn with torch's generator, which fairseq seeds with the number of the update. Every tensor
+    must have a row for each sentence; lists of n are taken to hold an item for each. The part is as narrow
+    as its longest source and target, and its ``ntokens`` are counted again: it is the batch that the
+    dataset would have made of these sentences. A batch that consists of batches, as those of multilingual
+    tasks do, gets a part of each.
 
     Raises:
-        RuntimeError: the batch is of a form in which sentences cannot be told apart.
+        SystemExit: the batch is of a form in which sentences cannot be told apart; in one sentence.
     """
     if "nsentences" not in sample:
         batches = {k: v for k, v in sample.items() if isinstance(v, dict) and "nsentences" in v}
@@ -31,21 +36,14 @@ def random_part(sample: dict[str, Any], fraction: float, padding: int | None) ->
         return {**sample, **{k: random_part(batch, fraction, padding) for k, batch in batches.items()}}
     if "alignments" in sample:
         raise _refusal("their 'alignments' (--load-alignments) count the words of the whole batch")
-    n = int(sample["nsentences"])
+    ids = sample.get("id")
+    # The 'nsentences' of fairseq's denoising tasks is the length of a sentence.
+    n = len(ids) if isinstance(ids, Tensor) else int(sample["nsentences"])
     count = max(1, round(fraction * n))
     rows = torch.randperm(n)[:count].sort().values
     part = _rows_of(sample, n, rows)
     part["nsentences"] = count
-    target = part.get("target")
-    if isinstance(target, Tensor) and len(target) != count:
-        raise _refusal(
-            f"a target of shape {tuple(target.shape)} does not have a row for each of {n} sentences"
-        )
-    if "prev_output_tokens" in part.get("net_input", {}):
-        _cut_source(part["net_input"], sample["net_input"], padding)
-    if "ntokens" in sample:
-        counted = isinstance(target, Tensor) and padding is not None
-        part["ntokens"] = int((target != padding).sum()) if counted else sample["ntokens"] * count / n
+    _fit_(part, sample, n, rows, padding)
     return part
 
 
@@ -59,16 +57,19 @@ def extrapolate_(part: dict[str, Any], whole: dict[str, Any], scale: float) -> N
             part[key] = value * scale
 
 
-def _rows_of(value: Any, n: int, rows: Tensor) -> Any:
-    if _has_rows(value, n):
+def _rows_of(value: Any, n: int, rows: Tensor, name: str = "") -> Any:
+    if isinstance(value, Tensor) and value.dim() > 0:
+        if len(value) != n:
+            shape = tuple(value.shape)
+            raise _refusal(f"{name!r}, of shape {shape}, does not have a row for each of {n} sentences")
         return value[rows.to(value.device)]
     if isinstance(value, dict):
-        return {k: _rows_of(v, n, rows) for k, v in value.items()}
+        return type(value)((k, _rows_of(v, n, rows, f"{name}.{k}".lstrip("."))) for k, v in value.items())
     if isinstance(value, (list, tuple)):
-        if len(value) == n and not any(_has_rows(v, n) for v in value):
+        if len(value) == n and not all(_has_rows(v, n) for v in value):
             parts = [value[row] for row in rows.tolist()]
         else:
-            parts = [_rows_of(v, n, rows) for v in value]
+            parts = [_rows_of(v, n, rows, f"{name}[{i}]") for i, v in enumerate(value)]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
@@ -77,21 +78,79 @@ def _has_rows(value: Any, n: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == n
 
 
-def _cut_source(part: dict[str, Any], whole: dict[str, Any], padding: int | None) -> None:
-    """Cut the source in *part* in place to its longest sentence, if that in *whole* ends with it as well:
-    LSTMs and models of speech rely on it."""
-    tokens, lengths = (part.get(key) for key in ("src_tokens", "src_lengths"))
-    if not (isinstance(tokens, Tensor) and isinstance(lengths, Tensor)):
-        return
-    if tokens.dim() == 2 and padding is None:  # there is no telling which end has it
-        return
-    width, longest = tokens.size(1), int(lengths.max())
-    if longest < width == int(whole["src_lengths"].max()):
-        on_the_left = tokens.dim() == 2 and bool((tokens[:, 0] == padding).all())
-        part["src_tokens"] = tokens[:, width - longest :] if on_the_left else tokens[:, :longest]
+def _fit_(part: dict[str, Any], whole: dict[str, Any], n: int, rows: Tensor, padding: int | None) -> None:
+    """Narrow the fields of *part*, *rows* of the *n* of *whole*, in place and count its tokens; likewise in
+    the targets of further tasks that it may hold."""
+    for key, value in part.items():
+        if isinstance(value, dict) and key != "net_input":
+            _fit_(value, whole[key], n, rows, padding)
+    inputs, target = whole.get("net_input", {}), whole.get("target")
+    source_lengths, target_lengths = inputs.get("src_lengths"), whole.get("target_lengths")
+    # Without a decoder, there is a target for each token of the source.
+    has_decoder = isinstance(inputs.get("prev_output_tokens"), Tensor) or target_lengths is not None
+    if target_lengths is None and isinstance(target, Tensor) and target.dim() == 2 and padding is not None:
+        target_lengths = (target != padding).sum(1)
+    if isinstance(source_lengths, Tensor):
+        fields = SOURCE if has_decoder else SOURCE | TARGET
+        _narrow_(part, whole, source_lengths, rows, fields, inputs.get("src_tokens"))
+    if isinstance(target_lengths, Tensor) and has_decoder:
+        _narrow_(part, whole, target_lengths, rows, TARGET, target)
+    if "ntokens" in whole:
+        part["ntokens"] = whole["ntokens"] * len(rows) / n
+        for lengths in (target_lengths, source_lengths):
+            if isinstance(lengths, Tensor) and int(lengths.sum()) == whole["ntokens"]:
+                part["ntokens"] = int(lengths[rows.to(lengths.device)].sum())
+                break
 
 
-def _refusal(reason: str) -> RuntimeError:
-    return RuntimeError(
-        f"--ascent-fraction cannot take a part of this task's batches: {reason}; use --ascent-fraction 1"
+def _narrow_(
+    part: dict[str, Any],
+    whole: dict[str, Any],
+    lengths: Tensor,
+    rows: Tensor,
+    fields: set[str],
+    padded: Any,
+) -> None:
+    """Cut the *fields* of *part* in place to the longest of its *rows*, from the end at which *padded* has
+    its padding, if all of them are as wide in *whole* as the longest there.
+
+    Nothing is cut if another field, which might belong to them, is as wide."""
+    width, longest = int(lengths.max()), int(lengths[rows.to(lengths.device)].max())
+    start = _start_of_longest(padded, lengths, longest)
+    if longest == width or start is None:
+        return
+    cut = []
+    for place, contents in ((part, whole), (part.get("net_input", {}), whole.get("net_input", {}))):
+        for key, value in contents.items():
+            for tensor in value if isinstance(value, (list, tuple)) else [value]:
+                if not isinstance(tensor, Tensor) or tensor.dim() < 2:
+                    continue
+                if key in fields and tensor is value and tensor.size(1) == width:
+                    cut.append((place, key))
+                elif key in fields or (tensor.size(1) == width and key not in SOURCE | TARGET | NEITHER):
+                    return
+    for place, key in cut:
+        place[key] = place[key].narrow(1, start, longest).contiguous()
+
+
+def _start_of_longest(padded: Any, lengths: Tensor, longest: int) -> int | None:
+    """Return the first column of *padded*, which has rows of these *lengths*, that rows up to *longest* need,
+    or None if there is no telling."""
+    if not isinstance(padded, Tensor) or padded.dim() < 2:
+        return None
+    if padded.dim() > 2 or padded.is_floating_point():  # speech
+        return 0
+    width, shortest = padded.size(1), int(lengths.argmin())
+    padding = torch.arange(width, device=lengths.device) >= lengths[:, None]
+    if torch.equal(padded == padded[shortest, -1], padding):
+        return 0
+    if torch.equal(padded == padded[shortest, 0], padding.flip(1)):
+        return width - longest
+    return None
+
+
+def _refusal(reason: str) -> SystemExit:
+    return SystemExit(
+        f"fairseq_asam: --ascent-fraction cannot take a part of this task's batches: {reason}; "
+        "use --ascent-fraction 1"
     )

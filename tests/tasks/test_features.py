@@ -45,16 +45,6 @@ TASKS = {
 }
 
 
-@pytest.fixture(scope="module")
-def monolingual(corpus, tmp_path_factory):
-    """The English side of the corpus, binarized word by word."""
-    destination = tmp_path_factory.mktemp("monolingual")
-    prefixes = [f"--{split}pref={corpus}/{split}.en" for split in ("train", "valid", "test")]
-    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", *prefixes]
-    subprocess.run([*command, f"--destdir={destination}"], check=True, capture_output=True)
-    return destination
-
-
 @pytest.fixture
 def train(fairseq, corpus, tmp_path):
     def run(name, *flags, data=None):
