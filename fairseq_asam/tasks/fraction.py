@@ -64,7 +64,7 @@ def _rows_of(value: Any, n: int, rows: Tensor, name: str = "") -> Any:
             raise _refusal(f"{name!r}, of shape {shape}, does not have a row for each of {n} sentences")
         return value[rows.to(value.device)]
     if isinstance(value, dict):
-        return type(value)((k, _rows_of(v, n, rows, f"{name}.{k}".lstrip("."))) for k, v in value.items())
+        return {k: _rows_of(v, n, rows, f"{name}.{k}".lstrip(".")) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         if len(value) == n and not all(_has_rows(v, n) for v in value):
             parts = [value[row] for row in rows.tolist()]
@@ -88,8 +88,10 @@ def _fit_(part: dict[str, Any], whole: dict[str, Any], n: int, rows: Tensor, pad
     source_lengths, target_lengths = inputs.get("src_lengths"), whole.get("target_lengths")
     # Without a decoder, there is a target for each token of the source.
     has_decoder = isinstance(inputs.get("prev_output_tokens"), Tensor) or target_lengths is not None
-    if target_lengths is None and isinstance(target, Tensor) and target.dim() == 2 and padding is not None:
-        target_lengths = (target != padding).sum(1)
+    has_tokens = isinstance(target, Tensor) and target.dim() == 2 and padding is not None
+    counted = (target != padding).sum(1) if has_tokens else None
+    if target_lengths is None:
+        target_lengths = counted
     if isinstance(source_lengths, Tensor):
         fields = SOURCE if has_decoder else SOURCE | TARGET
         _narrow_(part, whole, source_lengths, rows, fields, inputs.get("src_tokens"))
@@ -97,7 +99,7 @@ def _fit_(part: dict[str, Any], whole: dict[str, Any], n: int, rows: Tensor, pad
         _narrow_(part, whole, target_lengths, rows, TARGET, target)
     if "ntokens" in whole:
         part["ntokens"] = whole["ntokens"] * len(rows) / n
-        for lengths in (target_lengths, source_lengths):
+        for lengths in (target_lengths, counted, source_lengths):
             if isinstance(lengths, Tensor) and int(lengths.sum()) == whole["ntokens"]:
                 part["ntokens"] = int(lengths[rows.to(lengths.device)].sum())
                 break
