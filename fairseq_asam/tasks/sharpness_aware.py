@@ -51,7 +51,8 @@ class SharpnessAwareTask:
         The loss and the logging outputs returned are those at w; ``.grad`` holds what the passes at
         w + epsilon have accumulated. With ``--ascent-scope update`` these follow the pass at w of the
         update's last micro-batch, with which the sample size of all of them is returned. With
-        ``--ascent-fraction`` the logging outputs at w are extrapolated to the whole batch.
+        ``--ascent-fraction`` the logging outputs at w are extrapolated to the whole batch if they are sums;
+        the means of a criterion such as those of text-to-speech are those of the part.
         """
         asam = sharpness_aware_optimizer(optimizer)
         cfg = asam.sharpness_config
@@ -73,7 +74,7 @@ class SharpnessAwareTask:
         per_update = cfg.ascent_scope == "update"
         self._calls += 1
         is_last = self._calls == self._num_micro_batches
-        this = _MicroBatch(step, part, sample)
+        this = _MicroBatch(step, part, sample, self.logging_outputs_can_be_summed(criterion))
 
         def again() -> tuple[Tensor, int, dict[str, Any]]:
             # With the last pass the gradients are complete, and workers add them up.
@@ -139,8 +140,15 @@ def with_sharpness_awareness(task: type[FairseqTask]) -> type[FairseqTask]:
 class _MicroBatch:
     """A micro-batch: perhaps a part of it at w, and the whole of it at w + epsilon."""
 
-    def __init__(self, step: Callable[[dict[str, Any]], tuple], part: dict[str, Any], whole: dict[str, Any]):
+    def __init__(
+        self,
+        step: Callable[[dict[str, Any]], tuple],
+        part: dict[str, Any],
+        whole: dict[str, Any],
+        outputs_are_sums: bool,
+    ):
         self.step, self.part, self.whole = step, part, whole
+        self.outputs_are_sums = outputs_are_sums
         self.logging_output: dict[str, Any] | None = None
 
     def run(self) -> tuple[Tensor, int, dict[str, Any]]:
@@ -153,7 +161,7 @@ class _MicroBatch:
         """Make the pass at w + epsilon."""
         results = self.step(self.whole)
         _, sample_size, perturbed = results
-        if self.part is not self.whole:
+        if self.part is not self.whole and self.outputs_are_sums:
             extrapolate_(self.logging_output, perturbed, sample_size / (self.sample_size or 1))
         self.note(perturbed)
         return results

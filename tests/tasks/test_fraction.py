@@ -10,6 +10,7 @@ import pytest
 import torch
 from commands import PLUGIN, SIZES, recipe
 from fairseq import utils
+from fairseq.logging import metrics
 from training import FLOAT64_THROUGHOUT, configuration, trainer_and_batches
 
 from fairseq_asam.tasks.fraction import random_part
@@ -160,6 +161,26 @@ def test_speech_trains_with_a_fraction(task, fairseq, speech, tmp_path):
     lines = [json.loads(line) for line in re.findall(r"\| valid \| (\{.*\})", result.output)]
     losses = [float(line["valid_loss"]) for line in lines]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("task", SPEECH)
+def test_the_loss_that_is_logged_is_that_of_the_part(task, speech, monkeypatch):
+    """Also of criterions whose loss is a mean and not a sum."""
+    flags = [*SPEECH[task], "--optimizer", "asam", "--ascent-fraction", "0.3"]
+    trainer, batches = trainer_and_batches(configuration(speech, *flags), torch.float32)
+    criterion, logs = trainer.get_criterion(), []
+    forward = criterion.forward
+
+    def noting_forward(*args, **kwargs):
+        result = forward(*args, **kwargs)
+        logs.append(copy.deepcopy(result[-1]))
+        return result
+
+    monkeypatch.setattr(criterion, "forward", noting_forward)
+    stats = trainer.train_step([max(batches, key=lambda batch: batch["nsentences"])])
+    with metrics.aggregate(new_root=True) as of_part:
+        type(criterion).reduce_metrics(logs[:1])
+    assert stats["loss"] == pytest.approx(float(of_part["loss"].avg), abs=2e-3)
 
 
 def test_a_refusal_is_a_sentence(fairseq, monolingual, tmp_path):
