@@ -1,5 +1,6 @@
 """The step that fairseq's Trainer makes, against Algorithm 1 written out by hand."""
 
+import collections
 import copy
 import math
 
