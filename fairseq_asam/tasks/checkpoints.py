@@ -10,6 +10,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 from fairseq import checkpoint_utils
+from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from fairseq.tasks import FairseqTask
@@ -81,8 +82,17 @@ def _save_from_the_start(obj: Any, f: IO[bytes]) -> None:
             time.sleep(pause)
 
 
+def _broadcast_object(obj: Any, src_rank: int, group: Any, dist_device: torch.device) -> Any:
+    # With several workers, the first one loads the checkpoint and sends it to the others. fairseq has these
+    # unpack it with torch.load, which from torch 2.6 on refuses the configuration in it.
+    objects = [obj]
+    torch.distributed.broadcast_object_list(objects, src_rank, group, dist_device)
+    return objects[0]
+
+
 FairseqTask.get_batch_iterator = _resume_with_the_same_batches(FairseqTask.get_batch_iterator)
 checkpoint_utils._torch_persistent_save = _save_from_the_start
+distributed_utils._broadcast_object_slow = _broadcast_object
 PathManager.copy = staticmethod(_copy_at_once(PathManager.copy))
 # The fast path for inference of fairseq 0.12.2 calls a private function of torch 1.13, which torch 2 changed.
 TransformerEncoderLayerBase.can_use_fastpath = property(lambda self: False, lambda self, value: None)
