@@ -1,11 +1,13 @@
 """Injects faults into runs of fairseq-train with --optimizer asam, and tables those tried and survived.
 
-    python recipes/faults/faults.py [--kills 30] [--seed 1] [--out runs/faults]
+    python recipes/faults/faults.py [--kills 30] [--workers 1] [--seed 1] [--out runs/faults]
 
 A fault is survived if after it every checkpoint file loads and holds the weights and the optimizer's state
 that an uninterrupted run had after the same number of updates, and if the run, resumed, ends in the same
-state as the uninterrupted one, bit for bit. Writes OUT/faults.json and OUT/faults.md and prints the table.
-The exit status is 1 if a fault was not survived; its runs are then kept in OUT/work.
+state as the uninterrupted one, bit for bit. With two workers, one that a fault leaves alone must not wait
+for ever for the other, and both must end with the same weights. Writes OUT/faults.json and OUT/faults.md,
+with two workers OUT/faults-2-workers.json and .md, and prints the table. The exit status is 1 if a fault was
+not survived; its runs are then kept in OUT/work.
 """
 
 from __future__ import annotations
@@ -19,16 +21,17 @@ import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from injection import PLACES, SIGNALS, Fault, Kind, Place, train
+from injection import DUMMIES, FILES, PASSES, PLACES, SIGNALS, Fault, Kind, Place, train
 from tqdm import tqdm
 
 from fairseq_asam.files import whole
@@ -56,30 +59,31 @@ def main() -> int:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     rng = random.Random(args.seed)
-    signals = [
-        *(signal_at_random(rng, Kind.KILL, i) for i in range(args.kills)),
-        *(signal_at_random(rng, Kind.TERMINATE, i) for i in range(SIGTERMS)),
-    ]
-    rng.shuffle(signals)
-    others = other_faults(rng)
-    with tqdm(total=len(signals) + len(others) + 3, desc="faults", unit="fault") as bar:
-        faults = FaultTrials(work, bar)
+    signals = signals_at_random(rng, args.kills, args.workers)
+    ending = ending_faults(rng, args.workers)
+    passing = passing_faults(rng, args.workers)
+    exhausting = exhausting_faults(rng, args.workers)
+    total = len(signals) + len(ending) + len(passing) + len(PASSES) * len(exhausting)
+    with tqdm(total=total, desc="faults", unit="fault") as bar:
+        faults = FaultTrials(work, args.workers, bar)
         faults.suffer(signals)
-        for fault in others:
+        for fault in ending:
             faults.suffer([fault])
-        briefly = Fault(Kind.BRIEFLY_FULL_DISK, Place.WRITING, rng.randint(3, 9), rng.uniform(0.3, 0.9))
-        faults.run_through(briefly, faults.uninterrupted)
-        # in the first epoch, all of whose updates but the last have MICRO_BATCHES micro-batches
-        faults.run_out_of_memory(visit=rng.randint(20, 40))
+        for fault in passing:
+            faults.run_through(fault)
+        for fault in exhausting:
+            faults.run_out_of_memory(fault)
     results = {
+        "workers": args.workers,
         "seed": args.seed,
         "updates": faults.last_update,
         "rows": rows(faults.trials),
         "trials": [vars(trial) for trial in faults.trials],
     }
     table = as_markdown(results)
-    for name, text in (("faults.json", json.dumps(results, indent=2) + "\n"), ("faults.md", table)):
-        with whole(args.out / name) as file:
+    name = "faults" if args.workers == 1 else f"faults-{args.workers}-workers"
+    for suffix, text in (("json", json.dumps(results, indent=2) + "\n"), ("md", table)):
+        with whole(args.out / f"{name}.{suffix}") as file:
             file.write_text(text, "utf-8")
     print(table, end="")
     if any(trial.failures for trial in faults.trials):
@@ -93,55 +97,103 @@ def arguments() -> argparse.Namespace:
         description="Inject faults into training runs, and see which they survive."
     )
     parser.add_argument("--kills", type=int, default=30, help="how often to kill -9 (default: 30)")
+    parser.add_argument("--workers", type=int, default=1, help="1 or 2 (default: 1)")
     parser.add_argument("--seed", type=int, default=1, help="decides where the faults strike (default: 1)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "faults", help="default: runs/faults")
     args = parser.parse_args()
     if args.kills < 0:
         parser.exit(2, f"faults.py: --kills is {args.kills}, but it must be 0 or more.\n")
+    if args.workers not in (1, 2):
+        parser.exit(2, f"faults.py: --workers is {args.workers}, but it must be 1 or 2.\n")
     if args.out.exists() and not args.out.is_dir():
         parser.exit(2, f"faults.py: --out '{args.out}' is a file: name a folder.\n")
     return args
 
 
-def signal_at_random(rng: random.Random, kind: Kind, number: int) -> Fault:
+def signals_at_random(rng: random.Random, kills: int, workers: int) -> list[Fault]:
+    """Return the signals, in random order: with two workers to one of them or to both, and some more of them
+    while one is without a batch."""
+    hit = [(0,)] if workers == 1 else [(0,), (1,), (0, 1)]
+    numbers = [(Kind.KILL, i) for i in range(kills)]
+    numbers += [(Kind.TERMINATE, i) for i in range(SIGTERMS * len(hit))]
+    signals = [signal_at_random(rng, kind, i, hit[i % len(hit)]) for kind, i in numbers]
+    if workers > 1:
+        dummies = itertools.product(DUMMIES, hit)
+        signals += [Fault(Kind.KILL, place, 1, rng.random(), of) for place, of in dummies]
+    rng.shuffle(signals)
+    return signals
+
+
+def signal_at_random(rng: random.Random, kind: Kind, number: int, workers: tuple[int, ...]) -> Fault:
     """Return a signal; of any eight with consecutive numbers, half strike in a place of their own each, half
     at any moment."""
     places = [Place.PERTURBED, Place.WRITING, Place.AT_W, Place.COPYING, None, None, None, None]
     place = places[number % len(places)]
     most = UPDATES_BEFORE_SIGNAL
-    if place in (Place.AT_W, Place.PERTURBED):
+    if place in PASSES:
         most *= MICRO_BATCHES
     elif place is not None:
         most //= 2
-    return Fault(kind, place, rng.randint(1, most), rng.random())
+    return Fault(kind, place, rng.randint(1, most), rng.random(), workers)
 
 
-def other_faults(rng: random.Random) -> list[Fault]:
+def ending_faults(rng: random.Random, workers: int) -> list[Fault]:
     """Return the faults that fairseq answers by ending the run."""
-    passes = itertools.product((Kind.EXCEPTION, Kind.NAN), (Place.AT_W, Place.PERTURBED))
-    files = (Place.WRITING, Place.COPYING)
+    passes = itertools.product((Kind.EXCEPTION, Kind.NAN), PASSES, range(workers))
     return [
-        *(Fault(kind, place, rng.randint(20, 80)) for kind, place in passes),
-        *(Fault(Kind.FULL_DISK, place, rng.randint(3, 9), rng.uniform(0.3, 0.9)) for place in files),
+        *(Fault(kind, place, rng.randint(20, 80) // workers, workers=(w,)) for kind, place, w in passes),
+        *(Fault(Kind.FULL_DISK, place, rng.randint(3, 9), rng.uniform(0.3, 0.9)) for place in FILES),
+    ]
+
+
+def passing_faults(rng: random.Random, workers: int) -> list[Fault]:
+    """Return the faults after which the run is to go on as without them."""
+    dummies = DUMMIES if workers > 1 else ()
+    return [
+        Fault(Kind.BRIEFLY_FULL_DISK, Place.WRITING, rng.randint(3, 9), rng.uniform(0.3, 0.9)),
+        *(Fault(Kind.OTHER_DUMMY, place, rng.randint(1, 3), workers=(1,)) for place in dummies),
+    ]
+
+
+def exhausting_faults(rng: random.Random, workers: int) -> list[Fault]:
+    """Return faults of memory in the pass at w, of the first and the last micro-batch of an update. These are
+    in the first epoch, all of whose updates but the last have MICRO_BATCHES micro-batches: in an update of
+    one, and with two workers, fairseq fails with any optimizer."""
+    return [
+        Fault(
+            Kind.OUT_OF_MEMORY,
+            Place.AT_W,
+            MICRO_BATCHES * rng.randint(10 // workers, 20 // workers - 1) + micro_batch,
+            rng.random(),
+            workers=(worker,),
+        )
+        for worker in range(workers)
+        for micro_batch in (1, MICRO_BATCHES)
     ]
 
 
 @dataclass
 class Trial:
-    """A fault, where the process really was, and why the fault wasn't survived, if so."""
+    """A fault, the workers that it hit, where the watched one really was, and why the fault wasn't survived,
+    if so."""
 
     fault: str
+    workers: list[int]
     place: str
     failures: list[str] = field(default_factory=list)
 
 
 class End(NamedTuple):
-    """How a process ended: its exit status, minus a signal's number, None if it hung; where it was; and
-    whether the fault had struck."""
+    """How a run ended: the exit status of each worker, minus a signal's number, None if it hung; where the
+    watched worker was; and whether all faults had struck."""
 
-    status: int | None
+    statuses: list[int | None]
     place: Place
     struck: bool
+
+    @property
+    def well(self) -> bool:
+        return not any(status != 0 for status in self.statuses)
 
 
 class State(NamedTuple):
@@ -152,12 +204,44 @@ class State(NamedTuple):
     optimizer: str
 
 
-class Training:
-    """A training run in a folder of its own, in as many processes as it takes."""
+class Worker:
+    """A process of a run."""
 
-    def __init__(self, folder: Path, data: Path, *flags: str):
+    def __init__(self, arguments: list[str], log: Path, faults: list[Fault]):
+        self.connection, there = _processes.Pipe()
+        self._place = _processes.Value("i", PLACES.index(Place.BETWEEN), lock=False)
+        args = (arguments, log, faults, there, self._place)
+        self.process = _processes.Process(target=train, args=args, daemon=True)
+        self.process.start()
+        there.close()
+
+    @property
+    def place(self) -> Place:
+        return PLACES[self._place.value]
+
+    def is_struck(self) -> bool:
+        """Wait for the next fault, and return whether it struck before the worker ended or hung."""
+        try:
+            return self.connection.poll(HANGING_SECONDS) and self.connection.recv() is None
+        except EOFError:
+            return False
+
+    def end(self) -> int | None:
+        """Wait for the worker to end by itself, and return its exit status, None if it hangs."""
+        self.process.join(HANGING_SECONDS)
+        status = self.process.exitcode
+        self.process.kill()
+        self.process.join()
+        return status
+
+
+class Training:
+    """A training run in a folder of its own, begun and resumed as often as it takes."""
+
+    def __init__(self, folder: Path, data: Path, *flags: str, workers: int = 1):
         self.folder = folder
-        self.processes = 0
+        self.workers = workers
+        self.logs: list[Path] = []
         sizes = {"layers": 1, "embed-dim": 32, "ffn-embed-dim": 64, "attention-heads": 2}
         self.arguments = [
             *(str(data), "--save-dir", str(folder), "--user-dir", str(ROOT / "fairseq_asam")),
@@ -170,34 +254,55 @@ class Training:
             *("--required-batch-size-multiple", "1", "--save-interval-updates", str(SAVE_INTERVAL)),
             *flags,
         ]
+        if workers > 1:
+            self.arguments += ["--distributed-world-size", str(workers), "--distributed-no-spawn"]
+            self.arguments += ["--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp"]
 
-    def run(self, fault: Fault | None = None) -> End:
-        """Start or resume, meet the fault, and return how that ended."""
+    def run(self, *faults: Fault) -> End:
+        """Start or resume, meet the faults, and return how that ended."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.processes += 1
-        log = self.folder / f"process-{self.processes}.log"
-        here, there = _processes.Pipe()
-        place = _processes.Value("i", PLACES.index(Place.BETWEEN), lock=False)
-        process = _processes.Process(
-            target=train, args=(self.arguments, log, fault, there, place), daemon=True
-        )
-        process.start()
-        there.close()
-        hangs = not here.poll(HANGING_SECONDS)
-        struck = not hangs and told(here)
-        if struck and fault.kind in SIGNALS:
-            time.sleep(fault.fraction * (UPDATE_SECONDS if fault.place is None else PASS_SECONDS))
-            process.kill() if fault.kind is Kind.KILL else process.terminate()
-        process.join(0 if hangs else HANGING_SECONDS)
-        status = process.exitcode
-        process.kill()
-        process.join()
-        return End(status, PLACES[place.value], struck)
+        number = len(self.logs) // self.workers + 1
+        address = f"tcp://127.0.0.1:{free_port()}"
+        workers = []
+        for rank in range(self.workers):
+            self.logs.append(self.folder / f"process-{number}-{rank}.log")
+            own = ["--distributed-rank", str(rank), "--distributed-init-method", address]
+            arguments = self.arguments + (own if self.workers > 1 else [])
+            watching = [fault for fault in faults if fault.watched == rank]
+            workers.append(Worker(arguments, self.logs[-1], watching))
+        struck, place = True, Place.BETWEEN
+        for fault in faults:
+            watched = workers[fault.watched]
+            struck = struck and watched.is_struck()
+            if struck and fault.kind in SIGNALS:
+                time.sleep(fault.fraction * (UPDATE_SECONDS if fault.place is None else PASS_SECONDS))
+                hit = [workers[rank].process for rank in fault.workers]
+                for process in hit:
+                    process.kill() if fault.kind is Kind.KILL else process.terminate()
+                for process in hit:
+                    process.join(HANGING_SECONDS)
+            place = watched.place
+        for worker in workers:
+            worker.connection.close()
+        return End([worker.end() for worker in workers], place, struck)
 
-    def last_words(self) -> str:
-        """Return the last line that the last process printed."""
-        log = self.folder / f"process-{self.processes}.log"
-        return (log.read_text("utf-8", errors="replace").strip().splitlines() or ["nothing"])[-1]
+    def failures(self, end: End, expected: list[set[int]]) -> list[str]:
+        """Return a sentence for each worker that ended with another status than is expected."""
+        failures = [] if end.struck else ["the run ended before the fault struck"]
+        for worker, (status, should_be) in enumerate(zip(end.statuses, expected)):
+            log = self.logs[worker - self.workers].read_text("utf-8", errors="replace")
+            last_words = (log.strip().splitlines() or ["nothing"])[-1]
+            if status is None:
+                failures.append(f"worker {worker} waited for ever: {last_words}")
+            elif status not in should_be:
+                allowed = " or ".join(map(str, sorted(should_be)))
+                failures.append(f"worker {worker} ended with status {status}, not {allowed}: {last_words}")
+        return failures
+
+    def updates(self) -> int:
+        """Return how many updates the last checkpoint holds."""
+        last = self.states()[0].get("checkpoint_last.pt")
+        return 0 if last is None else last.updates
 
     def states(self) -> tuple[dict[str, State], list[str]]:
         """Return the states in the checkpoints, by file name, and a sentence for each that doesn't load."""
@@ -210,40 +315,42 @@ class Training:
         return states, failures
 
 
-def told(connection) -> bool:
-    """Whether the other end has said something, rather than ended."""
-    try:
-        connection.recv()
-    except EOFError:
-        return False
-    return True
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 class FaultTrials:
     """The uninterrupted run, and the trials held against it."""
 
-    def __init__(self, work: Path, bar: tqdm):
-        self.work, self.bar = work, bar
+    def __init__(self, work: Path, workers: int, bar: tqdm):
+        self.work, self.workers, self.bar = work, workers, bar
         self.trials: list[Trial] = []
         self.runs = itertools.count(1)
         self.data = work / "corpus" / "bin"
         command = [sys.executable, "-m", "data_prep.generated", str(self.data.parent), "--pairs", "1000"]
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-        self.uninterrupted = self.every_state(None)
+        try:
+            self.uninterrupted = self.every_state()
+        except RuntimeError as error:
+            sys.exit(f"faults.py: without a fault, {error}.")
         self.last_update = max(self.uninterrupted)
 
     def training(self, *flags: str) -> Training:
-        return Training(self.work / f"run-{next(self.runs)}", self.data, *flags)
+        return Training(self.work / f"run-{next(self.runs)}", self.data, *flags, workers=self.workers)
 
-    def every_state(self, fault: Fault | None) -> dict[int, State]:
-        """Return the state after each update of a run that ends by itself."""
+    def every_state(self, *faults: Fault) -> dict[int, State]:
+        """Return the state after each update of a run that is to end by itself.
+
+        Raises:
+            RuntimeError: it did not, or left checkpoints that cannot be loaded.
+        """
         training = self.training("--save-interval-updates", "1")
-        end = training.run(fault)
-        if end.status != 0 or end.struck != (fault is not None):
-            sys.exit(f"faults.py: training failed even without a fault: {training.last_words()}")
-        states, failures = training.states()
-        if failures:
-            sys.exit(f"faults.py: without a fault, {failures[0]}.")
+        failures = training.failures(training.run(*faults), [{0}] * self.workers)
+        states, broken = training.states()
+        if failures + broken:
+            raise RuntimeError("; ".join(failures + broken))
         shutil.rmtree(training.folder)
         return {state.updates: state for state in states.values()}
 
@@ -254,62 +361,69 @@ class FaultTrials:
             training, suffered = self.training(), []
             while waiting:
                 end = training.run(waiting[0])
-                if end.status == 0:
+                if end.well:
                     break
                 fault = waiting.popleft()
-                suffered.append(self.judge(fault, end, training))
-                if suffered[-1].failures:
+                failures = self.judge(fault, end, training, self.uninterrupted)
+                suffered.append(self.add(fault, failures, end.place))
+                if failures:
                     break
             if not suffered:
-                fault = waiting.popleft()
-                place = fault.place or Place.BETWEEN
-                self.add(Trial(fault.kind.value, place.value, ["the run went to its end without it"]))
+                self.add(waiting.popleft(), ["the run went to its end without it"])
             elif not suffered[-1].failures:
                 failures = self.compare_end(training, self.uninterrupted)
                 for trial in suffered:
                     trial.failures += failures
             self.clean_up(training, suffered)
 
-    def judge(self, fault: Fault, end: End, training: Training) -> Trial:
-        """Return how the checkpoints came through a fault that ended the process."""
-        trial = Trial(fault.kind.value, (fault.place or end.place).value)
-        if not end.struck:
-            trial.failures.append("the process ended before the fault struck")
-        expected = -SIGNALS[fault.kind] if fault.kind in SIGNALS else 1
-        if end.status != expected:
-            trial.failures.append(f"the process ended with status {end.status}, not {expected}")
+    def judge(self, fault: Fault, end: End, training: Training, expected: dict[int, State]) -> list[str]:
+        """Return what is wrong with the workers and checkpoints after a fault that ended the run."""
+        # A worker that is left alone needs no other when training is over.
+        statuses = [{0, 1} if training.updates() == max(expected) else {1} for _ in end.statuses]
+        for worker in fault.workers:
+            statuses[worker] = {-SIGNALS[fault.kind] if fault.kind in SIGNALS else 1}
+        failures = training.failures(end, statuses)
         if fault.place not in (None, end.place) and fault.kind in SIGNALS:
-            trial.failures.append(f"the signal came in another place: {end.place.value}")
-        if fault.kind in (Kind.EXCEPTION, Kind.NAN) and not (training.folder / "crash.pt").exists():
-            trial.failures.append("there is no crash.pt")
-        trial.failures += self.compare(training, self.uninterrupted)
-        return self.add(trial)
+            failures.append(f"the signal came in another place: {end.place.value}")
+        # fairseq has worker 0 alone write it, and of an exception another worker tells it nothing.
+        crashes = fault.kind is Kind.NAN or (fault.kind is Kind.EXCEPTION and fault.workers == (0,))
+        if crashes and not (training.folder / "crash.pt").exists():
+            failures.append("there is no crash.pt")
+        return failures + self.compare(training, expected)
 
-    def run_out_of_memory(self, visit: int) -> None:
-        """fairseq skips an update for which memory runs out: the run is to be one that never had it, with as
-        many updates as an Adam run in the same plight."""
-        skipped = self.every_state(Fault(Kind.SKIP, Place.BETWEEN, -(-visit // MICRO_BATCHES)))
-        adam = self.training("--optimizer", "adam")
-        adam.run(Fault(Kind.OUT_OF_MEMORY, Place.AT_W, visit))
-        updates = state_in(adam.folder / "checkpoint_last.pt").updates
-        shutil.rmtree(adam.folder)
-        for place in (Place.AT_W, Place.PERTURBED):
-            trial = self.run_through(Fault(Kind.OUT_OF_MEMORY, place, visit), skipped)
-            if updates != max(skipped):
-                trial.failures.append(f"the run has {max(skipped)} updates, but with Adam {updates}")
-
-    def run_through(self, fault: Fault, expected: dict[int, State]) -> Trial:
-        """Meet a fault that is not to end the run."""
+    def run_through(self, fault: Fault) -> None:
+        """Meet a fault that is to leave no trace."""
         training = self.training()
-        end = training.run(fault)
-        trial = Trial(fault.kind.value, fault.place.value)
-        if not end.struck:
-            trial.failures.append("the run ended before the fault struck")
-        if end.status != 0:
-            trial.failures.append(f"the process ended with status {end.status}, not 0")
-        trial.failures += self.compare_end(training, expected)
-        self.clean_up(training, [trial])
-        return self.add(trial)
+        failures = training.failures(training.run(fault), [{0}] * self.workers)
+        failures += self.compare_end(training, self.uninterrupted)
+        self.clean_up(training, [self.add(fault, failures)])
+
+    def run_out_of_memory(self, fault: Fault) -> None:
+        """Meet a fault of memory in either pass, be killed some updates later, and resume.
+
+        fairseq leaves out an update for which memory runs out; with two workers it goes on with what the
+        other one has found. The run is to be one without the update, or one that is not killed afterwards,
+        and to have as many updates as an Adam run in the same plight."""
+        adam = self.training("--optimizer", "adam")
+        adam.run(fault)
+        update = -(-fault.visit // MICRO_BATCHES)
+        everyone = tuple(range(self.workers))
+        kill = Fault(Kind.KILL, None, update + SAVE_INTERVAL + 1, fault.fraction, everyone)
+        for place in PASSES:
+            fault = replace(fault, place=place)
+            training = self.training()
+            try:
+                skip = Fault(Kind.SKIP, Place.BETWEEN, update)
+                expected = self.every_state(skip if self.workers == 1 else fault)
+            except RuntimeError as error:
+                failures = [str(error)]
+            else:
+                end = training.run(fault, kill)
+                failures = self.judge(kill, end, training, expected) + self.compare_end(training, expected)
+                if adam.updates() != max(expected):
+                    failures.append(f"the run has {max(expected)} updates, but with Adam {adam.updates()}")
+            self.clean_up(training, [self.add(fault, failures)])
+        shutil.rmtree(adam.folder)
 
     def compare(self, training: Training, expected: dict[int, State]) -> list[str]:
         """Return a sentence for each checkpoint that is not what it should be."""
@@ -326,20 +440,20 @@ class FaultTrials:
 
     def compare_end(self, training: Training, expected: dict[int, State]) -> list[str]:
         """Resume the run if need be, and return how its end and checkpoints differ from what is expected."""
-        end = training.run()
-        if end.status != 0:
-            return [f"the run could not be resumed: {training.last_words()}"]
+        failures = training.failures(training.run(), [{0}] * self.workers)
+        if failures:
+            return [f"resumed, {failure}" for failure in failures]
         failures = self.compare(training, expected)
-        last = training.states()[0].get("checkpoint_last.pt")
-        if last is not None and last.updates != max(expected):
-            failures.append(f"the run ended after {last.updates} updates, not {max(expected)}")
+        if training.updates() != max(expected):
+            failures.append(f"the run ended after {training.updates()} updates, not {max(expected)}")
         return failures
 
-    def add(self, trial: Trial) -> Trial:
-        self.trials.append(trial)
+    def add(self, fault: Fault, failures: list[str], place: Place = Place.BETWEEN) -> Trial:
+        place = fault.place or place
+        self.trials.append(Trial(fault.kind.value, list(fault.workers), place.value, failures))
         self.bar.update()
         self.bar.set_postfix(failed=sum(bool(t.failures) for t in self.trials), refresh=False)
-        return trial
+        return self.trials[-1]
 
     def clean_up(self, training: Training, trials: list[Trial]) -> None:
         if not any(trial.failures for trial in trials):
@@ -352,7 +466,10 @@ _UNUSED = re.compile(r"_float_tensor$|\.(in_proj|out_proj|fc1|fc2)_(weight|bias)
 
 def state_in(path: Path) -> State:
     """Return the state that a checkpoint of these runs holds."""
-    saved = torch.load(path, map_location="cpu", weights_only=False)
+    # Importing fairseq takes seconds and talks.
+    import fairseq_asam.tasks.checkpoints  # noqa: F401  tells torch what a checkpoint may hold
+
+    saved = torch.load(path, map_location="cpu", weights_only=True)
     weights = {name: w for name, w in saved["model"].items() if not _UNUSED.search(name)}
     updates = saved["optimizer_history"][-1]["num_updates"]
     return State(updates, digest(weights), digest(saved["last_optimizer_state"]))
@@ -372,32 +489,42 @@ def digest(value: Any) -> str:
 
 
 def rows(trials: list[Trial]) -> list[dict]:
-    """Count trials by fault and place."""
-    tried = Counter((trial.fault, trial.place) for trial in trials)
-    survived = Counter((trial.fault, trial.place) for trial in trials if not trial.failures)
+    """Count trials by fault, workers hit, and place."""
     kinds, places = [kind.value for kind in Kind], [place.value for place in Place]
+    tried, survived = Counter(), Counter()
+    for trial in trials:
+        key = (kinds.index(trial.fault), tuple(trial.workers), places.index(trial.place))
+        tried[key] += 1
+        survived[key] += not trial.failures
     return [
-        {"fault": kind, "place": place, "tried": tried[kind, place], "survived": survived[kind, place]}
-        for kind, place in itertools.product(kinds, places)
-        if tried[kind, place]
+        {
+            "fault": kinds[kind],
+            "workers": list(workers),
+            "place": places[place],
+            "tried": tried[kind, workers, place],
+            "survived": survived[kind, workers, place],
+        }
+        for kind, workers, place in sorted(tried)
     ]
 
 
 def as_markdown(results: dict) -> str:
     """Return the table, its sums, and what went wrong."""
-    lines = ["| fault | where the process was | tried | survived |", "|:--|:--|--:|--:|"]
+    lines = ["| fault | worker hit | where it was | tried | survived |", "|:--|:--|:--|--:|--:|"]
     for row in results["rows"]:
-        lines.append(f"| {row['fault']} | {row['place']} | {row['tried']} | {row['survived']} |")
+        hit = " and ".join(map(str, row["workers"]))
+        lines.append(f"| {row['fault']} | {hit} | {row['place']} | {row['tried']} | {row['survived']} |")
     tried, survived = (sum(row[key] for row in results["rows"]) for key in ("tried", "survived"))
+    workers = "1 worker" if results["workers"] == 1 else f"{results['workers']} workers"
     lines += [
-        f"| **all** | | **{tried}** | **{survived}** |",
+        f"| **all** | | | **{tried}** | **{survived}** |",
         "",
-        f"Each run has {results['updates']} updates. Seed {results['seed']}.",
+        f"Each run has {workers} and {results['updates']} updates. Seed {results['seed']}.",
     ]
     failed = [trial for trial in results["trials"] if trial["failures"]]
     if failed:
         lines += ["", "Not survived:", ""]
-        lines += [f"- {t['fault']}, {t['place']}: {'; '.join(t['failures'])}." for t in failed]
+        lines += [f"- {t['fault']} {t['workers']}, {t['place']}: {'; '.join(t['failures'])}." for t in failed]
     return "\n".join(lines) + "\n"
 
 

@@ -32,6 +32,7 @@ class Kind(enum.Enum):
     NAN = "NaN loss"
     FULL_DISK = "full disk"
     BRIEFLY_FULL_DISK = "full disk, for a second"
+    OTHER_DUMMY = "other dummy batch"  # fairseq gives one to a worker that has run out of batches
     SKIP = "skipped update"  # no fault: what running out of memory is to come to
 
 
@@ -39,16 +40,21 @@ SIGNALS = {Kind.KILL: signal.SIGKILL, Kind.TERMINATE: signal.SIGTERM}
 
 
 class Place(enum.Enum):
-    """Where a process is. BETWEEN these are start-up, reading data, optimizer steps and validation."""
+    """Where a worker is. BETWEEN these are start-up, reading data, optimizer steps and validation."""
 
     BETWEEN = "elsewhere"
     AT_W = "pass at w"
     PERTURBED = "pass at w + epsilon"
+    AT_W_OF_DUMMY = "pass at w, worker 1 without a batch"
+    PERTURBED_OF_DUMMY = "pass at w + epsilon, worker 1 without a batch"
     WRITING = "writing a checkpoint"
     COPYING = "copying a checkpoint"
 
 
 PLACES = list(Place)
+PASSES = (Place.AT_W, Place.PERTURBED)
+FILES = (Place.WRITING, Place.COPYING)
+DUMMIES = (Place.AT_W_OF_DUMMY, Place.PERTURBED_OF_DUMMY)
 
 
 @dataclass(frozen=True)
@@ -56,22 +62,31 @@ class Fault:
     """Something that goes wrong once.
 
     `place` is None for a signal at any moment after an update has begun. `visit` counts from 1 how often the
-    process has come to the place: micro-batches, checkpoint files, or, for SKIP and None, updates.
-    `fraction`, from 0 to 1, is how far through the pass or the file the process gets.
+    watched worker has come to the place: micro-batches, checkpoint files, or, for SKIP and None, updates.
+    `fraction`, from 0 to 1, is how far through the pass or the file it gets. `workers` are those hit.
     """
 
     kind: Kind
     place: Place | None
     visit: int = 1
     fraction: float = 0.5
+    workers: tuple[int, ...] = (0,)
+
+    @property
+    def watched(self) -> int:
+        """The worker that has to come to the place: fairseq has worker 0 write all checkpoints, and of two
+        workers the second runs out of batches."""
+        if self.place in FILES:
+            return 0
+        return 1 if self.place in DUMMIES else self.workers[0]
 
 
-def train(arguments: list[str], log: Path, fault: Fault | None, parent: Connection, place: Any) -> None:
-    """Run fairseq-train with `arguments`, its output in `log`.
+def train(arguments: list[str], log: Path, faults: list[Fault], parent: Connection, place: Any) -> None:
+    """Run fairseq-train with `arguments`, its output in `log`, and meet the faults that watch this worker.
 
-    `place`, a shared integer, is kept at the index in PLACES of where the process is. `parent` is told when
-    the fault strikes. It then has to send the signal, if the fault is one, and until it does the process
-    doesn't leave the fault's place.
+    `place`, a shared integer, is kept at the index in PLACES of where the worker is. `parent` is told when
+    a fault strikes. If the fault is a signal, `parent` has to send it and then to hang up, and until it does
+    the worker doesn't leave the fault's place.
     """
     # Importing fairseq takes seconds and talks: only where it trains.
     from fairseq.trainer import Trainer
@@ -85,21 +100,36 @@ def train(arguments: list[str], log: Path, fault: Fault | None, parent: Connecti
         os.dup2(stream.fileno(), 2)
     torch.set_num_threads(1)
     sys.argv = ["fairseq-train", *arguments]
-    initialize = Trainer.__init__
+    initialize, trainers = Trainer.__init__, []
 
     def initialize_and_inject(trainer, *args, **kwargs):
         initialize(trainer, *args, **kwargs)
-        _Injection(fault, parent, place).install(trainer)
+        trainers.append(trainer)
+        for fault in faults or [None]:
+            _Injection(fault, parent, place).install(trainer)
 
     Trainer.__init__ = initialize_and_inject
     cli_main()
+    if torch.distributed.is_initialized():
+        compare_with_first_worker(trainers[0].get_model())
+
+
+def compare_with_first_worker(model: torch.nn.Module) -> None:
+    """Raise RuntimeError unless each worker has the same weights, whose checkpoints are the first one's."""
+    same = True
+    for weight in model.parameters():
+        first = weight.detach().clone()
+        torch.distributed.broadcast(first, src=0)
+        same = same and torch.equal(first, weight)
+    if not same:
+        raise RuntimeError("this worker has other weights than worker 0")
 
 
 class _Injection:
     def __init__(self, fault: Fault | None, parent: Connection, place: Any):
         self.fault, self.parent, self.place = fault, parent, place
         self.visits = 0
-        self.perturbed = False
+        self.perturbed = self.dummy = False
         self.signal_is_due = False
 
     def install(self, trainer: Any) -> None:
@@ -113,6 +143,7 @@ class _Injection:
         Perturbation.__enter__ = self.around_enter(Perturbation.__enter__)
         Perturbation.__exit__ = self.around_exit(Perturbation.__exit__)
         trainer.train_step = self.around_update(trainer.train_step)
+        trainer._prepare_sample = self.around_prepare(trainer._prepare_sample)
         checkpoint_utils._torch_persistent_save = self.around_save(checkpoint_utils._torch_persistent_save)
         shutil.copyfile = self.around_copy(shutil.copyfile)
 
@@ -131,14 +162,15 @@ class _Injection:
 
     def leave(self) -> None:
         if self.signal_is_due:
-            self.parent.recv()  # which sends nothing but the signal
+            self.parent.poll(None)  # until it hangs up: it sends nothing but the signal
+            self.signal_is_due = False
         self.place.value = PLACES.index(Place.BETWEEN)
 
     def around_criterion(self, criterion, forward):
         def passing(*args, **kwargs):
             if not criterion.training:
                 return forward(*args, **kwargs)
-            kind = self.come_to(Place.PERTURBED if self.perturbed else Place.AT_W)
+            kind = self.come_to((DUMMIES if self.dummy else PASSES)[self.perturbed])
             if kind is not None:
                 self.strike()
             loss, sample_size, logging_output = forward(*args, **kwargs)
@@ -146,7 +178,8 @@ class _Injection:
                 raise ValueError("an injected fault")
             if kind is Kind.OUT_OF_MEMORY:
                 raise RuntimeError("out of memory (an injected fault)")
-            return loss * math.nan if kind is Kind.NAN else loss, sample_size, logging_output
+            factor = {Kind.NAN: math.nan, Kind.OTHER_DUMMY: 2.0}.get(kind, 1.0)
+            return loss * factor, sample_size, logging_output
 
         return passing
 
@@ -184,6 +217,13 @@ class _Injection:
             return train_step(*args, **kwargs)
 
         return update
+
+    def around_prepare(self, prepare):
+        def preparing(*args, **kwargs):
+            sample, self.dummy = prepare(*args, **kwargs)
+            return sample, self.dummy
+
+        return preparing
 
     def around_save(self, save):
         def saving(state, file):

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections import Counter, defaultdict
 
 import pytest
 from commands import ROOT, assert_same_state, checkpoint
@@ -15,44 +16,63 @@ from faults import Training  # noqa: E402
 from injection import Fault, Kind, Place  # noqa: E402
 
 
-def test_killed_at_w_plus_epsilon_and_resumed_is_uninterrupted(corpus, tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_w_plus_epsilon_and_resumed_is_uninterrupted(corpus, tmp_path, workers):
+    """With two workers the second is killed, and the first must end by itself."""
     epochs = ["--max-epoch", "2"]
-    uninterrupted = Training(tmp_path / "uninterrupted", corpus / "bin", *epochs)
-    assert uninterrupted.run().status == 0
-    killed = Training(tmp_path / "killed", corpus / "bin", *epochs)
-    end = killed.run(Fault(Kind.KILL, Place.PERTURBED, visit=60))
-    assert (end.status, end.place) == (-signal.SIGKILL, Place.PERTURBED)
+    uninterrupted = Training(tmp_path / "uninterrupted", corpus / "bin", *epochs, workers=workers)
+    assert uninterrupted.run().statuses == [0] * workers
+    killed = Training(tmp_path / "killed", corpus / "bin", *epochs, workers=workers)
+    fault = Fault(Kind.KILL, Place.PERTURBED, visit=60 // workers, workers=(workers - 1,))
+    end = killed.run(fault)
+    assert (end.statuses, end.place) == ([1, -signal.SIGKILL][-workers:], Place.PERTURBED)
     before = checkpoint(killed.folder)["optimizer_history"][-1]["num_updates"]
-    assert killed.run().status == 0
+    assert killed.run().statuses == [0] * workers
     states = [checkpoint(training.folder) for training in (uninterrupted, killed)]
     assert_same_state(*states)
     assert 0 < before < states[1]["optimizer_history"][-1]["num_updates"]
 
 
 @pytest.mark.slow
-def test_the_script_tables_every_fault(tmp_path):
-    command = [sys.executable, SCRIPT, "--kills", "5", "--out", tmp_path]
+@pytest.mark.parametrize("workers, kills, name", [(1, 5, "faults"), (2, 3, "faults-2-workers")])
+def test_the_script_tables_every_fault(tmp_path, workers, kills, name):
+    command = [sys.executable, SCRIPT, "--kills", kills, "--workers", workers, "--out", tmp_path]
     process = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr
-    results = json.loads((tmp_path / "faults.json").read_text())
-    places = {row["fault"]: set() for row in results["rows"]}
+    results = json.loads((tmp_path / f"{name}.json").read_text())
+    assert results["workers"] == workers
+    assert process.stdout.endswith((tmp_path / f"{name}.md").read_text())
+    places, hit, tried = defaultdict(set), defaultdict(set), Counter()
     for row in results["rows"]:
         assert row["tried"] == row["survived"] > 0
-        assert f"| {row['fault']} | {row['place']} | {row['tried']} | {row['survived']} |" in process.stdout
+        workers_hit = " and ".join(map(str, row["workers"]))
+        cells = (row["fault"], workers_hit, row["place"], row["tried"], row["survived"])
+        assert f"| {' | '.join(map(str, cells))} |" in process.stdout
         places[row["fault"]].add(row["place"])
+        hit[row["fault"]].add(workers_hit)
+        tried[row["fault"]] += row["tried"]
     passes = {"pass at w", "pass at w + epsilon"}
     files = {"writing a checkpoint", "copying a checkpoint"}
-    assert places["kill -9"] >= passes | files and places["SIGTERM"] >= passes | files
+    assert places["SIGTERM"] >= passes | files
     for fault in ("exception in the criterion", "out of memory", "NaN loss"):
         assert places[fault] == passes
+        assert hit[fault] == {str(worker) for worker in range(workers)}
     assert places["full disk"] == files
-    assert sum(row["tried"] for row in results["rows"] if row["fault"] == "kill -9") == 5
+    if workers == 1:
+        assert places["kill -9"] >= passes | files
+        assert tried["kill -9"] == kills
+    else:
+        assert hit["kill -9"] == hit["SIGTERM"] == {"0", "1", "0 and 1"}
+        dummies = {f"{place}, worker 1 without a batch" for place in passes}
+        assert places["other dummy batch"] == dummies and places["kill -9"] > dummies
+        assert tried["kill -9"] == kills + 6  # each of the three that may be hit, with each dummy batch
 
 
 def test_bad_arguments_get_a_sentence(tmp_path):
     (tmp_path / "file").touch()
     for flags, sentence in (
         (["--kills", "-1"], "--kills is -1, but"),
+        (["--workers", "3"], "--workers is 3, but"),
         (["--out", tmp_path / "file"], f"--out '{tmp_path / 'file'}' is a file"),
     ):
         command = [sys.executable, SCRIPT, *flags]
