@@ -10,19 +10,37 @@ from typing import IO, Any
 import numpy as np
 import torch
 from fairseq import checkpoint_utils
+from fairseq.data import Dictionary
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from fairseq.tasks import FairseqTask
 
+from .sharpness_aware import SharpnessAwareTask
+
+
+def _of_numpy_1(function):
+    @functools.wraps(function)
+    def renamed(*args):
+        return function(*args)
+
+    renamed.__module__ = "numpy.core.multiarray"
+    return renamed
+
+
 # torch >= 2.6 loads nothing but tensors and types known to be safe. A fairseq checkpoint holds its arguments
-# as a Namespace, and numpy scalars and arrays where a meter made some (those of --eval-bleu are arrays).
+# as a Namespace, numpy scalars and arrays where a meter made some (those of --eval-bleu are arrays), and the
+# dictionaries of tasks of speech and of HuBERT. None of these runs code of its own when it is loaded.
 _multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
 _DTYPES = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
 SAFE_TYPES = [
     argparse.Namespace,
+    Dictionary,
     _multiarray.scalar,
     _multiarray._reconstruct,
+    # numpy 2 has another name for them than the checkpoints that were saved with numpy 1
+    _of_numpy_1(_multiarray.scalar),
+    _of_numpy_1(_multiarray._reconstruct),
     np.ndarray,
     np.dtype,
     *_DTYPES,
@@ -35,11 +53,12 @@ if hasattr(torch.serialization, "add_safe_globals"):
 def _resume_with_the_same_batches(get_batch_iterator):
     # fairseq makes its batches once, seeded with the number of the epoch in which it does, and reuses
     # them in later epochs. A run resumed in epoch 5 would train on other batches than one that began
-    # with epoch 1.
+    # with epoch 1. With a plain optimizer it stays so, as in a fairseq without this plugin.
     @functools.wraps(get_batch_iterator)
     def from_first_epoch(self, dataset, *args, epoch=1, disable_iterator_cache=False, **kwargs):
         reused = (
-            not disable_iterator_cache
+            isinstance(self, SharpnessAwareTask)
+            and not disable_iterator_cache
             and not kwargs.get("update_epoch_batch_itr", False)
             and self.can_reuse_epoch_itr(dataset)
         )
@@ -58,7 +77,7 @@ def _copy_at_once(copy):
     # byte by byte: killed meanwhile, it would leave a checkpoint_last.pt that cannot be loaded.
     @functools.wraps(copy)
     def copy_at_once(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
-        if not PathManager.supports_rename(dst_path):
+        if not overwrite or not PathManager.supports_rename(dst_path):
             return copy(src_path, dst_path, overwrite=overwrite)
         copied = copy(src_path, dst_path + ".tmp", overwrite=True)
         PathManager.rename(dst_path + ".tmp", dst_path)
@@ -90,9 +109,20 @@ def _broadcast_object(obj: Any, src_rank: int, group: Any, dist_device: torch.de
     return objects[0]
 
 
+def _without_fast_path(init):
+    # The fast path for inference calls a private function of torch, and torch 2 refuses padding there. This
+    # sets an attribute, since TorchScript could not compile a property.
+    @functools.wraps(init)
+    def init_without_fast_path(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.can_use_fastpath = False
+
+    return init_without_fast_path
+
+
 FairseqTask.get_batch_iterator = _resume_with_the_same_batches(FairseqTask.get_batch_iterator)
 checkpoint_utils._torch_persistent_save = _save_from_the_start
 distributed_utils._broadcast_object_slow = _broadcast_object
 PathManager.copy = staticmethod(_copy_at_once(PathManager.copy))
-# The fast path for inference of fairseq 0.12.2 calls a private function of torch 1.13, which torch 2 changed.
-TransformerEncoderLayerBase.can_use_fastpath = property(lambda self: False, lambda self, value: None)
+if "can_use_fastpath" in TransformerEncoderLayerBase.__init__.__code__.co_names:  # fairseq 0.12.2
+    TransformerEncoderLayerBase.__init__ = _without_fast_path(TransformerEncoderLayerBase.__init__)

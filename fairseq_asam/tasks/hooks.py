@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -13,8 +12,10 @@ from typing import Any
 from fairseq import options, tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed import LegacyDistributedDataParallel
+from fairseq.file_io import PathManager
 from fairseq.optim import OPTIMIZER_REGISTRY
 from fairseq.trainer import Trainer
+from omegaconf import DictConfig
 
 from fairseq_asam.optim import OPTIMIZERS, sharpness_aware_optimizer, validate_config
 
@@ -25,9 +26,10 @@ def check_configuration(cfg: Any) -> None:
     """Raise ValueError, in one sentence, if *cfg*, a whole fairseq configuration, asks a sharpness-aware
     optimizer for something that it cannot do, or names data that are not there."""
     validate_config(cfg.optimizer)
-    for path in utils.split_paths(getattr(cfg.task, "data", None) or ""):
-        if not os.path.exists(path):
-            raise ValueError(f"there is no data in {path}: name a directory that fairseq-preprocess wrote")
+    data = getattr(cfg.task, "data", None)  # some tasks have no such option, and some can do without
+    for path in utils.split_paths(data or ""):
+        if path and not PathManager.exists(path):
+            raise ValueError(f"there is no data in {path}: name the data of --task {cfg.task._name}")
     common, distributed = cfg.common, cfg.distributed_training
     no_masters = "half-precision weights without float32 masters absorb epsilon"
     moves_weights = "it moves weights between the steps of the optimizer"
@@ -59,6 +61,12 @@ def check_configuration(cfg: Any) -> None:
             "its training targets are made by the model at w, and would change at w + epsilon",
             "use a task whose batches stay the same",
         ),
+        (
+            "--quant-noise-pq",
+            _quantization_noise(cfg.model) > 0,
+            "each forward pass overwrites the weights with noised ones, at w + epsilon too",
+            "use --quant-noise-pq 0",
+        ),
     ]
     for flag, given, reason, alternative in refusals:
         if given:
@@ -67,11 +75,18 @@ def check_configuration(cfg: Any) -> None:
             )
 
 
+def _quantization_noise(model: Any) -> float:
+    """The value of ``--quant-noise-pq``, which has another place in structured configurations."""
+    pq = getattr(model, "quant_noise_pq", None) or getattr(getattr(model, "quant_noise", None), "pq", None)
+    return pq or 0.0
+
+
 def _checked_setup_task(setup_task):
     @functools.wraps(setup_task)
     def checked(cfg, **kwargs):
-        whole = convert_namespace_to_omegaconf(cfg) if isinstance(cfg, Namespace) else cfg._get_root()
-        if getattr(whole.get("optimizer"), "_name", None) in OPTIMIZERS:
+        # The configuration of a checkpoint has been trained with, perhaps on data that are not here.
+        whole = None if kwargs.get("from_checkpoint") else _sharpness_aware_configuration(cfg)
+        if whole is not None:
             try:
                 check_configuration(whole)
             except ValueError as error:
@@ -81,13 +96,37 @@ def _checked_setup_task(setup_task):
     return checked
 
 
+def _sharpness_aware_configuration(task: Any) -> Any:
+    """The whole configuration of which *task* is a part, or ``None`` if its optimizer is none of ours."""
+    if isinstance(task, Namespace):
+        ours = getattr(task, "optimizer", None) in OPTIMIZERS
+        return convert_namespace_to_omegaconf(task) if ours else None
+    whole = task._get_root() if isinstance(task, DictConfig) else None
+    return whole if getattr(getattr(whole, "optimizer", None), "_name", None) in OPTIMIZERS else None
+
+
+def _make_task_sharpness_aware(trainer: Trainer) -> None:
+    if not isinstance(trainer.task, SharpnessAwareTask):
+        trainer.task.__class__ = with_sharpness_awareness(type(trainer.task))
+
+
+def _sharpness_aware_get_train_iterator(get_train_iterator):
+    # The task is to know before it makes its batches.
+    @functools.wraps(get_train_iterator)
+    def sharpness_aware_get_train_iterator(self, *args, **kwargs):
+        if self.cfg.optimizer._name in OPTIMIZERS:
+            _make_task_sharpness_aware(self)
+        return get_train_iterator(self, *args, **kwargs)
+
+    return sharpness_aware_get_train_iterator
+
+
 def _sharpness_aware_train_step(train_step):
     @functools.wraps(train_step)
     def sharpness_aware_train_step(self, samples, raise_oom=False):
         asam = sharpness_aware_optimizer(self.optimizer)
         if asam is not None:
-            if not isinstance(self.task, SharpnessAwareTask):
-                self.task.__class__ = with_sharpness_awareness(type(self.task))
+            _make_task_sharpness_aware(self)
             asam.begin_update(self.get_num_updates())
             self.task.begin_update(len(samples))
         return train_step(self, samples, raise_oom)
@@ -122,6 +161,7 @@ tasks.setup_task = _checked_setup_task(tasks.setup_task)
 options.parse_args_and_arch = _with_help_for_optimizers(options.parse_args_and_arch)
 # fairseq has too many tasks, too many of which name their own class, for a registry of subclasses to
 # reach them all. The Trainer meets every one.
+Trainer.get_train_iterator = _sharpness_aware_get_train_iterator(Trainer.get_train_iterator)
 Trainer.train_step = _sharpness_aware_train_step(Trainer.train_step)
 # fairseq's own stays in force after an exception, such as running out of memory.
 LegacyDistributedDataParallel.no_sync = _no_sync_until_left
