@@ -36,11 +36,22 @@ def logged(output, tag="train"):
     ]
 
 
-def test_adam_with_the_plugin_is_a_run_without_it(train):
-    _, without = train("without", "--optimizer", "adam", "--max-epoch", "2", plugin=False)
-    output, with_plugin = train("with", "--optimizer", "adam", "--max-epoch", "2")
+def test_adam_with_the_plugin_is_a_run_without_it(train, corpus, tmp_path):
+    """From its beginning, and resumed: in another epoch than the first fairseq makes other batches."""
+    adam = ["--optimizer", "adam", "--dropout", "0.2", "--max-epoch"]
+    _, without = train("without", *adam, "2", plugin=False)
+    output, with_plugin = train("with", *adam, "2")
     assert_same_state(without, with_plugin)
     assert "sharpness" not in output
+    _, with_plugin = train("with", *adam, "3")
+    # A process of its own, in which torch 2.6 and newer load what fairseq saves.
+    arguments = map(str, recipe(corpus / "bin", tmp_path / "without", *adam, "3"))
+    environment = {**os.environ, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+    command = [sys.executable, "-m", "fairseq_cli.train", *arguments]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    without = checkpoint(tmp_path / "without")
+    assert_same_state(without, with_plugin)
+    assert without["extra_state"]["train_iterator"]["epoch"] == 4
 
 
 @pytest.mark.parametrize("flags", [["asam"], ["sam"], ["asam", "--ascent-scope", "micro-batch"]])
@@ -77,6 +88,20 @@ def test_asam_learns_and_logs_the_sharpness(train):
     assert smaller[0]["train_sharpness"] == pytest.approx(epochs[0]["train_sharpness"] / 2, rel=0.15)
 
 
+# TO MERGE: passes once SharpnessAwareTask.reduce_metrics leaves out a meter that has measured nothing.
+@pytest.mark.xfail(strict=True, reason="fairseq logs null for a meter that was reset and not updated")
+@pytest.mark.parametrize("log_interval", ["1", "2"])
+def test_an_interval_logs_no_sharpness_where_it_measures_none(train, log_interval):
+    """It measures updates 1, 4 and 7, and so none of the line that updates 5 and 6 share."""
+    flags = ["--optimizer", "asam", "--ascent-interval", "3", "--max-update", "8"]
+    output, _ = train("run", *flags, "--log-interval", log_interval)
+    inner = [json.loads(line) for line in re.findall(r"\| train_inner \| (\{.*\})", output)]
+    assert len(inner) == 8 // int(log_interval)
+    measured = [float(line["sharpness"]) for line in inner if "sharpness" in line]
+    assert len(measured) == 3 and all(sharpness > 0.0 for sharpness in measured)
+    assert "null" not in output and "None" not in output.split("train_inner", 1)[1]
+
+
 def test_every_flag_of_adam_and_of_ours_is_taken(train):
     """The flags change the run; the values reach the checkpoint's configuration."""
     adam = ["--adam-betas", "(0.9, 0.98)", "--adam-eps", "1e-7", "--weight-decay", "0.01"]
@@ -106,7 +131,7 @@ def test_the_paper_s_values_are_the_defaults(train):
 
 @pytest.mark.parametrize(
     "optimizer",
-    [["adam"], ["sam"], ["asam"], ["asam", "--ascent-interval", "5"], ["sam", "--ascent-fraction", "0.5"]],
+    [["sam"], ["asam"], ["asam", "--ascent-interval", "5"], ["sam", "--ascent-fraction", "0.5"]],
 )
 def test_stopped_and_resumed_is_uninterrupted(train, optimizer):
     """Stopped inside an epoch and between two."""
@@ -175,22 +200,6 @@ def test_an_asam_checkpoint_translates_with_and_without_the_plugin(train, fairse
         return sorted(re.findall(r"^H-.*$", output, re.MULTILINE))
 
     assert hypotheses(without.stdout) == hypotheses(with_plugin.output) != []
-
-
-def test_loading_stays_safe(tmp_path):
-    """The plugin allows some types; it does not switch torch's safety off."""
-    program = (
-        "import fairseq_asam.tasks, torch, sys\n"
-        "class Evil:\n    def __reduce__(self): return (print, ('ran',))\n"
-        "torch.save({'model': Evil()}, sys.argv[1])\n"
-        "from fairseq.checkpoint_utils import load_checkpoint_to_cpu\n"
-        "load_checkpoint_to_cpu(sys.argv[1])\n"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path / "evil.pt")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if hasattr(torch.serialization, "add_safe_globals"):
-        assert result.returncode != 0 and "ran" not in result.stdout
-        assert "weights_only" in result.stderr.lower().replace(" ", "_")
 
 
 def test_the_installed_commands_work_from_the_repository_root(corpus, tmp_path):

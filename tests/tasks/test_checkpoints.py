@@ -1,0 +1,150 @@
+"""Which checkpoints load with the plugin, and what it leaves of fairseq as it is."""
+
+import argparse
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from commands import assert_same_state, checkpoint, recipe
+from fairseq.checkpoint_utils import load_checkpoint_to_cpu
+from fairseq.data import Dictionary
+from fairseq.models.transformer import TransformerConfig, TransformerModelBase
+
+import fairseq_asam.tasks  # noqa: F401  what these tests are about
+
+# A task that keeps its dictionary in checkpoints, as HuBERT and fine-tuning on speech do.
+TASK_WITH_STATE = """
+import fairseq_asam.tasks
+from fairseq.tasks import register_task
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+
+@register_task("translation_with_state", dataclass=TranslationConfig)
+class TranslationWithState(TranslationTask):
+    def __init__(self, cfg, src_dict, tgt_dict):
+        super().__init__(cfg, src_dict, tgt_dict)
+        self.state.add_factory("dictionaries", lambda: [tgt_dict, None])
+        assert len(self.state.dictionaries) == 2
+"""
+
+
+def test_a_run_whose_task_keeps_its_dictionary_resumes_to_the_bit(fairseq, corpus, tmp_path):
+    (tmp_path / "task_with_state").mkdir()
+    (tmp_path / "task_with_state" / "__init__.py").write_text(TASK_WITH_STATE)
+    flags = ["--user-dir", tmp_path / "task_with_state", "--task", "translation_with_state"]
+    flags += ["--optimizer", "asam", "--dropout", "0.2"]
+    for folder, epochs in (("whole", 2), ("pieces", 1), ("pieces", 2)):
+        result = fairseq("train", *recipe(corpus / "bin", tmp_path / folder, *flags, "--max-epoch", epochs))
+        assert result.status == 0, result.output[-3000:]
+    whole, pieces = (checkpoint(tmp_path / folder) for folder in ("whole", "pieces"))
+    assert_same_state(whole, pieces)
+    expected = Dictionary.load(str(corpus / "bin" / "dict.en.txt"))
+    for state in (pieces, load_checkpoint_to_cpu(str(tmp_path / "pieces" / "checkpoint_last.pt"))):
+        dictionary, nothing = state["task_state"]["dictionaries"]
+        assert dictionary.symbols == expected.symbols and dictionary.indices == expected.indices
+        assert nothing is None
+
+
+def save(path, **entries):
+    """Save the least that fairseq takes for a checkpoint, with *entries*."""
+    history = [{"num_updates": 1, "criterion_name": "", "lr_scheduler_state": {}}]
+    least = {"args": None, "cfg": None, "model": {}, "optimizer_history": history, "extra_state": {}}
+    torch.save({**least, **entries}, path)
+    return str(path)
+
+
+def test_what_meters_and_arguments_hold_loads(tmp_path):
+    numbers = [np.float64(0.5), np.float32(0.5), np.int64(-3), np.bool_(True), np.arange(4.0), np.arange(3)]
+    arguments = argparse.Namespace(lr=[0.1], langs={"de": 1}, more=argparse.Namespace(deep=True))
+    loaded = load_checkpoint_to_cpu(save(tmp_path / "saved.pt", numbers=numbers, arguments=arguments))
+    assert loaded["arguments"] == arguments
+    for number, was in zip(loaded["numbers"], numbers):
+        assert type(number) is type(was) and number.dtype == was.dtype and np.array_equal(number, was)
+
+
+@pytest.mark.skipif(np.__version__.startswith("1."), reason="with numpy 1 there is no other name")
+def test_a_checkpoint_saved_with_numpy_1_loads_with_numpy_2(tmp_path):
+    """As a run that began with Python 3.10 and goes on with 3.11."""
+    numbers = [np.float64(0.5), np.arange(4.0)]
+    path = save(tmp_path / "numpy_2.pt", numbers=numbers)
+    renamed = 0
+    with zipfile.ZipFile(path) as new, zipfile.ZipFile(tmp_path / "numpy_1.pt", "w") as old:
+        for name in new.namelist():
+            content = new.read(name)
+            renamed += content.count(b"cnumpy._core.multiarray\n")
+            old.writestr(name, content.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    assert renamed == 2
+    scalar, array = load_checkpoint_to_cpu(str(tmp_path / "numpy_1.pt"))["numbers"]
+    assert scalar == 0.5 and array.tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+class Evil:
+    """What runs a command when it is unpickled without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.skipif(not hasattr(torch.serialization, "add_safe_globals"), reason="this torch loads anything")
+@pytest.mark.parametrize("place", ["model", "dictionary", "arguments"])
+def test_loading_stays_safe(tmp_path, place):
+    """The plugin allows some types; it does not switch torch's safety off, within them either."""
+    evil, dictionary = Evil(tmp_path / "ran"), Dictionary()
+    if place == "model":
+        entries = {"model": evil}
+    elif place == "dictionary":
+        dictionary.symbols = evil
+        entries = {"task_state": {"dictionaries": [dictionary]}}
+    else:
+        entries = {"args": argparse.Namespace(lr=evil)}
+    path = save(tmp_path / "evil.pt", **entries)
+    with pytest.raises(pickle.UnpicklingError, match=r"weights_only|Weights only"):
+        load_checkpoint_to_cpu(path)
+    assert not (tmp_path / "ran").exists()
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "ran").exists()  # it would have run
+
+
+@pytest.fixture(params=["post-norm", "pre-norm"])
+def transformer(request):
+    """A small Transformer of fairseq, with random weights, that has never been trained."""
+    words = Dictionary()
+    for word in "abcdefgh":
+        words.add_symbol(word)
+    config = TransformerConfig()
+    for part in (config.encoder, config.decoder):
+        part.layers, part.embed_dim, part.ffn_embed_dim, part.attention_heads = 2, 8, 16, 2
+        part.normalize_before = request.param == "pre-norm"
+    config.decoder.input_dim = config.decoder.output_dim = 8
+    torch.manual_seed(1)
+    task = argparse.Namespace(source_dictionary=words, target_dictionary=words)
+    return TransformerModelBase.build_model(config, task)
+
+
+def test_torchscript_compiles_a_transformer(transformer):
+    transformer.eval()
+    source = torch.tensor([[4, 5, 6, 2], [7, 8, 9, 2]])
+    lengths = torch.tensor([4, 4])
+    layer, x = transformer.encoder.layers[0], torch.randn(4, 2, 8)
+    torch.testing.assert_close(torch.jit.script(layer)(x, None), layer(x, None))
+    encoder = transformer.encoder
+    scripted = torch.jit.script(encoder)(source, lengths)["encoder_out"][0]
+    torch.testing.assert_close(scripted, encoder(source, lengths)["encoder_out"][0])
+    scores = transformer(source, lengths, source)[0]
+    torch.testing.assert_close(torch.jit.script(transformer)(source, lengths, source)[0], scores)
+
+
+def test_a_loaded_encoder_takes_padding_on_either_side(transformer):
+    """In fairseq 0.12.2 with torch 2, a model that was loaded and not trained fails on it."""
+    transformer.load_state_dict(transformer.state_dict())
+    encoder, pad = transformer.eval().encoder, 1
+    alone = encoder(torch.tensor([[5, 2]]), torch.tensor([2]))["encoder_out"][0][:, 0]
+    left = encoder(torch.tensor([[4, 5, 6, 2], [pad, pad, 5, 2]]), torch.tensor([4, 2]))["encoder_out"][0]
+    right = encoder(torch.tensor([[4, 5, 6, 2], [5, 2, pad, pad]]), torch.tensor([4, 2]))["encoder_out"][0]
+    torch.testing.assert_close(left[2:, 1], alone)
+    torch.testing.assert_close(right[:2, 1], alone)

@@ -1,0 +1,111 @@
+"""What is refused at start-up and what is not; what the plugin leaves alone."""
+
+from argparse import Namespace
+
+import pytest
+from commands import PLUGIN, checkpoint, recipe
+from fairseq import options, tasks
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.tasks.language_modeling import LanguageModelingConfig
+from omegaconf import OmegaConf
+
+from fairseq_asam.tasks.hooks import check_configuration
+
+LANGUAGE_MODEL = ["--arch", "transformer_lm", "--decoder-layers", "1", "--decoder-attention-heads", "2"]
+LANGUAGE_MODEL += [f"--decoder-{size}-dim=16" for size in ("embed", "input", "output", "ffn-embed")]
+ROBERTA = ["--arch", "roberta_base", "--encoder-layers", "1", "--encoder-attention-heads", "2"]
+ROBERTA += ["--encoder-embed-dim", "16", "--encoder-ffn-embed-dim", "16"]
+DUMMY = ["--dict-size", "64", "--dataset-size", "64", "--batch-size", "8", "--disable-validation", "--cpu"]
+DUMMY += ["--max-update", "3", "--lr", "0.01", "--log-format", "json", "--log-interval", "1"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--task", "dummy_lm", "--tokens-per-sample", "16", *LANGUAGE_MODEL],
+        ["--task", "dummy_masked_lm", "--tokens-per-sample", "16", *ROBERTA, "--criterion", "masked_lm"],
+        ["--task", "dummy_mt", "--src-len", "8", "--tgt-len", "8", "--arch", "transformer_tiny"],
+    ],
+    ids=lambda flags: flags[1],
+)
+def test_a_task_without_data_trains(fairseq, tmp_path, flags):
+    result = fairseq("train", *DUMMY, "--save-dir", tmp_path, *flags, *PLUGIN, "--optimizer", "asam")
+    assert result.status == 0, result.output[-3000:]
+    assert result.output.count('"sharpness": "') == 3
+    assert checkpoint(tmp_path)["optimizer_history"][-1]["num_updates"] == 3
+
+
+def configuration(data, *flags, optimizer="asam"):
+    """The whole configuration of a command line that begins with *data*."""
+    parser = options.get_training_parser()
+    flags = [*recipe(data, "unused", *flags), "--optimizer", optimizer]
+    return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, list(map(str, flags))))
+
+
+@pytest.mark.parametrize("data", ["", "{there}", "{there}:{there}", "{there}:", "{there}/file.yaml"])
+def test_data_that_are_there_are_not_refused(tmp_path, data):
+    (tmp_path / "file.yaml").touch()
+    check_configuration(configuration(data.format(there=tmp_path)))
+
+
+def test_a_task_that_can_do_without_data_is_not_refused():
+    cfg = configuration("unused", "--task", "language_modeling", *LANGUAGE_MODEL)
+    cfg.task.data = None
+    check_configuration(cfg)
+
+
+@pytest.mark.parametrize("task", ["translation", "audio_pretraining", "multilingual_translation"])
+def test_the_part_of_the_data_that_is_missing_is_named(tmp_path, task):
+    """Before the task is set up, which some do without looking at their data."""
+    model = ["--arch", "wav2vec2", "--criterion", "wav2vec"] if task == "audio_pretraining" else []
+    cfg = configuration(f"{tmp_path}:{tmp_path}/part2", "--task", task, *model)
+    sentence = f"^fairseq_asam: there is no data in {tmp_path}/part2: name the data of --task {task}$"
+    with pytest.raises(SystemExit, match=sentence):
+        tasks.setup_task(cfg.task)
+
+
+def test_a_task_is_set_up_from_a_part_of_a_configuration(tmp_path):
+    """As programs do that do not train."""
+    alone = OmegaConf.create({"_name": "dummy_lm", "dict_size": 20, "batch_size": 2, "max_tokens": None})
+    assert len(tasks.setup_task(alone).source_dictionary) == 24
+    (tmp_path / "dict.txt").write_text("a 1\nb 1\n")
+    words = LanguageModelingConfig(data=str(tmp_path), output_dictionary_size=-1)
+    arguments = Namespace(task="language_modeling", **vars(words))
+    assert len(tasks.setup_task(arguments).source_dictionary) == 6
+
+
+def test_a_checkpoint_s_task_is_set_up_where_its_data_are_not(tmp_path):
+    """The dictionaries of tasks of speech are in the checkpoint."""
+    model = ["--arch", "wav2vec2", "--criterion", "wav2vec"]
+    cfg = configuration(tmp_path / "elsewhere", "--task", "audio_pretraining", *model)
+    assert tasks.setup_task(cfg.task, from_checkpoint=True).cfg.data == str(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],  # a Namespace
+        ["--task", "language_modeling", *LANGUAGE_MODEL],  # structured
+        ["--task", "masked_lm", *ROBERTA, "--criterion", "masked_lm"],
+    ],
+    ids=["transformer", "transformer_lm", "roberta"],
+)
+def test_quantization_noise_is_refused(tmp_path, flags):
+    check_configuration(configuration(tmp_path, *flags, "--quant-noise-pq", "0"))
+    with pytest.raises(
+        ValueError, match=r"^--quant-noise-pq does not go with --optimizer asam: each forward"
+    ):
+        check_configuration(configuration(tmp_path, *flags, "--quant-noise-pq", "0.1"))
+
+
+def test_a_model_without_such_an_option_is_not_refused(tmp_path):
+    check_configuration(configuration(tmp_path, "--arch", "lstm"))
+
+
+def test_quantization_noise_is_refused_in_a_structured_transformer(tmp_path):
+    """Where it is ``quant_noise.pq``, as in configuration files."""
+    cfg = configuration(tmp_path)
+    del cfg.model.quant_noise_pq
+    cfg.model.quant_noise = Namespace(pq=0.1, pq_block_size=8)
+    with pytest.raises(ValueError, match=r"^--quant-noise-pq does not go with --optimizer asam"):
+        check_configuration(cfg)
