@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .normalization import NormalizationOperator, strung
+from .shards import Shards, local, shards_of
 
 # Elements that are processed together. On a CPU a block and its temporaries should stay in the cache; on an
 # accelerator the number of launches counts, and this bounds the temporary memory.
@@ -41,17 +42,22 @@ class Ascent(NamedTuple):
 
 
 class Block:
-    """Weights, or flat slices of them, that are processed together: of one device, dtype and operator.
+    """Weights, or flat slices of them, that are processed together: of one device, dtype and operator, and
+    shared out in the same way.
 
     Holds the backup copy of each, its float32 master if it has one, and its index among all slices."""
 
-    def __init__(self, operator: NormalizationOperator, eta: float, dtype: torch.dtype):
-        self.operator, self.eta = operator, eta
+    def __init__(
+        self, operator: NormalizationOperator, eta: float, dtype: torch.dtype, shards: Shards | None = None
+    ):
+        self.operator, self.eta, self.shards = operator, eta, shards
         self.working_dtype = torch.promote_types(dtype, torch.float32)
         self.numbers: list[int] = []
         self.weights: list[Tensor] = []
         self.copies: list[Tensor] = []
         self.masters: list[Tensor] = []
+        #: The diagonals, where it takes other processes to compute them.
+        self.diagonals: list[Tensor] | None = None
         self.size = 0
 
     def append(self, number: int, weight: Tensor, copy: Tensor, *master: Tensor) -> None:
@@ -94,6 +100,8 @@ class Block:
 
     def _diagonals(self) -> list[Tensor] | None:
         """Return the diagonal of T for each weight, in at least float32; ``None`` where T = 1."""
+        if self.diagonals is not None:
+            return self.diagonals
         weights = [weight.to(self.working_dtype) for weight in self.masters or self.weights]
         return self.operator.diagonal(weights, self.eta)
 
@@ -152,65 +160,98 @@ class Blocks:
         self._forms: list[tuple] = []
         self._limits: dict[Tensor, int | None] = {}
         self._blocks: list[Block] = []
+        self._alone: dict[Tensor, Block] = {}
 
     def with_gradients(
         self,
+        gradients: Mapping[Tensor, Tensor],
         operator_of: Callable[[Tensor], NormalizationOperator],
         eta: float,
         p: float,
         *settings: Hashable,
     ) -> list[tuple[Block, list[Tensor]]]:
-        """Return the weights that have a gradient in blocks, each block with its gradients.
+        """Return weights in blocks, each block with its gradients.
 
-        *settings* are those on which *operator_of* depends. The blocks of the last step serve again unless an
-        argument changed or a tensor has another place or form. The gradients are new, and not kept."""
-        present = [w for w in self._weights if w.requires_grad and w.grad is not None and w.numel() > 0]
+        The blocks of the last step serve again unless an argument changed or a tensor has another place or
+        form. The gradients are new, and not kept.
+
+        Args:
+            gradients: of each weight that has one, this process's part.
+            operator_of, eta, p: the normalization operator of a weight, its stability term, and the order of
+                the norm that bounds the region.
+            settings: those on which *operator_of* depends.
+        """
+        present = [w for w in gradients if local(w).numel() > 0]
         forms: list[tuple] = [(eta, p, *settings)]
-        forms += [
-            (id(w), w.data_ptr(), w.shape, w.stride(), w.dtype, w.device, w.grad.stride(), w.grad.dtype)
-            for w in present
-        ]
+        for w in present:
+            part, g = local(w), gradients[w]
+            form = (id(w), part.data_ptr(), part.shape, part.stride(), part.dtype, part.device)
+            forms.append((*form, g.stride(), g.dtype))
         forms += [(m.data_ptr(), m.stride()) for m in map(self._masters.get, present) if m is not None]
         if forms != self._forms:
             self._forms = []
-            self._plan(present, operator_of, eta, p)
+            self._plan(present, gradients, operator_of, eta, p)
             self._forms = forms
-        slices = [piece for w in present for piece in _slices(w.grad, self._limits[w])]
+        self._reduce_diagonals(operator_of, eta)
+        slices = [piece for w in present for piece in _slices(gradients[w], self._limits[w])]
         return [(block, [slices[number] for number in block.numbers]) for block in self._blocks]
+
+    def _reduce_diagonals(self, operator_of: Callable[[Tensor], NormalizationOperator], eta: float) -> None:
+        """Compute the diagonals that are norms over several processes. Each process takes part for each of
+        these weights, also if its own shard is empty."""
+        for shards, weights in self._over_shards.items():
+            parts = [operator_of(w).diagonal([local(w).detach()], 0.0)[0].double() for w in weights]
+            squares = torch.cat([part.flatten() for part in parts]).square_()
+            shards.all_reduce(squares)
+            sizes = [part.numel() for part in parts]
+            for weight, part, norm in zip(weights, parts, squares.sqrt_().split(sizes)):
+                if weight in self._alone:
+                    block = self._alone[weight]
+                    block.diagonals = [(norm.view_as(part) + eta).to(block.working_dtype)]
 
     def _plan(
         self,
         parameters: list[Tensor],
+        gradients: Mapping[Tensor, Tensor],
         operator_of: Callable[[Tensor], NormalizationOperator],
         eta: float,
         p: float,
     ) -> None:
         """Cut *parameters* into slices, and put these into blocks."""
-        self._limits, self._blocks = {}, []
+        self._limits, self._blocks, self._alone = {}, [], {}
+        self._over_shards: dict[Shards, list[Tensor]] = {}
+        for weight in self._weights:
+            shards = shards_of(weight, operator_of(weight).summed_dims(weight))
+            if shards is not None:
+                self._over_shards.setdefault(shards, []).append(weight)
         open_blocks: dict[tuple, Block] = {}
         memory: dict[torch.dtype, Tensor] = {}
         numbers = itertools.count()
         for parameter in parameters:
-            operator, dtype = operator_of(parameter), parameter.dtype
-            masters = [self._masters[parameter].detach()] if parameter in self._masters else []
-            tensors = [parameter.detach(), self._copy_of(parameter), *masters]
-            on_cpu = parameter.device.type == "cpu"
+            operator, part = operator_of(parameter), local(parameter).detach()
+            dtype, shards = part.dtype, shards_of(parameter)
+            masters = [local(self._masters[parameter]).detach()] if parameter in self._masters else []
+            tensors = [part, self._copy_of(parameter), *masters]
+            on_cpu = part.device.type == "cpu"
             size = _CPU_BLOCK if on_cpu else _ACCELERATOR_BLOCK
-            flat = all(tensor.is_contiguous() for tensor in (*tensors, parameter.grad))
+            flat = all(tensor.is_contiguous() for tensor in (*tensors, gradients[parameter]))
             flat = flat and operator.has_flat_form
             self._limits[parameter] = size if flat else None
             fast = flat and on_cpu and p == 2.0 and not masters
-            fast = fast and dtype == parameter.grad.dtype in (torch.float32, torch.float64)
-            alone = on_cpu and not (fast and parameter.numel() <= _SMALL)
-            key = (parameter.device, dtype, operator, len(tensors), fast)
+            fast = fast and dtype == gradients[parameter].dtype in (torch.float32, torch.float64)
+            over_shards = shards_of(parameter, operator.summed_dims(parameter)) is not None
+            alone = over_shards or (on_cpu and not (fast and part.numel() <= _SMALL))
+            key = (part.device, dtype, operator, len(tensors), fast, shards)
             for slices in zip(*(_slices(tensor, self._limits[parameter]) for tensor in tensors)):
                 block = None if alone else open_blocks.get(key)
                 if block is None or block.size + slices[0].numel() > size:
-                    block = (FlatBlock if fast else Block)(operator, eta, dtype)
+                    block = (FlatBlock if fast else Block)(operator, eta, dtype, shards)
                     self._blocks.append(block)
                     if not alone:
                         open_blocks[key] = block
                 block.append(next(numbers), *slices)
+            if over_shards:
+                self._alone[parameter] = block
         for block in self._blocks:
             if isinstance(block, FlatBlock):
                 dtype = block.working_dtype
@@ -219,11 +260,12 @@ class Blocks:
                 block.use(*memory[dtype])
 
     def _copy_of(self, parameter: Tensor) -> Tensor:
-        """Return memory for a copy of *parameter*, new if that has changed its form since the last step."""
-        copy = self._copies.get(parameter)
-        form = (parameter.shape, parameter.stride(), parameter.dtype, parameter.device)
+        """Return memory for a copy of this process's part of *parameter*, new if that has changed its form
+        since the last step."""
+        copy, part = self._copies.get(parameter), local(parameter)
+        form = (part.shape, part.stride(), part.dtype, part.device)
         if copy is None or (copy.shape, copy.stride(), copy.dtype, copy.device) != form:
-            copy = self._copies[parameter] = _memory_for(parameter)
+            copy = self._copies[parameter] = _memory_for(part)
         return copy
 
 

@@ -36,6 +36,11 @@ class NormalizationOperator:
         new memory; ``None`` where it is 1 everywhere."""
         raise NotImplementedError
 
+    def summed_dims(self, weight: Tensor) -> tuple[int, ...]:
+        """Return the dimensions of *weight* over which T is an l2 norm. Where these are in shards, squares
+        are added up over the processes."""
+        return ()
+
     def flat_norm(self, gradient: Tensor, weights: list[Tensor], minus_eta: Tensor, memory: Tensor) -> Tensor:
         """Return ||T g||_2 of a flat *gradient* and of flat *weights*, one after another. *memory* is scratch
         space of the gradient's size."""
@@ -84,7 +89,17 @@ class ElementWise(NormalizationOperator):
         return _squared_error(magnitude, minus_eta, _NO_REDUCTION, out=memory)
 
 
-class FilterWise(NormalizationOperator):
+class _NormOverDims(NormalizationOperator):
+    """T = the l2 norm of the weight over :meth:`summed_dims` + eta."""
+
+    def diagonal(self, weights: list[Tensor], eta: float) -> list[Tensor]:
+        dims = [self.summed_dims(weight) for weight in weights]
+        diagonals = [torch.linalg.vector_norm(w, dim=d, keepdim=True) for w, d in zip(weights, dims)]
+        torch._foreach_add_(diagonals, eta)
+        return diagonals
+
+
+class FilterWise(_NormOverDims):
     """T = ||f_j||_2 + eta for all weights of convolution filter j (Equation 5), and element-wise elsewhere.
 
     A convolution weight has three or more dimensions; slice j of its first dimension is filter j.
@@ -93,14 +108,11 @@ class FilterWise(NormalizationOperator):
     def applied_to(self, weight: Tensor) -> NormalizationOperator:
         return self if weight.dim() >= 3 else ELEMENT_WISE
 
-    def diagonal(self, weights: list[Tensor], eta: float) -> list[Tensor]:
-        inner = [tuple(range(1, weight.dim())) for weight in weights]
-        diagonals = [torch.linalg.vector_norm(w, dim=d, keepdim=True) for w, d in zip(weights, inner)]
-        torch._foreach_add_(diagonals, eta)
-        return diagonals
+    def summed_dims(self, weight: Tensor) -> tuple[int, ...]:
+        return tuple(range(1, weight.dim()))
 
 
-class LayerWise(NormalizationOperator):
+class LayerWise(_NormOverDims):
     """T = ||w||_2 + eta for all of a weight with two or more dimensions, and element-wise elsewhere.
 
     The paper does not have it. Scaling a whole layer leaves its adaptive sharpness alone, and weights that
@@ -110,10 +122,8 @@ class LayerWise(NormalizationOperator):
     def applied_to(self, weight: Tensor) -> NormalizationOperator:
         return self if weight.dim() >= 2 else ELEMENT_WISE
 
-    def diagonal(self, weights: list[Tensor], eta: float) -> list[Tensor]:
-        diagonals = list(torch._foreach_norm(weights))
-        torch._foreach_add_(diagonals, eta)
-        return diagonals
+    def summed_dims(self, weight: Tensor) -> tuple[int, ...]:
+        return tuple(range(weight.dim()))
 
 
 IDENTITY, ELEMENT_WISE = Identity(), ElementWise()

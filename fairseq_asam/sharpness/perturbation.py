@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .blocks import Ascent, Block, Blocks
 from .normalization import NORMALIZATIONS, NormalizationOperator, operator_of
+from .shards import Agreement, Shards, is_sharded, local, local_gradient, shards_of
 
 
 class Displacement:
@@ -31,8 +31,8 @@ class Displacement:
     def __init__(self):
         self._moved: list[Tensor] = []
         self._saved: list[Tensor] = []
-        # Each weight and its storage on entry; None outside of the block.
-        self._places: list[tuple[Tensor, Tensor]] | None = None
+        # Each weight and its storage on entry (None in shards, which keep theirs); None outside of the block.
+        self._places: list[tuple[Tensor, Tensor | None]] | None = None
         self._guard: RemovableHandle | None = None
 
     def __enter__(self) -> Displacement:
@@ -62,7 +62,7 @@ class Displacement:
         raise NotImplementedError
 
     def _remember_places(self, weights: Iterable[Tensor]) -> None:
-        self._places = [(weight, weight.detach()) for weight in weights]
+        self._places = [(weight, None if is_sharded(weight) else weight.detach()) for weight in weights]
 
     def _save(self, weights: list[Tensor], copies: list[Tensor]) -> None:
         torch._foreach_copy_(copies, weights)
@@ -74,8 +74,8 @@ class Displacement:
         if self._moved:
             torch._foreach_copy_(self._moved[::-1], self._saved[: len(self._moved)][::-1])
         for weight, place in self._places or ():
-            if weight.data_ptr() != place.data_ptr():  # as quantization noise puts weights into new memory
-                weight.data = place
+            if place is not None and weight.data_ptr() != place.data_ptr():
+                weight.data = place  # as after quantization noise, which puts weights into new memory
         torch.clear_autocast_cache()
         if self._guard is not None:
             self._guard.remove()
@@ -114,6 +114,9 @@ class Perturbation(Displacement):
     should see alike, such as dropout masks and batch normalization, :class:`~fairseq_asam.TwoPasses` takes
     care of.
 
+    Weights may be in shards (``DTensor``, as of ``fully_shard`` and tensor parallelism). Each process
+    perturbs its own part, and the norm is over all shards: the processes have to enter the block together.
+
     All options but *masters* are attributes too, which may be set between blocks.
 
     Args:
@@ -137,10 +140,12 @@ class Perturbation(Displacement):
 
     Raises:
         ValueError: a value out of its range; a parameter that is not a leaf, is complex and requires a
-            gradient, or is in shards; no parameter requires a gradient; on entry, a sparse gradient.
+            gradient, or is of FullyShardedDataParallel (FSDP1); no parameter requires a gradient; on entry,
+            a sparse gradient, or one that is whole of a weight in shards.
         TypeError: *named_parameters* are not pairs of name and tensor.
-        RuntimeError: on entry, no parameter has a gradient, or the weights are perturbed already; inside the
-            block, an optimizer is to step with the weights.
+        RuntimeError: on entry, no parameter has a gradient, the weights are perturbed already, or processes
+            that share out weights have gradients of different ones; inside the block, an optimizer is to step
+            with the weights.
     """
 
     def __init__(
@@ -184,6 +189,8 @@ class Perturbation(Displacement):
                 stacklevel=2,
             )
         self._blocks = Blocks(self.parameters, masters)
+        self._shards = dict.fromkeys(shards for p in self.parameters if (shards := shards_of(p)) is not None)
+        self._agreement = Agreement()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _CHECKS:
@@ -200,19 +207,33 @@ class Perturbation(Displacement):
                     f"{name} has dtype {parameter.dtype}, but the paper defines epsilon for real weights: "
                     "train its real and imaginary parts as two parameters, or do not pass it"
                 )
-            kind = _sharded_by(parameter)
-            if kind is not None:
+            # torch has no public sign of FSDP1. tests/sharpness/test_shards.py tells if this one goes.
+            if getattr(parameter, "_fsdp_flattened", False):
                 raise ValueError(
-                    f"{name} is in shards ({kind}), but epsilon needs the norm over all shards, which is not "
-                    "supported yet: use DistributedDataParallel, which keeps weights whole"
+                    f"{name} is in shards of FullyShardedDataParallel (FSDP1), which hides the shapes of "
+                    "weights: use torch.distributed.fsdp.fully_shard (FSDP2)"
                 )
 
     def _move(self) -> None:
+        try:
+            gradients = self._gradients()
+        except (ValueError, RuntimeError):
+            if self._shards:  # the others wait for this process
+                self._blocks_and_norm({}, dual(self.p))
+            raise
+        self._remember_places(gradients)
+        self._perturb(gradients)
+
+    def _gradients(self) -> dict[Tensor, Tensor]:
+        """Return the gradient of each parameter that has one, this process's part."""
         present = [p for p in (*self._names, *self._not_real) if p.requires_grad and p.grad is not None]
         if not present:
+            what = "no parameter has a gradient"
+            if self._shards:
+                what += " (set_requires_gradient_sync(False) leaves shards without)"
             raise RuntimeError(
-                "no parameter has a gradient: call backward() at w before entering the block, or make no "
-                "update for a batch that you skip"
+                f"{what}: call backward() at w before entering the block, or make no update for a batch that "
+                "you skip"
             )
         self._refuse(given=present)
         for parameter in present:
@@ -221,18 +242,12 @@ class Perturbation(Displacement):
                     f"the gradient of {self._names[parameter]} is sparse, which sharpness-aware training "
                     "does not support: use a dense gradient (for nn.Embedding, sparse=False)"
                 )
-        self._remember_places(present)
-        self._perturb()
+        return {parameter: local_gradient(parameter, self._names[parameter]) for parameter in present}
 
     @torch.no_grad()
-    def _perturb(self) -> None:
-        q = 1.0 if math.isinf(self.p) else self.p / (self.p - 1.0)
-        blocks = self._blocks.with_gradients(
-            self._operator_of, self.eta, self.p, self.normalization, self.normalize_bias
-        )
-        # Powers other than squares soon leave the range of float32: take them in units of the largest.
-        unit = None if q in (1.0, 2.0) else _norm(blocks, math.inf)
-        self.norm = _norm(blocks, q, unit)
+    def _perturb(self, gradients: dict[Tensor, Tensor]) -> None:
+        q = dual(self.p)
+        blocks = self._blocks_and_norm(gradients, q)
         inverse = 1.0 / self.norm
         usable = torch.isfinite(self.norm) & torch.isfinite(inverse)
         on_cpu = self.norm.device.type == "cpu"  # elsewhere, to look at a value would stall the device
@@ -241,28 +256,68 @@ class Perturbation(Displacement):
         rho = -self.rho if self.maximize else self.rho
         ascent = Ascent(rho, q, torch.where(usable, inverse, 0.0), usable)
         # Backwards, and forwards in _restore: a CPU has in its cache what it touched last.
-        for block, gradients in reversed(blocks):
+        for block, of_block in reversed(blocks):
             self._save(block.weights, block.copies)
-            block.move(gradients, ascent)
+            block.move(of_block, ascent)
+
+    @torch.no_grad()
+    def _blocks_and_norm(self, gradients: dict[Tensor, Tensor], q: float) -> list[tuple[Block, list[Tensor]]]:
+        """Return the weights in blocks, each with its gradients, and set :attr:`norm`."""
+        blocks = self._blocks.with_gradients(
+            gradients, self._operator_of, self.eta, self.p, self.normalization, self.normalize_bias
+        )
+        # Powers other than squares soon leave the range of float32: take them in units of the largest.
+        unit = None if q in (1.0, 2.0) else self._norm(blocks, math.inf)
+        self.norm = self._norm(blocks, q, unit, [self._names[p] for p in gradients])
+        return blocks
+
+    def _norm(
+        self,
+        blocks: list[tuple[Block, list[Tensor]]],
+        order: float,
+        unit: Tensor | None = None,
+        names: Iterable[str] = (),
+    ) -> Tensor:
+        """Return ||T g||_order over all *blocks* and their gradients, those of weights called *names*. *unit*
+        keeps powers of it in range."""
+        # Each process takes part in every sum, also if it has no gradient of a weight of such shards.
+        norms: dict[Shards | None, list[Tensor]] = {shards: [] for shards in self._shards}
+        for block, of_block in blocks:
+            norms.setdefault(block.shards, []).extend(block.norms(of_block, order, unit))
+        norm = _joined([self._over(shards, parts, order, names) for shards, parts in norms.items()], order)
+        return norm if unit is None else norm * unit
+
+    def _over(self, shards: Shards | None, norms: list[Tensor], order: float, names: Iterable[str]) -> Tensor:
+        """Return the norm of *norms*, over all processes of *shards* if there are any."""
+        if shards is None:
+            return _joined(norms, order)
+        some = local(self.parameters[0])
+        dtype = torch.promote_types(some.dtype, torch.float32)
+        norm = _joined(norms, order) if norms else torch.zeros((), dtype=dtype, device=some.device)
+        if math.isinf(order):
+            total = norm.double()
+            shards.all_reduce(total, "MAX")
+            return total.to(norm)
+        fingerprint = self._agreement.fingerprint(list(names), norm.device)
+        total = torch.cat([norm.double().pow(order).view(1), fingerprint])
+        shards.all_reduce(total)
+        self._agreement.check(total[1:], shards.size())
+        return total[0].pow(1.0 / order).to(norm)
 
     def _operator_of(self, parameter: Tensor) -> NormalizationOperator:
         return operator_of(self._names[parameter], parameter, self.normalization, self.normalize_bias)
 
 
-def _norm(blocks: list[tuple[Block, list[Tensor]]], order: float, unit: Tensor | None = None) -> Tensor:
-    """Return ||T g||_order over all *blocks* and their gradients; *unit* keeps powers of it in range."""
-    norms = [norm for block, gradients in blocks for norm in block.norms(gradients, order, unit)]
-    norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]), order)
-    return norm if unit is None else norm * unit
+def dual(p: float) -> float:
+    """Return q of 1/p + 1/q = 1."""
+    return 1.0 if math.isinf(p) else p / (p - 1.0)
 
 
-def _sharded_by(parameter: Tensor) -> str | None:
-    """Return what put *parameter* into shards, or ``None`` if it is whole."""
-    distributed_tensor = sys.modules.get("torch.distributed.tensor")  # slow to import, and loaded if in use
-    if distributed_tensor is not None and isinstance(parameter, distributed_tensor.DTensor):
-        return "a DTensor, as of fully_shard or tensor parallelism"
-    # torch has no public sign of it. tests/sharpness/test_shards.py tells if this one goes.
-    return "FullyShardedDataParallel" if getattr(parameter, "_fsdp_flattened", False) else None
+def _joined(norms: list[Tensor], order: float) -> Tensor:
+    """Return the norm of vectors one after another, from the norms of each."""
+    if len(norms) == 1:
+        return norms[0]
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]), order)
 
 
 _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {

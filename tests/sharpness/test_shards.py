@@ -1,54 +1,233 @@
-"""Weights in shards are refused, on every process, in one sentence."""
+"""Weights in shards: the epsilon, the update and the sharpness of one process with the whole batch."""
 
+import functools
+import itertools
+import math
+
+import plain_epsilon
 import pytest
 import torch
 import torch.distributed as dist
+from processes import in_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from fairseq_asam import Perturbation, SharpnessAware
+from fairseq_asam import NORMALIZATIONS, Perturbation, TwoPasses
 
-
-@pytest.fixture
-def process_group(tmp_path):
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def fsdp1(model):
-    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-
-
-def fsdp1_flat(model):
-    return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
-
-
-def fsdp2(model):
-    return fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-
-
-def tensor_parallel(model):
-    return parallelize_module(model, init_device_mesh("cpu", (1,)), {"0": ColwiseParallel()})
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("shard", [fsdp1, fsdp1_flat, fsdp2, tensor_parallel])
-def test_weights_in_shards_are_refused(process_group, shard):
-    model = shard(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
-    with pytest.raises(ValueError, match=r"weight|flat_param.* is in shards .*: use DistributedDataParallel"):
-        Perturbation(model.named_parameters(), rho=0.1)
-    with pytest.raises(ValueError, match="is in shards"):
-        SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.1)
+INF = math.inf
+#: Shapes that split unevenly, and leave some processes without a part.
+SHAPES = {
+    "conv.weight": (3, 4, 2),
+    "linear.weight": (5, 3),
+    "linear.bias": (5,),
+    "lstm.bias_ih_l0": (1,),
+    "embedding.weight": (1, 6),
+    "gain": (7,),
+    "whole.weight": (4, 3),
+}
+#: Mesh shape and, for each of its dimensions, the dimension of the weights that it splits (None: copies).
+LAYOUTS = {
+    "rows": ((2,), (0,)),
+    "columns": ((2,), (1,)),
+    "rows over four": ((4,), (0,)),
+    "copies of rows": ((2, 2), (None, 0)),
+    "rows and columns": ((2, 2), (0, 1)),
+    "rows of rows": ((2, 2), (0, 0)),
+    "columns, copied": ((2, 2), (1, None)),
+}
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_weights_put_into_shards_later_are_refused_before_they_move(process_group):
-    model = nn.Linear(4, 4)
-    perturbation = Perturbation(model.named_parameters(), rho=0.1)
-    wrapped = fsdp1(model)
-    wrapped(torch.ones(2, 4)).sum().backward()
-    with pytest.raises(ValueError, match="is in shards"), perturbation:
-        pass
+def layouts(processes):
+    return {name: layout for name, layout in LAYOUTS.items() if math.prod(layout[0]) == processes}
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def random_weights():
+    generator = torch.Generator().manual_seed(0)
+    names = [*SHAPES, *(f"{name} gradient" for name in SHAPES)]
+    drawn = [torch.randn(SHAPES[n.split(" ")[0]], generator=generator, dtype=torch.float64) for n in names]
+    return dict(zip(SHAPES, drawn)), dict(zip(SHAPES, drawn[len(SHAPES) :]))
+
+
+def sharded_weights(layout):
+    mesh_shape, dims = layout
+    mesh = init_device_mesh("cpu", mesh_shape)
+    weights, gradients = random_weights()
+    parameters = {}
+    for name, weight in weights.items():
+        if name == "whole.weight":
+            parameters[name] = nn.Parameter(weight)
+            parameters[name].grad = gradients[name]
+            continue
+        placements = [Replicate() if d is None or d >= weight.dim() else Shard(d) for d in dims]
+        parameters[name] = nn.Parameter(distribute_tensor(weight, mesh, placements))
+        parameters[name].grad = distribute_tensor(gradients[name], mesh, placements)
+    return parameters
+
+
+def epsilons(processes):
+    """The largest relative difference from the plain formula, for each layout and region."""
+    differences = {}
+    weights, gradients = ({n: w.numpy() for n, w in each.items()} for each in random_weights())
+    for name, layout in layouts(processes).items():
+        parameters = sharded_weights(layout)
+        before = {n: full(p.detach()).clone() for n, p in parameters.items()}
+        for normalization, p, bias in itertools.product(NORMALIZATIONS, (2.0, 1.5, INF), (False, True)):
+            options = dict(rho=0.5, eta=0.01, p=p, normalization=normalization, normalize_bias=bias)
+            perturbation = Perturbation(parameters.items(), **options)
+            expected = plain_epsilon.epsilon(weights, gradients, **options)
+            worst = 0.0
+            for _ in range(2):  # with what is kept between steps
+                with perturbation:
+                    moved = {n: (full(w.detach()) - before[n]).numpy() for n, w in parameters.items()}
+                largest = max(abs(epsilon).max() for epsilon in expected.values())
+                worst = max(worst, *(abs(moved[n] - expected[n]).max() / largest for n in moved))
+            back = all(torch.equal(full(w.detach()), before[n]) for n, w in parameters.items())
+            differences[name, normalization, p, bias] = worst if back else INF
+    return differences
+
+
+class Network(nn.Module):
+    """Layers whose parts are uneven over two and over four processes."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 6)
+        self.conv = nn.Conv1d(6, 6, 2)
+        self.up, self.down, self.out = nn.Linear(6, 10), nn.Linear(10, 6), nn.Linear(6, 1)
+        self.norm = nn.LayerNorm(6)
+        self.double()
+
+    def forward(self, x):
+        x = self.conv(self.embedding(x).transpose(1, 2)).mean(2)
+        return self.out(self.norm(x + self.down(self.up(x).tanh())))
+
+
+def network():
+    torch.manual_seed(0)
+    return Network()
+
+
+def tokens(step, size=8):
+    return torch.randint(7, (size, 5), generator=torch.Generator().manual_seed(step))
+
+
+def loss_of(model, x):
+    return (model(x) - x.double().mean(1, keepdim=True)).square().mean()
+
+
+def fsdp(model, mesh=None, **options):
+    for layer in (model.embedding, model.conv, model.up):
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def tensor_parallel(model, mesh):
+    return parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+
+def several_meshes(model):
+    """Some layers over pairs of processes, copied over the pairs; some over all; the rest whole."""
+    fully_shard(model.up, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts")))
+    fully_shard(model.conv, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return model
+
+
+def fsdp_and_tensor_parallel(model):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    return fsdp(tensor_parallel(model, mesh["tensor"]), mesh["data"])
+
+
+#: How a model is put into shards, and how many different shares of a batch there are.
+SHARDINGS = {
+    2: {
+        "fully_shard": (fsdp, 2),
+        "fully_shard without release": (functools.partial(fsdp, reshard_after_forward=False), 2),
+        "tensor parallel": (lambda m: tensor_parallel(m, init_device_mesh("cpu", (2,))), 1),
+    },
+    4: {
+        "fully_shard": (fsdp, 4),
+        "hybrid": (lambda m: fsdp(m, init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))), 4),
+        "fully_shard and tensor parallel": (fsdp_and_tensor_parallel, 2),
+    },
+}
+ADAM = functools.partial(torch.optim.Adam, lr=0.02, foreach=False)
+
+
+def trained(model, options, share, shares, updates=20, accumulate=1):
+    """The sharpness of each update, and the last gradient and weights."""
+    optimizer = ADAM(model.parameters())
+    two_passes = TwoPasses(Perturbation(model.named_parameters(), **options), [model])
+    seen = []
+    for step in range(updates):
+        for part in range(accumulate):
+            x = tokens(step).chunk(accumulate)[part].chunk(shares)[share]
+
+            def evaluate(x=x):
+                loss = loss_of(model, x) / accumulate
+                loss.backward()
+                return loss
+
+            two_passes.at_w(evaluate)
+        two_passes.at_w_plus_epsilon()
+        seen.append(float(two_passes.sharpness))
+        optimizer.step()
+        if step < updates - 1:
+            optimizer.zero_grad()
+    gradients = {name: full(w.grad) for name, w in model.named_parameters()}
+    return seen, gradients, {name: full(w.detach()) for name, w in model.named_parameters()}
+
+
+REGIONS = [
+    dict(rho=0.5, normalization=normalization, p=p)
+    for normalization, p in [
+        *itertools.product(NORMALIZATIONS, (2.0,)),
+        ("element-wise", INF),
+        ("layer-wise", 3.0),
+    ]
+]
+
+
+def trainings(processes):
+    """The largest difference from one process, for each sharding and region."""
+    differences = {}
+    for (name, (shard, shares)), (number, options), accumulate in itertools.product(
+        SHARDINGS[processes].items(), enumerate(REGIONS), (1, 2)
+    ):
+        if accumulate == 2 and number:
+            continue
+        share = dist.get_rank() * shares // processes
+        _, gradients, weights = trained(shard(network()), options, share, shares, accumulate=accumulate)
+        _, expected_gradients, expected = trained(network(), options, 0, 1, accumulate=accumulate)
+        of_weights = max((weights[n] - w).abs().max().item() for n, w in expected.items())
+        of_gradients = max((gradients[n] - g).abs().max().item() for n, g in expected_gradients.items())
+        differences[name, tuple(options.values()), accumulate] = (of_weights, of_gradients)
+    return differences
+
+
+@functools.cache
+def results(function, processes):
+    return in_processes(processes, function, processes)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_epsilon_is_that_of_whole_weights(normalization, processes):
+    for on_one in results(epsilons, processes):
+        mine = {key: value for key, value in on_one.items() if key[1] == normalization}
+        assert len(mine) == len(layouts(processes)) * 6
+        assert max(mine.values()) < 1e-12, max(mine, key=mine.get)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_twenty_updates_are_those_of_one_process_with_the_whole_batch(processes):
+    for on_one in results(trainings, processes):
+        for key, (of_weights, of_gradients) in on_one.items():
+            assert of_weights < 1e-12 and of_gradients < 1e-11, key
+        assert len(on_one) == len(SHARDINGS[processes]) * (len(REGIONS) + 1)

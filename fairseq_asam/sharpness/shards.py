@@ -1,0 +1,130 @@
+"""Weights in shards (``DTensor``, as of ``fully_shard`` and tensor parallelism): the local part of each, and
+sums over all parts.
+
+A process perturbs its own part of a weight. What it needs of the others are sums: of the powers of T g for
+the norm, and of squared weights for an operator that takes norms across shards.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Shards(NamedTuple):
+    """The processes that share out a weight: those along *dims* of the device *mesh*."""
+
+    mesh: Any
+    dims: tuple[int, ...]
+
+    def all_reduce(self, values: Tensor, operation: str = "SUM") -> None:
+        """Reduce *values* in place over these processes.
+
+        Raises:
+            RuntimeError: their process group is gone.
+        """
+        distributed = torch.distributed
+        for dim in self.dims:
+            try:
+                group = self.mesh.get_group(dim)
+                size = distributed.get_world_size(group)
+            except (RuntimeError, ValueError, KeyError, AssertionError) as error:
+                raise RuntimeError(
+                    f"the process group of the weights' device mesh {self.mesh} is gone: make the update "
+                    "before destroy_process_group()"
+                ) from error
+            if size > 1:
+                distributed.all_reduce(values, getattr(distributed.ReduceOp, operation), group)
+
+    def size(self) -> int:
+        """Return the number of processes."""
+        return int(torch.tensor([self.mesh.size(dim) for dim in self.dims]).prod())
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether *tensor* is a ``DTensor``, one part of which this process has."""
+    module = sys.modules.get("torch.distributed.tensor")  # slow to import, and imported where in use
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of *tensor*, in the same memory; a tensor that is whole, as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def shards_of(weight: Tensor, tensor_dims: Iterable[int] | None = None) -> Shards | None:
+    """Return who shares out *weight*, along *tensor_dims* if given; ``None`` if nobody does."""
+    if not is_sharded(weight):
+        return None
+    along = [None if p.is_replicate() else p.dim for p in weight.placements]
+    wanted = set(range(weight.dim()) if tensor_dims is None else tensor_dims)
+    dims = tuple(i for i, dim in enumerate(along) if dim in wanted)
+    return Shards(weight.device_mesh, dims) if dims else None
+
+
+def local_gradient(weight: Tensor, name: str) -> Tensor:
+    """Return this process's part of the gradient of *weight*.
+
+    Raises:
+        ValueError: the gradient is whole and the weight is not, or the other way round.
+    """
+    if is_sharded(weight) != is_sharded(weight.grad):
+        kinds = ("in shards", "whole")[:: 1 if is_sharded(weight) else -1]
+        raise ValueError(
+            f"{name} is {kinds[0]}, but its gradient is {kinds[1]}: let backward() make the gradient, and "
+            "call reshard() on the module after a forward pass without a backward"
+        )
+    if is_sharded(weight) and weight.grad.placements != weight.placements:
+        return weight.grad.redistribute(placements=weight.placements).to_local()
+    return local(weight.grad)
+
+
+class Agreement:
+    """Checks that all processes have gradients of the same weights.
+
+    They would otherwise add up norms of different weights. What each has goes along with the sum that is
+    taken anyway.
+    """
+
+    def __init__(self):
+        self._present: list[str] | None = None
+        self._fingerprint = torch.zeros(2, dtype=torch.float64)
+        self._look = True
+
+    def fingerprint(self, present: list[str], device: torch.device) -> Tensor:
+        """Return two numbers that tell of the names *present*, to be summed over processes."""
+        self._look = present != self._present or device.type == "cpu"
+        if present != self._present or self._fingerprint.device != device:
+            number = hash_of(present)
+            self._fingerprint = torch.tensor([number, number**2], dtype=torch.float64, device=device)
+            self._present = list(present)
+        return self._fingerprint
+
+    def check(self, total: Tensor, processes: int) -> None:
+        """Check the sum of the two numbers. Only looks where that does not stall the device: on a CPU, and
+        when this process's weights with a gradient changed since the last update.
+
+        Raises:
+            RuntimeError: some process has gradients of other weights.
+        """
+        if not self._look:
+            return
+        first, second = total.tolist()
+        if processes * second != first**2:
+            raise RuntimeError(
+                "the processes that share out the weights have gradients of different weights "
+                f"(this one: {', '.join(self._present) or 'none'}): make the same backward pass on each"
+            )
+
+
+def hash_of(names: list[str]) -> int:
+    """Return a number below 2^16 for *names*, the same on every process: the sum of its square over many
+    processes is exact in float64."""
+    number = 1
+    for character in "\n".join(names).encode():
+        number = (number * 31 + character) % 65521
+    return number
