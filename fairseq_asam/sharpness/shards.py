@@ -92,13 +92,13 @@ class Agreement:
 
     def __init__(self):
         self._present: list[str] | None = None
-        self._fingerprint = torch.zeros(2, dtype=torch.float64)
+        self._fingerprint: Tensor | None = None
         self._look = True
 
     def fingerprint(self, present: list[str], device: torch.device) -> Tensor:
         """Return two numbers that tell of the names *present*, to be summed over processes."""
         self._look = present != self._present or device.type == "cpu"
-        if present != self._present or self._fingerprint.device != device:
+        if present != self._present or self._fingerprint is None or self._fingerprint.device != device:
             number = hash_of(present)
             self._fingerprint = torch.tensor([number, number**2], dtype=torch.float64, device=device)
             self._present = list(present)
