@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .normalization import NormalizationOperator, strung
-from .shards import Shards, local, shards_of
+from .shards import Shards, diagonals_over_shards, is_sharded, local, shards_of
 
 # Elements that are processed together. On a CPU a block and its temporaries should stay in the cache; on an
 # accelerator the number of launches counts, and this bounds the temporary memory.
@@ -161,6 +161,7 @@ class Blocks:
         self._limits: dict[Tensor, int | None] = {}
         self._blocks: list[Block] = []
         self._alone: dict[Tensor, Block] = {}
+        self._over_shards: dict[Tensor, NormalizationOperator] = {}
 
     def with_gradients(
         self,
@@ -192,22 +193,11 @@ class Blocks:
             self._forms = []
             self._plan(present, gradients, operator_of, eta, p)
             self._forms = forms
-        self._reduce_diagonals(operator_of, eta)
+        for weight, diagonal in diagonals_over_shards(self._over_shards, eta).items():
+            if weight in self._alone:
+                self._alone[weight].diagonals = [diagonal]
         slices = [piece for w in present for piece in _slices(gradients[w], self._limits[w])]
         return [(block, [slices[number] for number in block.numbers]) for block in self._blocks]
-
-    def _reduce_diagonals(self, operator_of: Callable[[Tensor], NormalizationOperator], eta: float) -> None:
-        """Compute the diagonals that are norms over several processes. Each process takes part for each of
-        these weights, also if its own shard is empty."""
-        for shards, weights in self._over_shards.items():
-            parts = [operator_of(w).diagonal([local(w).detach()], 0.0)[0].double() for w in weights]
-            squares = torch.cat([part.flatten() for part in parts]).square_()
-            shards.all_reduce(squares)
-            sizes = [part.numel() for part in parts]
-            for weight, part, norm in zip(weights, parts, squares.sqrt_().split(sizes)):
-                if weight in self._alone:
-                    block = self._alone[weight]
-                    block.diagonals = [(norm.view_as(part) + eta).to(block.working_dtype)]
 
     def _plan(
         self,
@@ -219,11 +209,7 @@ class Blocks:
     ) -> None:
         """Cut *parameters* into slices, and put these into blocks."""
         self._limits, self._blocks, self._alone = {}, [], {}
-        self._over_shards: dict[Shards, list[Tensor]] = {}
-        for weight in self._weights:
-            shards = shards_of(weight, operator_of(weight).summed_dims(weight))
-            if shards is not None:
-                self._over_shards.setdefault(shards, []).append(weight)
+        self._over_shards = {w: operator_of(w) for w in self._weights if is_sharded(w)}
         open_blocks: dict[tuple, Block] = {}
         memory: dict[torch.dtype, Tensor] = {}
         numbers = itertools.count()

@@ -13,6 +13,16 @@ from torch import Tensor, nn
 
 from .normalization import operator_of
 from .perturbation import Displacement, Perturbation, validate
+from .shards import (
+    Shards,
+    diagonals_over_shards,
+    is_sharded,
+    local,
+    local_gradient,
+    norm_over,
+    reshard,
+    shards_of,
+)
 
 #: A loss without arguments, at the weights as they are: a tensor, or the terms of a mean one after another,
 #: each a pair of a tensor, the summed loss of a batch, and the number of things summed over.
@@ -87,6 +97,9 @@ def measure(
     gradients and mode are afterwards what they were, also after an exception. The weights that the loss does
     not depend on are no part of the region.
 
+    With weights in shards, give the module. All processes call this together, each with its own batches; the
+    loss is the mean over all of them.
+
     Args:
         loss: see :data:`Loss`. It is called once with and *len(regions)* times without a gradient if
             *steps* is 1, and else at most 1 + len(regions) * restarts * (steps + 1) times with one.
@@ -102,24 +115,30 @@ def measure(
     """
     validate_ascents(regions, steps, restarts)
     modules = list(weights.modules()) if isinstance(weights, nn.Module) else []
+    reshard(modules)
     named = list(weights.named_parameters() if isinstance(weights, nn.Module) else weights)
     Perturbation(named, 0.0)  # refuses what cannot be perturbed
     parameters: dict[Tensor, str] = {}
     for name, parameter in named:
         if parameter.requires_grad and parameter.numel():
             parameters.setdefault(parameter, name)  # a shared one comes twice
-
+    sharded = modules if any(map(is_sharded, parameters)) else []
+    if any(map(is_sharded, parameters)) and not modules:
+        raise ValueError(
+            "weights are in shards, and whole ones may be left over from the last pass: give measure() the "
+            "module itself, not its parameters"
+        )
     with _as_it_was(modules, parameters):
         for module in modules:
             module.training = False
-        at_w = evaluate(loss, parameters)
+        at_w = evaluate(loss, parameters, sharded)
         parameters = {p: name for p, name in parameters.items() if p.grad is not None}
         gradients = _gradients(parameters)
-        if not (math.isfinite(at_w) and _are_finite(gradients)):
+        if not (math.isfinite(at_w) and _are_finite(gradients, parameters)):
             raise ValueError(f"the loss at w is {at_w} or its gradient is not finite: there is no ascent")
         measured = []
         for region in regions:
-            search = _Search(loss, parameters, at_w, keep_epsilon)
+            search = _Search(loss, parameters, at_w, keep_epsilon, sharded)
             if steps == 1:
                 search.one_step(region)
             else:
@@ -153,8 +172,15 @@ def validate_ascents(regions: Iterable[Region], steps: int, restarts: int) -> No
 class _Search:
     """The points of a region that were seen, and the best of them."""
 
-    def __init__(self, loss: Loss, parameters: dict[Tensor, str], at_w: float, keep_epsilon: bool):
-        self.loss, self.parameters, self.at_w = loss, parameters, at_w
+    def __init__(
+        self,
+        loss: Loss,
+        parameters: dict[Tensor, str],
+        at_w: float,
+        keep_epsilon: bool,
+        sharded: Sequence[nn.Module],
+    ):
+        self.loss, self.parameters, self.at_w, self.sharded = loss, parameters, at_w, sharded
         self.w = [parameter.detach().clone() for parameter in parameters] if keep_epsilon else []
         self.epsilon = [torch.zeros_like(w) for w in self.w]
         self.best = -math.inf
@@ -167,15 +193,18 @@ class _Search:
     def see(self, displacement: Displacement, with_gradient: bool) -> float:
         """Return the loss where *displacement* leads; NaN if it or its gradient is not finite."""
         with displacement:
-            loss = evaluate(self.loss, self.parameters if with_gradient else ())
+            loss = evaluate(self.loss, self.parameters if with_gradient else (), self.sharded)
             if math.isfinite(loss) and loss > self.best:
                 self.best = loss
                 self.epsilon = [p.detach() - w for p, w in zip(self.parameters, self.w)]
         self.seen += 1
-        if math.isfinite(loss) and (not with_gradient or _are_finite(_gradients(self.parameters))):
+        if math.isfinite(loss) and (not with_gradient or self._gradient_is_finite()):
             return loss
         self.non_finite += 1
         return math.nan
+
+    def _gradient_is_finite(self) -> bool:
+        return _are_finite(_gradients(self.parameters), self.parameters)
 
     def one_step(self, region: Region) -> None:
         """See the point that a step of training would see. Expects the gradients at w in ``.grad``."""
@@ -211,7 +240,7 @@ class _Search:
 
 
 class Displaced(Displacement):
-    """The weights moved by a given epsilon."""
+    """The weights moved by a given epsilon, of which this process has its part."""
 
     def __init__(self, weights: Iterable[Tensor], epsilon: list[Tensor]):
         super().__init__()
@@ -220,57 +249,71 @@ class Displaced(Displacement):
     @torch.no_grad()
     def _move(self) -> None:
         self._remember_places(self.weights)
-        self._save(self.weights, [torch.empty_like(weight) for weight in self.weights])
-        torch._foreach_add_(self.weights, self.epsilon)
+        weights = [local(weight) for weight in self.weights]
+        self._save(weights, [torch.empty_like(weight) for weight in weights])
+        torch._foreach_add_(weights, self.epsilon)
 
 
 class _Ball:
-    """A region in the coordinates T^-1 epsilon: a ball (p = 2) or a cube (p = inf), with T fixed at w."""
+    """A region in the coordinates T^-1 epsilon: a ball (p = 2) or a cube (p = inf), with T fixed at w. Points
+    are lists of this process's part of the coordinates of each weight."""
 
     def __init__(self, parameters: dict[Tensor, str], region: Region):
         self.rho, self.p = region.rho, region.p
-        self.weights = [parameter.detach() for parameter in parameters]
+        self.parameters = list(parameters)
+        self.weights = [local(parameter.detach()) for parameter in parameters]
+        operators = {
+            weight: operator_of(name, weight, region.normalization, region.normalize_bias)
+            for weight, name in parameters.items()
+        }
+        reduced = diagonals_over_shards(operators, region.eta)
         self.diagonals: list[Tensor] = []
-        for weight, name in zip(self.weights, parameters.values()):
-            operator = operator_of(name, weight, region.normalization, region.normalize_bias)
+        for parameter, weight in zip(parameters, self.weights):
+            if parameter in reduced:
+                self.diagonals.append(reduced[parameter])
+                continue
             one = torch.ones((), dtype=weight.dtype, device=weight.device)
-            self.diagonals += operator.diagonal([weight], region.eta) or [one]
+            self.diagonals += operators[parameter].diagonal([weight], region.eta) or [one]
 
     def centre(self) -> list[Tensor]:
         return [torch.zeros_like(weight) for weight in self.weights]
 
     def random_point(self, generator: torch.Generator) -> list[Tensor]:
         """A point of the uniform distribution over the ball."""
+        draw = torch.rand if math.isinf(self.p) else torch.randn
+        point = [_part_of(draw(p.shape, generator=generator, dtype=p.dtype), p) for p in self.parameters]
         if math.isinf(self.p):
-            return [
-                (2 * torch.rand(w.shape, generator=generator, dtype=w.dtype) - 1).to(w.device) * self.rho
-                for w in self.weights
-            ]
-        point = [torch.randn(w.shape, generator=generator, dtype=w.dtype).to(w.device) for w in self.weights]
-        dimensions = sum(weight.numel() for weight in self.weights)
+            return [(2 * coordinates - 1) * self.rho for coordinates in point]
+        dimensions = sum(parameter.numel() for parameter in self.parameters)
         radius = self.rho * torch.rand((), generator=generator).item() ** (1 / dimensions)
-        return torch._foreach_mul(point, radius / _norm(point))
+        return torch._foreach_mul(point, radius / self._norm(point))
 
     def steepest(self, gradients: list[Tensor]) -> list[Tensor]:
         """The direction of length 1 in which the loss rises most, from its gradient with respect to w."""
         normalized = torch._foreach_mul(gradients, self.diagonals)
         if math.isinf(self.p):
             return torch._foreach_sign(normalized)
-        norm = _norm(normalized)
+        norm = self._norm(normalized)
         return torch._foreach_mul(normalized, 1 / norm if norm > 0 else 0.0)
 
     def project(self, point: list[Tensor]) -> list[Tensor]:
         if math.isinf(self.p):
             return [coordinates.clamp(-self.rho, self.rho) for coordinates in point]
-        norm = _norm(point)
+        norm = self._norm(point)
         return torch._foreach_mul(point, self.rho / norm) if norm > self.rho else point
 
     def epsilon(self, point: list[Tensor]) -> list[Tensor]:
         return torch._foreach_mul(point, self.diagonals)
 
+    def _norm(self, point: list[Tensor]) -> float:
+        """The l2 norm of all coordinates together."""
+        return _norm(point, self.parameters)
 
-def evaluate(loss: Loss, gradient_of: Iterable[Tensor] = ()) -> float:
+
+def evaluate(loss: Loss, gradient_of: Iterable[Tensor] = (), sharded: Sequence[nn.Module] = ()) -> float:
     """Return the mean loss. A positive multiple of its gradient is then in ``.grad`` of *gradient_of*.
+
+    With the modules *sharded*, the mean is over the terms of all processes.
 
     Raises:
         ValueError: the loss has no terms.
@@ -278,30 +321,61 @@ def evaluate(loss: Loss, gradient_of: Iterable[Tensor] = ()) -> float:
     parameters = list(gradient_of)
     for parameter in parameters:
         parameter.grad = None
+    reshard(sharded)
     total = count = 0.0
     with torch.set_grad_enabled(bool(parameters)):
         terms = loss()
         for term, number in [(terms, 1)] if isinstance(terms, Tensor) else terms:
             if parameters:
-                term.backward(inputs=parameters)
+                # fully_shard computes with other tensors than its parameters
+                term.backward(inputs=None if sharded else parameters)
             total += term.item()
             count += number
+    reshard(sharded)
+    if sharded:
+        sums = torch.tensor(
+            [total, count], dtype=torch.float64, device=local(next(iter(sharded[0].parameters()))).device
+        )
+        torch.distributed.all_reduce(sums)
+        total, count = sums.tolist()
     if not count > 0:
         raise ValueError("the loss is a mean over nothing: give it at least one batch")
     return total / count
 
 
-def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+def _gradients(parameters: dict[Tensor, str]) -> list[Tensor]:
+    """This process's part of each gradient."""
+    return [
+        torch.zeros_like(local(p.detach())) if p.grad is None else local_gradient(p, name)
+        for p, name in parameters.items()
+    ]
 
 
-def _are_finite(tensors: list[Tensor]) -> bool:
-    return all(math.isfinite(norm) for norm in torch._foreach_norm(tensors, math.inf))
+def _are_finite(parts: list[Tensor], parameters: Iterable[Tensor]) -> bool:
+    return math.isfinite(_norm(parts, parameters, math.inf))
 
 
-def _norm(tensors: list[Tensor]) -> float:
-    """The l2 norm of all *tensors* together."""
-    return math.hypot(*(norm.item() for norm in torch._foreach_norm(tensors)))
+def _norm(parts: list[Tensor], parameters: Iterable[Tensor], order: float = 2.0) -> float:
+    """The norm of all tensors together of which this process has *parts*, as it has of *parameters*."""
+    norms: dict[Shards | None, list[Tensor]] = {}
+    for parameter, part in zip(parameters, parts):
+        norm = torch.linalg.vector_norm(part, order) if part.numel() else part.new_zeros(())
+        norms.setdefault(shards_of(parameter), []).append(norm.double())
+    joined = (norm_over(shards, each, order).item() for shards, each in norms.items())
+    return max(joined) if math.isinf(order) else math.hypot(*joined)
+
+
+def _part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The part of *tensor* that this process has of *parameter*, on its device."""
+    tensor = tensor.to(parameter.device)
+    if not is_sharded(parameter):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # slow to import
+
+    # Every process has drawn the whole, so that nothing has to be sent.
+    return distribute_tensor(
+        tensor, parameter.device_mesh, parameter.placements, src_data_rank=None
+    ).to_local()
 
 
 @contextlib.contextmanager

@@ -13,22 +13,26 @@ from torch.nn.parameter import is_lazy
 
 
 class ModuleState:
-    """The buffers of *modules*, and of all modules within them, as they are when this is made."""
+    """The buffers of *modules*, and of all modules within them, as they are when this is made.
+
+    Attributes:
+        modules: all of these.
+    """
 
     def __init__(self, modules: Iterable[nn.Module] = ()):
         self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
-        self._modules: set[nn.Module] = set()
+        self.modules: set[nn.Module] = set()
         for module in modules:
             self.add(module)
 
     @torch.no_grad()
     def add(self, module: nn.Module) -> None:
         """Keep the buffers of *module* too, as they are now, unless they are kept already."""
-        if module in self._modules:
+        if module in self.modules:
             return
         for part in module.modules():
-            if part not in self._modules:
-                self._modules.add(part)
+            if part not in self.modules:
+                self.modules.add(part)
                 for name, buffer in part.named_buffers(recurse=False):
                     if not is_lazy(buffer):  # has no values before the first forward pass
                         self._buffers.append((part, name, buffer, buffer.clone()))

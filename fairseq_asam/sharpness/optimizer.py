@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .perturbation import Perturbation
+from .shards import is_sharded, local
 from .two_passes import TwoPasses
 
 # Set on a gradient that a step leaves behind: its version then.
@@ -125,7 +126,7 @@ class SharpnessAware(torch.optim.Optimizer):
         self.base.step()
         for parameter in parameters:
             if parameter.grad is not None:
-                setattr(parameter.grad, _LEFT_AT, parameter.grad._version)
+                setattr(parameter.grad, _LEFT_AT, local(parameter.grad)._version)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -138,7 +139,7 @@ class SharpnessAware(torch.optim.Optimizer):
         foreign = [
             p
             for p in self._passes.parameters
-            if p.grad is not None and getattr(p.grad, _LEFT_AT, None) != p.grad._version
+            if p.grad is not None and getattr(p.grad, _LEFT_AT, None) != local(p.grad)._version
         ]
         return next((p for p in foreign if _is_nonzero(p.grad)), None)
 
@@ -177,7 +178,8 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _is_nonzero(gradient: Tensor) -> bool:
-    return gradient.norm().item() != 0
+    norm = gradient.norm()
+    return (norm.full_tensor() if is_sharded(norm) else norm).item() != 0
 
 
 def _first(closure: Callable[[], Any], foreign: Tensor | None) -> Any:
@@ -187,7 +189,7 @@ def _first(closure: Callable[[], Any], foreign: Tensor | None) -> Any:
     # NaN stays NaN when a gradient is added to it.
     foreign.grad = probe = torch.full_like(foreign, math.nan)
     result = closure()
-    if foreign.grad is probe and probe.isnan().any():
+    if foreign.grad is probe and local(probe).isnan().any():
         raise RuntimeError(
             "there were gradients before step() that its closure neither made nor cleared, and they would be "
             "lost: drop the backward() before step(), clear the gradients in the closure, or accumulate over "

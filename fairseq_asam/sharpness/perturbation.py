@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .blocks import Ascent, Block, Blocks
 from .normalization import NORMALIZATIONS, NormalizationOperator, operator_of
-from .shards import Agreement, Shards, is_sharded, local, local_gradient, shards_of
+from .shards import Agreement, Shards, is_sharded, local, local_gradient, norm_over, shards_of
 
 
 class Displacement:
@@ -284,20 +284,18 @@ class Perturbation(Displacement):
         norms: dict[Shards | None, list[Tensor]] = {shards: [] for shards in self._shards}
         for block, of_block in blocks:
             norms.setdefault(block.shards, []).extend(block.norms(of_block, order, unit))
-        norm = _joined([self._over(shards, parts, order, names) for shards, parts in norms.items()], order)
+        norm = norm_over(None, [self._over(*each, order, names) for each in norms.items()], order)
         return norm if unit is None else norm * unit
 
     def _over(self, shards: Shards | None, norms: list[Tensor], order: float, names: Iterable[str]) -> Tensor:
-        """Return the norm of *norms*, over all processes of *shards* if there are any."""
-        if shards is None:
-            return _joined(norms, order)
+        """Return the norm of *norms*, over all processes of *shards* if there are any. The sum that it takes
+        also tells whether all of these have gradients of the same weights."""
         some = local(self.parameters[0])
-        dtype = torch.promote_types(some.dtype, torch.float32)
-        norm = _joined(norms, order) if norms else torch.zeros((), dtype=dtype, device=some.device)
-        if math.isinf(order):
-            total = norm.double()
-            shards.all_reduce(total, "MAX")
-            return total.to(norm)
+        if shards is not None and not norms:
+            norms = [some.new_zeros((), dtype=torch.promote_types(some.dtype, torch.float32))]
+        if shards is None or math.isinf(order):
+            return norm_over(shards, norms, order)
+        norm = norm_over(None, norms, order)
         fingerprint = self._agreement.fingerprint(list(names), norm.device)
         total = torch.cat([norm.double().pow(order).view(1), fingerprint])
         shards.all_reduce(total)
@@ -311,13 +309,6 @@ class Perturbation(Displacement):
 def dual(p: float) -> float:
     """Return q of 1/p + 1/q = 1."""
     return 1.0 if math.isinf(p) else p / (p - 1.0)
-
-
-def _joined(norms: list[Tensor], order: float) -> Tensor:
-    """Return the norm of vectors one after another, from the norms of each."""
-    if len(norms) == 1:
-        return norms[0]
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]), order)
 
 
 _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {

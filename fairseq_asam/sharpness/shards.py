@@ -7,12 +7,15 @@ the norm, and of squared weights for an operator that takes norms across shards.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .normalization import NormalizationOperator
 
 
 class Shards(NamedTuple):
@@ -81,6 +84,56 @@ def local_gradient(weight: Tensor, name: str) -> Tensor:
     if is_sharded(weight) and weight.grad.placements != weight.placements:
         return weight.grad.redistribute(placements=weight.placements).to_local()
     return local(weight.grad)
+
+
+def norm_over(shards: Shards | None, norms: list[Tensor], order: float) -> Tensor:
+    """Return the norm of vectors one after another, from the norms of each on this process; with *shards*,
+    over all of its processes."""
+    norm = norms[0]
+    if len(norms) > 1:
+        norm = torch.linalg.vector_norm(torch.stack([each.to(norm) for each in norms]), order)
+    if shards is None:
+        return norm
+    total = norm.double() if math.isinf(order) else norm.double().pow(order)
+    shards.all_reduce(total, "MAX" if math.isinf(order) else "SUM")
+    return (total if math.isinf(order) else total.pow(1.0 / order)).to(norm)
+
+
+def diagonals_over_shards(operators: dict[Tensor, NormalizationOperator], eta: float) -> dict[Tensor, Tensor]:
+    """Return the diagonal of T for the weights whose norms are over several processes.
+
+    Every process of these is to call this for the same weights, also if its own part is empty. There is one
+    reduction for all weights that are shared out alike.
+
+    Args:
+        operators: the operator of each weight; those of whole weights do not matter.
+        eta: stability term.
+    """
+    groups: dict[Shards, list[Tensor]] = {}
+    for weight, operator in operators.items():
+        shards = shards_of(weight, operator.summed_dims(weight))
+        if shards is not None:
+            groups.setdefault(shards, []).append(weight)
+    diagonals = {}
+    for shards, weights in groups.items():
+        parts = [operators[w].diagonal([local(w).detach()], 0.0)[0].double() for w in weights]
+        squares = torch.cat([part.flatten() for part in parts]).square_()
+        shards.all_reduce(squares)
+        for weight, part, norm in zip(
+            weights, parts, squares.sqrt_().split([part.numel() for part in parts])
+        ):
+            working_dtype = torch.promote_types(weight.dtype, torch.float32)
+            diagonals[weight] = (norm.view_as(part) + eta).to(working_dtype)
+    return diagonals
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Free the whole weights that ``fully_shard`` keeps beside the shards, where it has gathered them: they
+    are not what the shards are now."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    for each in modules if hasattr(module, "FSDPModule") else ():
+        if isinstance(each, module.FSDPModule):
+            each.reshard()
 
 
 class Agreement:

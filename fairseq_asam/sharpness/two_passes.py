@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .module_state import ModuleState
 from .perturbation import Perturbation
 from .random_state import RandomState
+from .shards import reshard
 
 #: A forward and backward pass. It returns the loss, or a tuple that begins with it.
 Evaluate = Callable[[], Any]
@@ -118,6 +119,8 @@ class TwoPasses:
         if not self._passes:
             raise RuntimeError("there was no pass at w since the last update: call at_w() first")
         buffers = ModuleState() if self.buffers_of_both else self._before.now()
+        modules = self._before.modules
+        reshard(modules)
         try:
             with self.perturbation:
                 self._set_gradients(self._earlier)
@@ -131,6 +134,7 @@ class TwoPasses:
                 self._set_gradients(self._earlier)
             raise
         finally:
+            reshard(modules)
             buffers.restore()
             self.reset()
         return results

@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 
+import numpy as np
 import plain_epsilon
 import pytest
 import torch
@@ -11,11 +12,12 @@ import torch.distributed as dist
 from processes import in_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairseq_asam import NORMALIZATIONS, Perturbation, TwoPasses
+from fairseq_asam import NORMALIZATIONS, Perturbation, Region, SharpnessAware, TwoPasses, measure
 
 INF = math.inf
 #: Shapes that split unevenly, and leave some processes without a part.
@@ -231,3 +233,211 @@ def test_twenty_updates_are_those_of_one_process_with_the_whole_batch(processes)
         for key, (of_weights, of_gradients) in on_one.items():
             assert of_weights < 1e-12 and of_gradients < 1e-11, key
         assert len(on_one) == len(SHARDINGS[processes]) * (len(REGIONS) + 1)
+
+
+def measured(processes):
+    """What measure finds with shards and on one process, for each region and kind of search."""
+    found = {}
+    for (name, (shard, shares)), search in itertools.product(
+        SHARDINGS[processes].items(), ({}, {"steps": 5, "restarts": 2})
+    ):
+        share = dist.get_rank() * shares // processes
+        regions = [Region(0.3, normalization=normalization) for normalization in NORMALIZATIONS]
+        regions.append(Region(0.05, p=INF))
+        values = []
+        for model, (part, parts) in ((shard(network()), (share, shares)), (network(), (0, 1))):
+            before = {n: full(w.detach()).clone() for n, w in model.named_parameters()}
+
+            def loss(model=model, part=part, parts=parts):
+                for step in range(2):
+                    x = tokens(step).chunk(parts)[part]
+                    yield loss_of(model, x) * len(x), len(x)
+
+            values.append([each.value for each in measure(loss, model, regions, **search)])
+            assert all(torch.equal(full(w.detach()), before[n]) for n, w in model.named_parameters())
+        found[name, bool(search)] = np.array(values)
+    return found
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_sharpness_is_that_of_whole_weights(processes):
+    for on_one in results(measured, processes):
+        for key, (sharded, whole) in on_one.items():
+            np.testing.assert_allclose(sharded, whole, rtol=1e-9, err_msg=str(key))
+            assert (whole > 0).all()
+
+
+class Traffic(TorchDispatchMode):
+    """Counts reductions of ours by their bytes: those of float64 vectors in the block's entry."""
+
+    def __init__(self):
+        super().__init__()
+        self.reductions = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "allreduce" in str(function) or "all_reduce" in str(function):
+            tensor = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+            self.reductions.append(tensor.numel() * tensor.element_size())
+        return function(*args, **(kwargs or {}))
+
+
+def traffic(processes):
+    """The bytes of each reduction when the block is entered, for each normalization operator."""
+    seen = {}
+    for normalization in NORMALIZATIONS:
+        model = fsdp(network())
+        loss_of(model, tokens(0)).backward()
+        perturbation = Perturbation(model.named_parameters(), 0.1, normalization=normalization)
+        with Traffic() as counted, perturbation:
+            pass
+        seen[normalization] = counted.reductions
+    return seen
+
+
+def test_an_update_sends_a_few_bytes():
+    """The norm and a check with it; layer-wise also a number for each matrix."""
+    for on_one in results(traffic, 2):
+        assert on_one == {"none": [24], "element-wise": [24], "filter-wise": [24], "layer-wise": [8 * 5, 24]}
+
+
+def half_precision(processes):
+    """Sharpness of each update in bfloat16, whose masters are the shards, and in float32."""
+    seen = []
+    for dtype in (torch.bfloat16, torch.float32):
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        model = fsdp(network().float(), mp_policy=policy)
+        optimizer = SharpnessAware(ADAM(model.parameters()), model, rho=0.5)
+
+        def closure(step, model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            x = tokens(step).chunk(processes)[dist.get_rank()]
+            loss = (model(x).float() - x.float().mean(1, keepdim=True)).square().mean()
+            loss.backward()
+            return loss
+
+        sharpness = []
+        for step in range(20):
+            optimizer.step(lambda step=step: closure(step))
+            sharpness.append(float(optimizer.sharpness))
+        assert all(w.dtype == torch.float32 for w in model.parameters())
+        seen.append(sum(sharpness) / len(sharpness))
+    return seen
+
+
+def test_bfloat16_with_float32_shards_as_masters():
+    for in_half, in_full in results(half_precision, 2):
+        assert in_half == pytest.approx(in_full, rel=0.05)
+
+
+def after_an_exception(processes):
+    """Whether the next forward pass is at w after the pass at w + epsilon broke off."""
+    outcomes = []
+    for shard in (fsdp, functools.partial(fsdp, reshard_after_forward=False)):
+        model = shard(network())
+        two_passes = TwoPasses(Perturbation(model.named_parameters(), 0.5), [model])
+        calls = []
+
+        def evaluate(model=model, calls=calls):
+            loss = loss_of(model, tokens(0))
+            calls.append(None)
+            if len(calls) == 2:
+                raise MemoryError
+            loss.backward()
+            return loss
+
+        before = loss_of(model, tokens(0)).item()
+        model.zero_grad()
+        with pytest.raises(MemoryError):
+            two_passes(evaluate)
+        outcomes.append(loss_of(model, tokens(0)).item() == before)
+    return outcomes
+
+
+def test_after_an_exception_the_next_forward_pass_is_at_w():
+    assert results(after_an_exception, 2) == [[True, True], [True, True]]
+
+
+def bad_use(processes):
+    """What is said, on each process."""
+    said = {}
+
+    def entering(case, model, perturbation):
+        before = {n: full(w.detach()).clone() for n, w in model.named_parameters()}
+        try:
+            with perturbation:
+                said[case] = "entered"
+        except (ValueError, RuntimeError) as error:
+            said[case] = str(error)
+        if not all(torch.equal(full(w.detach()), before[n]) for n, w in model.named_parameters()):
+            said[case] += " BUT WEIGHTS MOVED"
+
+    for p in (2.0, 3.0):
+        for case in ("other gradients", "no gradient"):
+            model = fsdp(network())
+            perturbation = Perturbation(model.named_parameters(), 0.1, p=p, normalization="layer-wise")
+            loss_of(model, tokens(0)).backward()
+            if case == "no gradient":
+                model.zero_grad()
+            elif dist.get_rank() == 1:
+                model.conv.weight.grad = None
+            entering((case, p), model, perturbation)
+    model = fsdp(network())
+    model.set_requires_gradient_sync(False)
+    loss_of(model, tokens(0)).backward()
+    entering("without synchronization", model, Perturbation(model.named_parameters(), 0.1))
+    try:
+        measure(lambda: loss_of(model, tokens(0)), model.named_parameters(), [Region(0.1)])
+    except ValueError as error:
+        said["measure without the module"] = str(error)
+    model = fsdp(network())
+    loss_of(model, tokens(0)).backward()
+    perturbation = Perturbation(model.named_parameters(), 0.1)
+    dist.destroy_process_group()
+    try:
+        with perturbation:
+            pass
+    except RuntimeError as error:
+        said["a mesh that is gone"] = str(error)
+    return said
+
+
+def test_bad_use_is_told_on_every_process_and_nobody_waits():
+    for said in results(bad_use, 2):
+        for p in (2.0, 3.0):
+            assert "have gradients of different weights" in said["other gradients", p]
+            assert "no parameter has a gradient" in said["no gradient", p]
+        assert "set_requires_gradient_sync(False)" in said["without synchronization"]
+        assert "give measure() the module itself" in said["measure without the module"]
+        assert "is gone: make the update before destroy_process_group()" in said["a mesh that is gone"]
+        assert not any("BUT WEIGHTS MOVED" in sentence for sentence in said.values())
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_is_refused_and_told_of_fsdp2(one_process, use_orig_params):
+    model = nn.Linear(4, 4)
+    before = Perturbation(model.named_parameters(), rho=0.1)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"FullyShardedDataParallel \(FSDP1\).*fully_shard \(FSDP2\)"):
+        Perturbation(wrapped.named_parameters(), rho=0.1)
+    with pytest.raises(ValueError, match="FSDP2"):
+        SharpnessAware(torch.optim.SGD(wrapped.parameters(), lr=0.1), wrapped, rho=0.1)
+    wrapped(torch.ones(2, 4)).sum().backward()
+    if use_orig_params:  # the parameters are those of before, and now hold a shard
+        with pytest.raises(ValueError, match="FSDP2"), before:
+            pass
+
+
+def test_a_gradient_in_other_shards_than_its_weight_is_brought_into_them(one_process):
+    mesh = init_device_mesh("cpu", (1,))
+    weight = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    weight.grad = distribute_tensor(torch.ones(4), mesh, [Replicate()])
+    with Perturbation([("w", weight)], rho=0.1, eta=0.5):
+        torch.testing.assert_close(full(weight.detach()), torch.full((4,), 1.0 + 0.1 * 1.5 / 2))
