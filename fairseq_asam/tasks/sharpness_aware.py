@@ -123,12 +123,23 @@ class SharpnessAwareTask:
             (loss, weight), (perturbed_loss, _) = (self._loss(logs, criterion) for logs in (at_w, perturbed))
             if loss is not None:
                 metrics.log_scalar("sharpness", perturbed_loss - loss, weight, priority=15, round=4)
+        else:
+            _leave_out_unmeasured()
 
     def _loss(self, logging_outputs: list[dict[str, Any]], criterion: Module) -> tuple[Any, Any]:
         with metrics.aggregate(new_root=True) as aggregator:
             super().reduce_metrics(logging_outputs, criterion)
         meter = aggregator.get("loss")
         return (None, None) if meter is None else (meter.avg, meter.count)
+
+
+def _leave_out_unmeasured() -> None:
+    """Remove the meter of ``sharpness`` where it was reset and has measured nothing since: fairseq would log
+    None, or null."""
+    for meters in metrics.get_active_aggregators():
+        if "sharpness" in meters and meters["sharpness"].val is None:
+            del meters["sharpness"]
+            meters.priorities = [entry for entry in meters.priorities if entry[2] != "sharpness"]
 
 
 def with_sharpness_awareness(task: type[FairseqTask]) -> type[FairseqTask]:

@@ -88,8 +88,6 @@ def test_asam_learns_and_logs_the_sharpness(train):
     assert smaller[0]["train_sharpness"] == pytest.approx(epochs[0]["train_sharpness"] / 2, rel=0.15)
 
 
-# TO MERGE: passes once SharpnessAwareTask.reduce_metrics leaves out a meter that has measured nothing.
-@pytest.mark.xfail(strict=True, reason="fairseq logs null for a meter that was reset and not updated")
 @pytest.mark.parametrize("log_interval", ["1", "2"])
 def test_an_interval_logs_no_sharpness_where_it_measures_none(train, log_interval):
     """It measures updates 1, 4 and 7, and so none of the line that updates 5 and 6 share."""
