@@ -16,6 +16,7 @@ from tqdm import tqdm
 from fairseq_asam import NORMALIZATIONS, Region, Sharpness, measure
 from fairseq_asam.files import write_json
 from fairseq_asam.sharpness.measure import validate_ascents
+from fairseq_asam.sharpness.normalization import IDENTITY
 
 #: A loss that is a mean over batches.
 BatchLoss = Callable[[], Iterable[tuple[Tensor, float]]]
@@ -26,7 +27,7 @@ def add_region_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--rho", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.5], help="radii of the regions")
     add("--p-norm", type=float, nargs="+", default=[2.0], help="orders of the norm, 2 or inf")
-    adaptive = sorted(NORMALIZATIONS.keys() - {"none"})
+    adaptive = [name for name, operator in NORMALIZATIONS.items() if operator is not IDENTITY]
     add("--normalization", choices=adaptive, default="element-wise", help="of adaptive sharpness")
     add("--eta", type=float, default=0.01, help="stability term of the normalization")
     add("--normalize-bias", action="store_true", help="normalize biases too")

@@ -19,7 +19,7 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
-from fairseq_asam import Region, SharpnessAware, measure
+from fairseq_asam import NORMALIZATIONS, Region, SharpnessAware, measure
 from fairseq_asam.files import write_json
 
 from .output import write_figure
@@ -122,7 +122,9 @@ def draw_figure_1(rows: list[dict[str, Any]]) -> plt.Figure:
         panel.contour(x, y, height, levels=[here[0]["loss"] + here[0]["sharpness"]], colors="tab:red")
         for row, marker in zip(here, "o^"):
             point = np.array(row["w"])
-            outline = point + boundary(region) * (1 if region.normalization == "none" else point)
+            operator = NORMALIZATIONS[region.normalization]
+            [diagonal] = operator.diagonal([torch.tensor(point)], region.eta) or [1]
+            outline = point + boundary(region) * np.asarray(diagonal)
             panel.fill(*outline.T, facecolor="tab:green", alpha=0.15)
             panel.plot(*outline.T, color="tab:green")
             panel.annotate("", row["maximum_at"], point, arrowprops={"arrowstyle": "->"})

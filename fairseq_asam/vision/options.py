@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fairseq_asam.sharpness.normalization import IDENTITY, NORMALIZATIONS
 from fairseq_asam.sharpness.perturbation import validate
 
 from .data import DATASETS
@@ -139,7 +140,7 @@ class TrainOptions:
             raise ValueError(
                 "sgd has no epsilon, and hence neither rho nor m: choose sam or asam to use them"
             )
-        if self.optimizer != "asam" and self.normalization != "none":
+        if self.optimizer != "asam" and NORMALIZATIONS[self.normalization] is not IDENTITY:
             raise ValueError(
                 f"{self.optimizer} has no normalization operator such as {self.normalization}: choose asam"
             )
