@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ torch.set_num_threads(1)
 
 # One process imports fairseq; each command runs in a fork of it, as if started afresh but sooner.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["fairseq_cli.train", "fairseq_cli.generate"])
+# The first optimizer in a process imports torch._dynamo, which takes longer than these runs.
+_processes.set_forkserver_preload(["fairseq_cli.train", "fairseq_cli.generate", "torch._dynamo"])
 
 
 @dataclass
@@ -71,6 +73,13 @@ def recipe(data: Path, save_dir: Path, *flags) -> list:
         # fairseq drops a last batch that is not a multiple of this
         *("--required-batch-size-multiple", "1", *flags),
     ]
+
+
+def generate_corpus(destination: Path) -> Path:
+    """Make the generated corpus, prepared: ``bin/`` is what fairseq-preprocess wrote."""
+    command = [sys.executable, "-m", "data_prep.generated", str(destination), "--pairs", "1000"]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    return destination
 
 
 def checkpoint(save_dir: Path, name: str = "checkpoint_last.pt") -> dict:

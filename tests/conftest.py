@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from commands import ROOT, Result, start
+from commands import ROOT, Result, generate_corpus, start
 
 sys.path.insert(0, str(ROOT))  # data_prep is run from the repository root, not installed
 
@@ -28,10 +27,7 @@ def fairseq(tmp_path):
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """The generated corpus, prepared: ``bin/`` is what fairseq-preprocess wrote."""
-    destination = tmp_path_factory.mktemp("corpus") / "generated"
-    command = [sys.executable, "-m", "data_prep.generated", str(destination), "--pairs", "1000"]
-    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-    return destination
+    return generate_corpus(tmp_path_factory.mktemp("corpus") / "generated")
 
 
 @pytest.fixture(scope="session")

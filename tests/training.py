@@ -15,7 +15,8 @@ from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed import utils as distributed_utils
-from fairseq.models import distributed_fairseq_model
+from fairseq.models import distributed_fairseq_model, register_model, register_model_architecture
+from fairseq.models.transformer import TransformerModel, base_architecture
 from fairseq.trainer import Trainer
 
 import fairseq_asam.tasks  # noqa: F401  registers the optimizers
@@ -28,14 +29,14 @@ def clip_grad_norm_(parameters, max_norm, aggregate_norm_fn=None):
 
 
 def softmax(x, dim, onnx_trace=False):
-    return x.softmax(dim)
+    return x.softmax(dim, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def log_softmax(x, dim, onnx_trace=False):
-    return x.log_softmax(dim)
+    return x.log_softmax(dim, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-#: fairseq takes softmax and gradient norms in float32, whose rounding would hide ours.
+#: fairseq takes softmax and gradient norms in float32 even in float64, where its rounding would hide ours.
 FLOAT64_THROUGHOUT = {"clip_grad_norm_": clip_grad_norm_, "softmax": softmax, "log_softmax": log_softmax}
 
 
@@ -49,7 +50,28 @@ class ScaledCrossEntropy(CrossEntropyCriterion):
 
     def forward(self, model, sample, reduce=True):
         loss, sample_size, logging_output = super().forward(model, sample, reduce)
-        return loss * self.scale.sum().exp(), sample_size, logging_output
+        return loss * self.scale.square().sum(), sample_size, logging_output
+
+
+class FeatureBatchNorm(torch.nn.BatchNorm1d):
+    """Batch normalization of what fairseq's layers pass on, (tokens, sentences, features)."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(0, 1)).view_as(x)
+
+
+@register_model("batch_normalized_transformer")
+class BatchNormalizedTransformer(TransformerModel):
+    """A Transformer that normalizes what its encoder passes to the decoder."""
+
+    @classmethod
+    def build_encoder(cls, args, src_dict, embed_tokens):
+        encoder = super().build_encoder(args, src_dict, embed_tokens)
+        encoder.layer_norm = FeatureBatchNorm(embed_tokens.embedding_dim)
+        return encoder
+
+
+register_model_architecture("batch_normalized_transformer", "batch_normalized_transformer")(base_architecture)
 
 
 def configuration(data: Path, *flags):

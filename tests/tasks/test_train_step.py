@@ -1,4 +1,4 @@
-"""The step that fairseq's Trainer makes, against Algorithm 1 written out by hand."""
+"""The step that fairseq's Trainer makes, against the plain reference of Algorithm 1."""
 
 import collections
 import copy
@@ -9,9 +9,10 @@ import torch
 from fairseq import utils
 from fairseq.data.data_utils import compute_mask_indices
 from fairseq.logging import metrics
-from training import FLOAT64_THROUGHOUT, configuration, trainer_and_batches
+from reference import Reference
+from training import FLOAT64_THROUGHOUT, FeatureBatchNorm, configuration, trainer_and_batches
 
-RHO, ETA = 0.2, 0.01
+RHO = 0.2
 
 
 @pytest.fixture(autouse=True)
@@ -24,41 +25,18 @@ def setting(corpus, *flags):
     return trainer_and_batches(configuration(corpus / "bin", *flags))
 
 
-def gradient(trainer, batches):
-    """The summed gradient of *batches* at the present weights, by name."""
-    trainer.model.zero_grad()
-    for batch in batches:
-        trainer.criterion(trainer.model, batch)[0].backward()
-    return {name: w.grad.clone() for name, w in used_parameters(trainer)}
+def reference_of(corpus, *flags, **options):
+    """The reference at the same weights, with the flags of the run but ours."""
+    return Reference(setting(corpus, "--optimizer", "adam", *flags)[0], rho=RHO, **options)
 
 
-def used_parameters(trainer):
-    """Names and parameters that the loss depends on; fairseq 0.12.2 has others."""
-    return [(name, w) for name, w in trainer.model.named_parameters() if w.grad is not None]
-
-
-def by_hand(trainer, batches, scope, normalization, ascent=None):
-    """The gradient at w + epsilon of *batches*, with plain loops over the parameters; epsilon is that of
-    *ascent*, by default of *batches*."""
-    ascent = ascent or batches
-    if scope == "micro-batch":
-        parts = [by_hand(trainer, [b], "update", normalization, [a]) for b, a in zip(batches, ascent)]
-        return {name: sum(part[name] for part in parts) for name in parts[0]}
-    at_w = gradient(trainer, ascent)
-    weights = {name: w.detach().clone() for name, w in used_parameters(trainer)}
-    scale = {
-        name: torch.ones_like(w) if normalization == "none" or name.endswith("bias") else w.abs() + ETA
-        for name, w in weights.items()
-    }
-    norm = sum((scale[name] * at_w[name]).square().sum() for name in weights).sqrt()
-    with torch.no_grad():
-        for name, w in used_parameters(trainer):
-            w += RHO * scale[name] ** 2 * at_w[name] / norm
-    at_w_plus_epsilon = gradient(trainer, batches)
-    with torch.no_grad():
-        for name, w in used_parameters(trainer):
-            w.copy_(weights[name])
-    return at_w_plus_epsilon
+def assert_same_weights(trainer, reference):
+    for (name, w), (_, expected) in zip(
+        trainer.model.named_parameters(), reference.trainer.model.named_parameters()
+    ):
+        torch.testing.assert_close(
+            w, expected, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("scope", ["update", "micro-batch"])
@@ -68,30 +46,14 @@ def test_the_step_is_algorithm_1(corpus, scope, optimizer, normalization, clip_n
     """Twenty updates of three micro-batches each; the small clip norm bites."""
     flags = ["--ascent-scope", scope, "--rho", str(RHO), "--clip-norm", clip_norm]
     trainer, batches = setting(corpus, "--optimizer", optimizer, *flags)
-    reference, _ = setting(corpus, "--optimizer", "adam", "--clip-norm", clip_norm)
+    reference = reference_of(corpus, "--clip-norm", clip_norm, scope=scope, normalization=normalization)
     assert len(batches) > 8
     for update in range(20):
         micro_batches = [batches[(3 * update + i) % len(batches)] for i in range(3)]
-        expected = by_hand(reference, micro_batches, scope, normalization)
-        tokens = sum(batch["ntokens"] for batch in micro_batches)
-        reference.zero_grad()
-        for name, w in reference.model.named_parameters():
-            w.grad = expected[name] / tokens if name in expected else None
-        norm = torch.cat([g.flatten() / tokens for g in expected.values()]).norm()
-        if float(clip_norm) > 0:
-            assert norm > float(clip_norm)
-            for _, w in used_parameters(reference):
-                w.grad *= float(clip_norm) / (norm + 1e-6)
-        reference.optimizer.step()
-        reference.set_num_updates(update + 1)
-
+        reference.update(micro_batches)
+        assert reference.norm > float(clip_norm)
         trainer.train_step(copy.deepcopy(micro_batches))
-        for (name, w), (_, expected_w) in zip(
-            trainer.model.named_parameters(), reference.model.named_parameters()
-        ):
-            torch.testing.assert_close(
-                w, expected_w, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
-            )
+        assert_same_weights(trainer, reference)
     assert trainer.get_num_updates() == 20
 
 
@@ -99,43 +61,21 @@ def test_the_step_is_algorithm_1(corpus, scope, optimizer, normalization, clip_n
 @pytest.mark.parametrize("clip_norm", ["0", "0.05"])
 @pytest.mark.parametrize("alpha", [None, 0.5])
 def test_an_ascent_interval_is_looksam(corpus, scope, clip_norm, alpha):
-    """Ten updates of two micro-batches, every third with both passes, against flat vectors."""
+    """Ten updates of two micro-batches, every third with both passes."""
     flags = ["--ascent-scope", scope, "--rho", str(RHO), "--clip-norm", clip_norm, "--ascent-interval", "3"]
     flags += [] if alpha is None else ["--ascent-reuse", str(alpha)]
     trainer, batches = setting(corpus, "--optimizer", "asam", *flags)
-    reference, _ = setting(corpus, "--optimizer", "adam", "--clip-norm", clip_norm)
+    reference = reference_of(
+        corpus, "--clip-norm", clip_norm, scope=scope, normalization="element-wise", interval=3, alpha=alpha
+    )
     assert len(batches) > 4
     for update in range(10):
         micro_batches = [batches[(2 * update + i) % len(batches)] for i in range(2)]
-        at_w = gradient(reference, micro_batches)
-        g, names = torch.cat([at_w[name].flatten() for name in at_w]), list(at_w)
-        if update % 3 == 0:
-            perturbed = by_hand(reference, micro_batches, scope, "element-wise")
-            step = torch.cat([perturbed[name].flatten() for name in names])
-            cosine = (g @ step) / (g.norm() * step.norm())
-            g_v = step - step.norm() * cosine * g / g.norm()
-            weight = alpha or min(1.0, cosine.acos().tan())
-        else:
-            step = g + weight * g.norm() / g_v.norm() * g_v
-        step = step / sum(batch["ntokens"] for batch in micro_batches)
-        if float(clip_norm) > 0:
-            assert step.norm() > float(clip_norm)
-            step *= float(clip_norm) / (step.norm() + 1e-6)
-        reference.zero_grad()
-        offset, weights = 0, dict(reference.model.named_parameters())
-        for name in names:
-            w = weights[name]
-            w.grad = step[offset : offset + w.numel()].view_as(w).clone()
-            offset += w.numel()
-        reference.optimizer.step()
-        reference.set_num_updates(update + 1)
-
+        reference.update(micro_batches)
+        assert reference.norm > float(clip_norm)
         stats = trainer.train_step(copy.deepcopy(micro_batches))
         assert ("sharpness" in stats) == (update % 3 == 0)
-        for name, w in trainer.model.named_parameters():
-            torch.testing.assert_close(
-                w, weights[name], rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
-            )
+        assert_same_weights(trainer, reference)
 
 
 def passes_of(trainer, monkeypatch):
@@ -152,7 +92,7 @@ def passes_of(trainer, monkeypatch):
 def test_an_ascent_fraction_makes_epsilon_of_a_part_of_each_batch(corpus, scope, monkeypatch):
     flags = ["--ascent-scope", scope, "--rho", str(RHO), "--ascent-fraction", "0.3"]
     trainer, batches = setting(corpus, "--optimizer", "asam", *flags)
-    reference, _ = setting(corpus, "--optimizer", "adam")
+    reference = reference_of(corpus, scope=scope, normalization="element-wise")
     padding = trainer.task.target_dictionary.pad()
     seen, drawn = passes_of(trainer, monkeypatch), []
     for update in range(4):
@@ -177,18 +117,8 @@ def test_an_ascent_fraction_makes_epsilon_of_a_part_of_each_batch(corpus, scope,
         assert logged["wpb"].val == tokens
         assert logged["bsz"].val == sum(len(batch["id"]) for batch in micro_batches)
 
-        expected = by_hand(reference, micro_batches, scope, "element-wise", ascent=parts)
-        reference.zero_grad()
-        for name, w in reference.model.named_parameters():
-            w.grad = expected[name] / tokens if name in expected else None
-        reference.optimizer.step()
-        reference.set_num_updates(update + 1)
-        for (name, w), (_, expected_w) in zip(
-            trainer.model.named_parameters(), reference.model.named_parameters()
-        ):
-            torch.testing.assert_close(
-                w, expected_w, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}"
-            )
+        reference.update(micro_batches, parts)
+        assert_same_weights(trainer, reference)
     assert len(set(drawn)) > 1
 
 
@@ -247,7 +177,8 @@ def test_sharpness_is_the_difference_of_two_losses(corpus):
         return (sum(r[0] for r in results) / sum(r[1] for r in results)).item() / math.log(2)
 
     at_w = loss()
-    gradient(trainer, batches[:2])
+    for batch in batches[:2]:
+        trainer.criterion(trainer.model, batch)[0].backward()
     with trainer.optimizer.two_passes(trainer.model, trainer.criterion, trainer.optimizer).perturbation:
         perturbed = loss()
     stats = trainer.train_step(copy.deepcopy(batches[:2]))
@@ -268,19 +199,12 @@ def test_a_model_that_steps_a_moving_average_does_so_at_w(corpus):
     assert all(torch.equal(w, seen_w) for w, (_, seen_w) in zip(at_w, seen))
 
 
-class NormalizedFeatures(torch.nn.BatchNorm1d):
-    """Batch normalization of what fairseq's layers pass on, (tokens, sentences, features)."""
-
-    def forward(self, x):
-        return super().forward(x.flatten(0, 1)).view_as(x)
-
-
 @pytest.mark.parametrize("scope", ["update", "micro-batch"])
 def test_batch_normalization_sees_the_passes_at_w_alone(corpus, scope):
     asam, batches = setting(corpus, "--optimizer", "asam", "--ascent-scope", scope)
     adam, _ = setting(corpus, "--optimizer", "adam")
     for trainer in (asam, adam):
-        layer = trainer.get_model().encoder.layer_norm = NormalizedFeatures(32).double()
+        layer = trainer.get_model().encoder.layer_norm = FeatureBatchNorm(32).double()
         trainer.train_step(copy.deepcopy(batches[:2]))
         assert layer.num_batches_tracked == 2
     theirs = adam.get_model().encoder.layer_norm
