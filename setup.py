@@ -41,6 +41,6 @@ setup(
         "recipes": RECIPES,
         # recipes/translation/cluster.sh
         "cluster": CLUSTER,
-        "test": [*RECIPES, *CLUSTER, "pytest>=7", "pytest-xdist>=3", "ruff==0.17.6"],
+        "test": [*RECIPES, *CLUSTER, "allpairspy>=2.5", "pytest>=7", "pytest-xdist>=3", "ruff==0.17.6"],
     },
 )
