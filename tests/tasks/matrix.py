@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import random
@@ -39,7 +40,7 @@ MOMENTUM = ["--momentum", "0.9", "--lr", "0.02"]
 LAYER_DROP = ["--encoder-layerdrop", "0.5", "--encoder-layers", "3", "--find-unused-parameters"]
 
 #: The values of each option, the default first, and their flags. The radii are large, so that half precision
-#: cannot hide what epsilon does.
+#: does not hide what epsilon does; test_half_precision.py has small ones.
 AXES = {
     "base": {
         "adam": [],
@@ -281,6 +282,7 @@ def distance(actual, expected, start) -> float:
 
 def measured(cfg, rank, combination, data) -> dict:
     """What :func:`measure` returns, on the first worker."""
+    logging.disable(logging.INFO)  # the table is on the same stream
     torch.cuda.current_device = lambda: None  # fairseq's half precision expects a GPU there
     torch.Tensor.cuda = lambda self: self
     try:
