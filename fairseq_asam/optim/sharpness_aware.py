@@ -6,7 +6,6 @@ The passes at w and at w + epsilon are made in :mod:`fairseq_asam.tasks.sharpnes
 import math
 from argparse import ArgumentParser
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, Optional
 
 import torch
@@ -132,11 +131,22 @@ class SharpnessAwareOptimizer:
 
     def two_passes(self, model: Module, criterion: Module, optimizer: FairseqOptimizer) -> TwoPasses:
         """Return what makes the passes with the weights that *optimizer*, which is or wraps this one, trains.
-        It is made once: fairseq builds a new optimizer when the parameters change."""
+        It is made once: fairseq builds a new optimizer when the parameters change.
+
+        Raises:
+            ValueError: the model has no weights of the kind that ``--perturbed-weights`` names.
+        """
         if self._two_passes is None:
             cfg = self.sharpness_config
+            selection = str(cfg.perturbed_weights)
+            selected = [pair for part in (model, criterion) for pair in selected_parameters(part, selection)]
+            if not any(weight.requires_grad for _, weight in selected):
+                raise ValueError(
+                    f"--perturbed-weights is {selection}, but the model trains no such weights: choose "
+                    f"{' or '.join(name for name in SELECTIONS if name != selection)}"
+                )
             perturbation = Perturbation(
-                chain(*(selected_parameters(m, str(cfg.perturbed_weights)) for m in (model, criterion))),
+                selected,
                 **_region(cfg),
                 normalize_bias=getattr(cfg, "normalize_bias", False),
                 masters=master_weights(optimizer),

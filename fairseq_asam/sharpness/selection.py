@@ -17,8 +17,8 @@ def selected_parameters(module: nn.Module, selection: str = "all") -> Iterator[t
     """Yield name and parameter of those parameters of *module* that *selection*, one of
     :data:`SELECTIONS`, names.
 
-    A normalization layer is a module whose class is called so (LayerNorm, BatchNorm2d, RMSNorm ...). A
-    parameter shared with an embedding is an embedding.
+    A normalization layer is a module whose class, or a class that it extends, is called so (LayerNorm,
+    BatchNorm2d, RMSNorm ...). A parameter shared with an embedding is an embedding.
 
     Raises:
         ValueError: *selection* is not one of :data:`SELECTIONS`.
@@ -30,7 +30,7 @@ def selected_parameters(module: nn.Module, selection: str = "all") -> Iterator[t
     normalizations = {
         id(p)
         for m in modules
-        if re.search(r"Norm(\dd)?$", type(m).__name__)
+        if any(re.search(r"Norm(\dd)?$", kind.__name__) for kind in type(m).__mro__)
         for p in m.parameters(recurse=False)
     }
     for name, parameter in module.named_parameters():

@@ -62,6 +62,16 @@ def check_configuration(cfg: Any) -> None:
             "use a task whose batches stay the same",
         ),
         (
+            "--find-unused-parameters",
+            distributed.find_unused_parameters
+            and distributed.ddp_backend in ("c10d", "pytorch_ddp")
+            and cfg.optimizer.ascent_scope == "micro-batch"
+            and (cfg.optimizer.fresh_masks or cfg.optimizer.ascent_fraction < 1.0),
+            "torch's DistributedDataParallel fails if the pass at w + epsilon of a micro-batch uses other "
+            "layers than its pass at w, as with --fresh-masks or --ascent-fraction it may",
+            "use --ascent-scope update or --ddp-backend legacy_ddp",
+        ),
+        (
             "--quant-noise-pq",
             _quantization_noise(cfg.model) > 0,
             "each forward pass overwrites the weights with noised ones, at w + epsilon too",
@@ -81,16 +91,22 @@ def _quantization_noise(model: Any) -> float:
     return pq or 0.0
 
 
+@contextlib.contextmanager
+def _refusals_as_a_sentence() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit(f"fairseq_asam: {error}") from None
+
+
 def _checked_setup_task(setup_task):
     @functools.wraps(setup_task)
     def checked(cfg, **kwargs):
         # The configuration of a checkpoint has been trained with, perhaps on data that are not here.
         whole = None if kwargs.get("from_checkpoint") else _sharpness_aware_configuration(cfg)
         if whole is not None:
-            try:
+            with _refusals_as_a_sentence():
                 check_configuration(whole)
-            except ValueError as error:
-                raise SystemExit(f"fairseq_asam: {error}") from None
         return setup_task(cfg, **kwargs)
 
     return checked
@@ -127,6 +143,8 @@ def _sharpness_aware_train_step(train_step):
         asam = sharpness_aware_optimizer(self.optimizer)
         if asam is not None:
             _make_task_sharpness_aware(self)
+            with _refusals_as_a_sentence():
+                asam.two_passes(self.model, self.criterion, self.optimizer)
             asam.begin_update(self.get_num_updates())
             self.task.begin_update(len(samples))
         return train_step(self, samples, raise_oom)

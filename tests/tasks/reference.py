@@ -62,9 +62,10 @@ class Reference:
         """The gradients at w and at w + epsilon, each summed over *micro_batches*."""
         at_w, masks = [], []
         for batch, ascent, worker in micro_batches:
+            if ascent is not batch:
+                self.draw_part(batch, worker)
             masks.append(None if self.fresh_masks else self.random_state[worker])
-            drawn = 0 if ascent is batch else batch["nsentences"]
-            at_w.append(self.gradient(ascent, worker, drawn=drawn))
+            at_w.append(self.gradient(ascent, worker))
         g, kept = total(at_w), [*self.weights.values(), *self.trainer.model.buffers()]
         before = [x.detach().clone() for x in kept]
         with torch.no_grad():
@@ -76,11 +77,16 @@ class Reference:
                 x.copy_(was)
         return g, total(perturbed)
 
-    def gradient(self, batch, worker, masks=None, drawn=0):
+    def draw_part(self, batch, worker):
+        """Draw the random numbers that choose sentences of *batch*."""
+        torch.set_rng_state(self.random_state[worker])
+        torch.randperm(len(batch["id"]))
+        self.random_state[worker] = torch.get_rng_state()
+
+    def gradient(self, batch, worker, masks=None):
         """The gradient of the loss of *batch*, with the next dropout masks of *worker* or those that follow
-        on the state *masks*. The draw of the batch from *drawn* sentences comes before them."""
+        on the state *masks*."""
         torch.set_rng_state(self.random_state[worker] if masks is None else masks)
-        torch.randperm(int(drawn))
         for w in self.weights.values():
             w.grad = torch.zeros_like(w) if self.zeros else None
         model, criterion = self.parts
@@ -102,6 +108,8 @@ class Reference:
             return torch.ones_like(w)
         if self.normalization == "filter-wise" and w.dim() >= 3:
             return torch.stack([torch.full_like(w_j, w_j.norm()) for w_j in w]) + self.eta
+        if self.normalization == "layer-wise" and w.dim() >= 2:
+            return torch.full_like(w, w.norm()) + self.eta
         return w.abs() + self.eta
 
     def is_perturbed(self, w):

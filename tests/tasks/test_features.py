@@ -26,7 +26,8 @@ FEATURES = {
     "all but embeddings": ["--perturbed-weights", "all-but-embeddings"],
     "epsilon from a fraction": ["--ascent-fraction", "0.4", "--store-ema"],
     "epsilon from a fraction, for a model that wants no padding": [
-        *("--ascent-fraction", "0.3", "--arch", "lstm"),
+        *("--ascent-fraction", "0.3", "--arch", "lstm", "--decoder-out-embed-dim", "32"),
+        *(f"--{end}-{size}" for end in ("encoder", "decoder") for size in ("embed-dim=32", "hidden-size=32")),
     ],
     "epsilon at intervals": ["--ascent-interval", "3", "--update-freq", "2", "--clip-norm", "0.1"],
     "epsilon at intervals for each micro-batch": ["--ascent-interval", "3", "--ascent-scope", "micro-batch"],

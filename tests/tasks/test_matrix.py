@@ -1,7 +1,7 @@
 """Every pair of options at once: equal to the plain reference, or refused in a sentence."""
 
 import pytest
-from matrix import AXES, FAILING, REFUSED, all_pairs, measure, name, pairs, verdict, wanted_pairs
+from matrix import AXES, REFUSED, all_pairs, measure, name, pairs, verdict, wanted_pairs
 
 COMBINATIONS = all_pairs()
 
@@ -15,7 +15,7 @@ def fast(count: int) -> list:
     return chosen
 
 
-FAST = fast(12)
+FAST = fast(13)
 
 
 def test_every_pair_of_options_occurs():
@@ -39,12 +39,3 @@ def test_combination(corpus, combination):
 def test_refused(corpus, combination, flags, sentence):
     refusal = measure(combination, corpus / "bin", *flags)["refusal"]
     assert sentence in refusal and "\n" not in refusal
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True, reason="torch's DDP counts a layer as used that was so in the pass at w alone"
-)
-@pytest.mark.parametrize("combination", [row[0] for row in FAILING], ids=name)
-def test_failing(corpus, combination):
-    assert verdict(combination, measure(combination, corpus / "bin")) == "equal"
