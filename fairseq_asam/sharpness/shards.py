@@ -50,8 +50,9 @@ class Shards(NamedTuple):
 
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether *tensor* is a ``DTensor``, one part of which this process has."""
-    module = sys.modules.get("torch.distributed.tensor")  # slow to import, and imported where in use
-    return module is not None and isinstance(tensor, module.DTensor)
+    # By name, since to import the class takes seconds, and older versions of torch keep it elsewhere.
+    kind = type(tensor)
+    return kind not in (Tensor, nn.Parameter) and any(base.__name__ == "DTensor" for base in kind.__mro__)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ import plain_epsilon
 import pytest
 import torch
 import torch.distributed as dist
+
+pytest.importorskip("torch", minversion="2.6", reason="fully_shard is public from torch 2.6 on")
+
 from processes import in_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
