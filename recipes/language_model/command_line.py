@@ -1,0 +1,94 @@
+"""The options of train.py, what is wrong with them, and the text that they name."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+from transformer import HEAD
+
+# Normalization operator and default radius: the paper's for translation (Section 5.3).
+REGIONS = {"sam": ("none", 0.1), "asam": ("element-wise", 0.2)}
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    """Return the parser of train.py."""
+    parser = argparse.ArgumentParser(
+        description=description.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--optimizer", choices=["adam", *REGIONS], required=True)
+    add("--rho", type=float, help="radius of the maximization region; None: 0.1 for sam, 0.2 for asam")
+    add("--data", nargs="+", default=[], metavar="FILE", help="text; none: generated sentences")
+    add("--out", metavar="RUN", help="folder; None: runs/language_model/OPTIMIZER")
+    add("--updates", type=at_least_1, default=300, metavar="N", help="all in all")
+    add("--save-every", type=at_least_1, default=100, metavar="N", help="updates")
+    add("--batch-size", type=at_least_1, default=32, metavar="N", help="of all processes together")
+    add("--accumulate", type=at_least_1, default=1, metavar="N", help="micro-batches of a process")
+    add("--lr", type=positive, default=1e-3, help="learning rate")
+    add("--clip-norm", type=positive, default=1.0, metavar="NORM", help="most that a gradient may have")
+    add("--dropout", type=float, default=0.1, metavar="P", help="probability")
+    add("--layers", type=at_least_1, default=5, metavar="N", help="of the model")
+    add("--width", type=at_least_1, default=128, metavar="N", help=f"of the model, a multiple of {HEAD}")
+    add("--context", type=at_least_1, default=128, metavar="N", help="bytes that the model sees")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the passes")
+    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help=" ")
+    add("--seed", type=int, default=1, help="of weights, batches and masks")
+    return parser
+
+
+def at_least_1(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+    return float(text)
+
+
+def check(args: argparse.Namespace, processes: int, size: int) -> None:
+    """Raise ValueError if options do not go together, or with a text of *size* bytes."""
+    if args.rho is not None and args.optimizer == "adam":
+        raise ValueError("--rho is for --optimizer sam and asam")
+    if args.width % HEAD:
+        raise ValueError(f"--width must be a multiple of {HEAD}, not {args.width}")
+    if args.batch_size % (processes * args.accumulate):
+        raise ValueError(
+            f"--batch-size must be a multiple of {processes * args.accumulate}, for {processes} processes "
+            f"with {args.accumulate} micro-batches each, not {args.batch_size}"
+        )
+    if size < 10 * processes * (args.context + 1):
+        raise ValueError(
+            f"the text has {size} bytes, but --context {args.context} with {processes} processes takes "
+            f"{10 * processes * (args.context + 1)}: give more --data, or a smaller --context"
+        )
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    if args.device == "cuda" and torch.cuda.device_count() < local:
+        raise ValueError(
+            f"this machine has {torch.cuda.device_count()} GPUs for {local} processes: start fewer, or "
+            "choose --device cpu"
+        )
+
+
+def text_of(files: list[str]) -> bytes:
+    """Return the bytes of *files*, one after another; without any, of generated sentences.
+
+    Raises:
+        ValueError: a file is missing.
+    """
+    for file in files:
+        if not Path(file).is_file():
+            raise ValueError(f"--data {file}: no such file")
+    if files:
+        return b"".join(Path(file).read_bytes() for file in files)
+    sys.path.append(str(Path(__file__).parents[2]))
+    from data_prep import generated
+
+    return "\n".join(pair.english for pair in generated.pairs(20_000, seed=1)).encode()
