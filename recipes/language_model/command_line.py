@@ -36,7 +36,8 @@ def options(description: str) -> argparse.ArgumentParser:
     add("--width", type=at_least_1, default=128, metavar="N", help=f"of the model, a multiple of {HEAD}")
     add("--context", type=at_least_1, default=128, metavar="N", help="bytes that the model sees")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the passes")
-    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu", help=" ")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=["cpu", "cuda"], default=device, help="where to train")
     add("--seed", type=int, default=1, help="of weights, batches and masks")
     return parser
 
