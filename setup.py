@@ -18,6 +18,7 @@ RECIPES = [
     "subword-nmt>=0.3.8",
 ]
 CLUSTER = ["hydra-submitit-launcher>=1.0"]
+ZERO = ["fairscale>=0.4.13"]
 
 setup(
     name="fairseq_asam",
@@ -41,6 +42,8 @@ setup(
         "recipes": RECIPES,
         # recipes/translation/cluster.sh
         "cluster": CLUSTER,
-        "test": [*RECIPES, *CLUSTER, "allpairspy>=2.5", "pytest>=7", "pytest-xdist>=3", "ruff==0.17.6"],
+        # --zero-sharding os
+        "zero": ZERO,
+        "test": [*RECIPES, *CLUSTER, *ZERO, "allpairspy>=2.5", "pytest>=7", "pytest-xdist>=3", "ruff==0.17.6"],
     },
 )

@@ -180,11 +180,12 @@ class SharpnessAwareOptimizer:
 
     def load_state_dict(self, state_dict, optimizer_overrides=None):
         """Load a state of this optimizer or its base, less the components that would not be reused."""
-        super().load_state_dict(state_dict, optimizer_overrides)
         if self.sharpness_config.ascent_interval == 1:
-            for state in self.optimizer.state.values():
+            # Not out of the optimizer's state, of which sharding makes a part for each worker.
+            for state in state_dict["state"].values():
                 state.pop(COMPONENT, None)
                 state.pop(COMPONENT_UPDATE, None)
+        super().load_state_dict(state_dict, optimizer_overrides)
 
     @property
     def has_noted_gradient(self) -> bool:

@@ -34,7 +34,8 @@ def check_configuration(cfg: Any) -> None:
     no_masters = "half-precision weights without float32 masters absorb epsilon"
     moves_weights = "it moves weights between the steps of the optimizer"
     in_parts = "each worker sees only a part of the weights, and epsilon needs the norm over all"
-    backends = {"fully_sharded": in_parts, "slowmo": moves_weights}
+    flattened = "fairscale's FSDP runs on GPUs only, and hides the names and shapes of weights"
+    backends = {"fully_sharded": flattened, "slowmo": moves_weights}
     refusals = [
         (
             "--bf16",
@@ -46,8 +47,18 @@ def check_configuration(cfg: Any) -> None:
         ("--memory-efficient-fp16", common.memory_efficient_fp16, no_masters, "use --fp16"),
         ("--memory-efficient-bf16", common.memory_efficient_bf16, no_masters, "use common.bf16=true"),
         ("--model-parallel-size", common.model_parallel_size > 1, in_parts, "use data parallelism"),
-        ("--pipeline-model-parallel", distributed.pipeline_model_parallel, in_parts, "use data parallelism"),
-        ("--zero-sharding", distributed.zero_sharding != "none", in_parts, "use --zero-sharding none"),
+        (
+            "--pipeline-model-parallel",
+            distributed.pipeline_model_parallel,
+            "it spreads a worker's weights over several GPUs, where epsilon has not been tried",
+            "use data parallelism",
+        ),
+        (
+            "--ascent-interval with --zero-sharding os",
+            distributed.zero_sharding != "none" and cfg.optimizer.ascent_interval > 1,
+            "the component that it reuses would have to be shared out like the optimizer's state",
+            "use one of them",
+        ),
         ("--use-bmuf", cfg.optimization.use_bmuf, moves_weights, "use --ddp-backend pytorch_ddp"),
         (
             f"--ddp-backend {distributed.ddp_backend}",

@@ -224,6 +224,10 @@ def test_the_installed_commands_work_from_the_repository_root(corpus, tmp_path):
         (["--memory-efficient-fp16"], "--memory-efficient-fp16 does not go with --optimizer asam"),
         (["--use-bmuf"], "--use-bmuf does not go with --optimizer asam"),
         (["--ddp-backend", "fully_sharded"], "--ddp-backend fully_sharded does not go with --optimizer asam"),
+        (
+            ["--zero-sharding", "os", "--ascent-interval", "5"],
+            "--ascent-interval with --zero-sharding os does not go with --optimizer asam: the component that",
+        ),
     ],
 )
 def test_bad_flags_are_refused_in_one_sentence(fairseq, corpus, tmp_path, flags, sentence):

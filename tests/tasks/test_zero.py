@@ -1,0 +1,106 @@
+"""--zero-sharding os: each worker has the optimizer's state of a part of the weights, and steps that part."""
+
+import signal
+import sys
+
+import pytest
+import torch
+from commands import ROOT, assert_same_state, checkpoint
+from test_workers import assert_close, trained, weights
+from training import on_workers, trainer_and_batches
+
+sys.path.insert(0, str(ROOT / "recipes" / "faults"))
+from faults import Training
+from injection import Fault, Kind, Place
+
+pytest.importorskip("fairscale", reason="fairseq shards with fairscale")
+
+SHARDED = ["--zero-sharding", "os", "--ddp-backend"]
+
+
+@pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
+def test_two_workers_are_one_with_the_whole_batch(corpus, backend):
+    """The criterion has weights too."""
+    flags = ["asam", "--criterion", "scaled_cross_entropy"]
+    sharded = weights(2, corpus, *flags, *SHARDED, backend)
+    assert_close(sharded, weights(1, corpus, *flags, split="whole"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["asam", "--ascent-scope", "micro-batch"],
+        *(
+            pytest.param([f"asam_{base}"], marks=pytest.mark.slow)
+            for base in ("adadelta", "adafactor", "adagrad", "adamax", "nag", "sgd")
+        ),
+    ],
+)
+def test_the_weights_are_those_without_sharding(corpus, flags):
+    """Bit for bit."""
+    whole, sharded = (weights(2, corpus, *flags, *more, "legacy_ddp") for more in (SHARDED[2:], SHARDED))
+    assert all((sharded[name] == w).all() for name, w in whole.items())
+
+
+def trained_in_float16(cfg, rank, split):
+    return trained(cfg, rank, split, torch.float32)
+
+
+@pytest.mark.slow
+def test_in_half_precision(corpus):
+    """fairseq wants --fp16-no-flatten-grads with it."""
+    flags = ["asam", "--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4"]
+    whole, sharded = (
+        weights(2, corpus, *flags, *more, "legacy_ddp", function=trained_in_float16)
+        for more in (SHARDED[2:], SHARDED)
+    )
+    assert all((sharded[name] == w).all() for name, w in whole.items())
+
+
+def parts(cfg, rank, updates):
+    """The weights whose state this worker has."""
+    trainer, batches = trainer_and_batches(cfg)
+    for update in range(updates):
+        trainer.train_step([batches[2 * update + rank]])
+    state = trainer.optimizer.optimizer.optim.state
+    return [name for name, w in trainer.get_model().named_parameters() if w in state]
+
+
+def test_each_worker_has_the_state_of_its_part(corpus):
+    first, second = on_workers(2, parts, [corpus / "bin", "--optimizer", "asam", *SHARDED, "legacy_ddp"], 2)
+    assert first and second and not set(first) & set(second)
+
+
+@pytest.fixture
+def training(corpus, tmp_path):
+    """Make a run of two workers, or so many, in a folder of the test's own."""
+
+    def make(name, *flags, workers=2):
+        sharding = SHARDED[:2] if workers == 2 else []
+        return Training(tmp_path / name, corpus / "bin", *sharding, *flags, workers=workers)
+
+    return make
+
+
+def test_stopped_or_killed_and_resumed_is_uninterrupted(training):
+    uninterrupted = training("uninterrupted", "--max-update", "15")
+    assert uninterrupted.run().statuses == [0, 0]
+    assert training("pieces", "--max-update", "4").run().statuses == [0, 0]
+    resumed = training("pieces", "--max-update", "15")
+    killed = resumed.run(Fault(Kind.KILL, Place.PERTURBED, visit=12, workers=(1,)))
+    assert (killed.statuses, killed.place) == ([1, -signal.SIGKILL], Place.PERTURBED)
+    assert resumed.run().statuses == [0, 0]
+    assert_same_state(*(checkpoint(run.folder) for run in (uninterrupted, resumed)))
+
+
+def test_a_run_goes_on_with_and_without_sharding(training):
+    """The state in the checkpoint is whole; of a run with --ascent-interval it loses the components."""
+    assert training("run", "--ascent-interval", "3", "--max-update", "6", workers=1).run().statuses == [0]
+    assert training("run", "--max-update", "9").run().statuses == [0, 0]
+    one = training("run", "--max-update", "12", workers=1)
+    saved = checkpoint(one.folder)
+    states = saved["last_optimizer_state"]["state"].values()
+    assert [(state["step"], "ascent_component" in state) for state in states] == [(9, False)] * len(states)
+    assert len(states) == len(saved["last_optimizer_state"]["param_groups"][0]["params"])
+    assert one.run().statuses == [0]
+    assert one.updates() == 12
