@@ -33,6 +33,14 @@ class SharpnessAware(torch.optim.Optimizer):
     Both passes are those of :class:`~fairseq_asam.TwoPasses`. Parameter groups, state and state dict are
     those of *base*: learning-rate schedulers work on either, and a checkpoint of one loads into the other.
 
+    *base* may be a ``ZeroRedundancyOptimizer`` (call its ``consolidate_state_dict()`` before
+    :meth:`state_dict`). The other way round works too, with every weight in the perturbation::
+
+        def optimizer_class(parameters, **defaults):
+            return SharpnessAware(torch.optim.Adam(parameters, **defaults), model, rho=0.5)
+
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class, lr=1e-3)
+
     Args:
         base: the optimizer that makes the step. It must not call the closure itself (LBFGS does). If it
             maximizes, epsilon goes down the objective.
@@ -45,6 +53,7 @@ class SharpnessAware(torch.optim.Optimizer):
         perturbation: the :class:`~fairseq_asam.Perturbation`, whose ``rho`` may change between steps.
 
     Raises:
+        TypeError: *base* is no optimizer.
         ValueError: *base* cannot make the step; all that :class:`~fairseq_asam.Perturbation` raises.
     """
 
@@ -58,8 +67,19 @@ class SharpnessAware(torch.optim.Optimizer):
         rho: float,
         **options: Any,
     ):
-        if isinstance(base, torch.optim.LBFGS):
+        if not hasattr(base, "param_groups"):
+            raise TypeError(
+                f"base is a {type(base).__name__}, but it must be an optimizer: pass one, such as "
+                "torch.optim.Adam(model.parameters())"
+            )
+        # ZeroRedundancyOptimizer has the optimizer of its part in `optim`.
+        if isinstance(getattr(base, "optim", base), torch.optim.LBFGS):
             raise ValueError("LBFGS evaluates the closure at points of its own: use another base optimizer")
+        if getattr(base, "_overlap_with_ddp", False):
+            raise ValueError(
+                f"{type(base).__name__} with overlap_with_ddp=True steps in every backward pass, of which an "
+                "update has two: use overlap_with_ddp=False"
+            )
         self.base = base
         modules = [weights] if isinstance(weights, nn.Module) else []
         named_parameters = weights.named_parameters() if modules else weights
@@ -95,12 +115,13 @@ class SharpnessAware(torch.optim.Optimizer):
         Raises:
             TypeError: there is no closure, or it returned no loss.
             RuntimeError: the closure made no gradient, or neither made nor cleared one that was there before,
-                or a GradScaler calls the step.
+                or a GradScaler calls the step, or *base* is in a ``Join`` context.
             ValueError: the base optimizer maximizes with some weights and minimizes with others.
 
             The weights are w then, and no step is made; nor is one if the closure raises.
         """
         self._refuse_gradient_scaler()
+        self._refuse_join()
         self.perturbation.maximize = self._maximizes()
         parameters = self._passes.parameters
         if closure is None:
@@ -149,6 +170,13 @@ class SharpnessAware(torch.optim.Optimizer):
             raise RuntimeError(
                 "GradScaler.step(optimizer, closure) unscales the gradients before the closure replaces "
                 "them: use TwoPasses in a loop of your own, scale the loss there, call scaler.step(base)"
+            )
+
+    def _refuse_join(self) -> None:
+        if getattr(getattr(self.base, "_join_config", None), "enable", False):
+            raise RuntimeError(
+                f"in a Join context, {type(self.base).__name__} steps once for each forward pass of another "
+                "process, but an update has two: leave the context, and give each process as many batches"
             )
 
     def _maximizes(self) -> bool:
