@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import time
 from typing import Any
@@ -27,6 +28,13 @@ from .update import Measured, Update
 
 # Updates between two looks at what the device has measured.
 LOOK_EVERY = 20
+
+# The variables by which accelerate is told to share out a model.
+SHARE_OUT = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
 
 
 def train(options: TrainOptions) -> dict[str, Any]:
@@ -60,6 +68,7 @@ class Run:
 
     def __init__(self, options: TrainOptions):
         self.options = options = options.resolved()
+        _refuse_to_share_out()
         has_gpu = torch.cuda.is_available()
         if options.mixed_precision == "fp16" and not has_gpu:
             raise ValueError("mixed_precision is fp16, which needs a GPU: choose no or bf16 on a CPU")
@@ -278,6 +287,16 @@ class Run:
             else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
         )
         return f"{self.accelerator.num_processes} x {name}, torch {torch.__version__}"
+
+
+def _refuse_to_share_out() -> None:
+    """Raise ValueError if accelerate is to share out the model: a run saves whole weights."""
+    for variable, name in SHARE_OUT.items():
+        if os.environ.get(variable, "false").lower() == "true":
+            raise ValueError(
+                f"accelerate is to use {name} ({variable} is {os.environ[variable]}), but every process of a "
+                "run has the whole model: use DistributedDataParallel, as accelerate launch --multi_gpu does"
+            )
 
 
 class Meter:

@@ -221,6 +221,32 @@ def test_bad_input_gets_one_sentence(flags, said, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed", "Megatron-LM"])
+def test_what_shares_out_a_model_is_refused(name, monkeypatch, tmp_path, capsys):
+    """As accelerate launch asks for it."""
+    variable = f"ACCELERATE_USE_{name.upper().replace('-', '_')}"
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(SystemExit) as exit:
+        tiny.main(command(tmp_path / "run"))
+    assert exit.value.code == 2
+    said = f"error: accelerate is to use {name} ({variable} is true), but"
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv(variable, "false")
+    made(tmp_path / "run", epochs=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_accelerate_launch_with_fsdp_is_refused(version, tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", version]
+    run = [*launcher, "--num_processes", "2", SCRIPT, *command(tmp_path / "run")]
+    process = subprocess.run(run, capture_output=True, text=True, env=ENVIRONMENT)
+    assert process.returncode != 0
+    assert process.stderr.count("error: accelerate is to use FSDP (ACCELERATE_USE_FSDP is true), but") == 2
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_run_s_folder_is_refused(tmp_path, capsys):
     made(tmp_path / "run", epochs=1)
     for finished in (True, False):
