@@ -44,6 +44,14 @@ setup(
         "cluster": CLUSTER,
         # --zero-sharding os
         "zero": ZERO,
-        "test": [*RECIPES, *CLUSTER, *ZERO, "allpairspy>=2.5", "pytest>=7", "pytest-xdist>=3", "ruff==0.17.6"],
+        "test": [
+            *RECIPES,
+            *CLUSTER,
+            *ZERO,
+            "allpairspy>=2.5",
+            "pytest>=7",
+            "pytest-xdist>=3",
+            "ruff==0.17.6",
+        ],
     },
 )

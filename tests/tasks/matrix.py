@@ -130,7 +130,7 @@ REFUSED = [
     (combination("normalization-layers", "lstm"), [], "--perturbed-weights is normalization-layers, but"),
     (combination("normalization-layers", "fconv"), [], "--perturbed-weights is normalization-layers, but"),
     (combination("fp16"), ["--memory-efficient-fp16"], "--memory-efficient-fp16 does not go with"),
-    (combination(), ["--zero-sharding", "os"], "--zero-sharding does not go with"),
+    (combination("interval 3"), ["--zero-sharding", "os"], "with --zero-sharding os does not go with"),
     (combination(), ["--use-bmuf"], "--use-bmuf does not go with"),
     *(
         (combination(), ["--ddp-backend", backend], f"--ddp-backend {backend} does not go with")
