@@ -42,9 +42,9 @@ if [[ $(cat .venv/made-for 2>/dev/null) != "$made_for" ]]; then
 fi
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
-torch=2.14.1 torchvision=0.29.1
+torch=2.14.1 torchvision=0.29.1 numpy=numpy
 if ! at_least 3.11; then
-    torch=2.3.1 torchvision=0.18.1
+    torch=2.3.1 torchvision=0.18.1 numpy='numpy<1.24'
     # pip 24.1 and newer refuse the metadata of omegaconf 2.0, which fairseq 0.12.2 requires.
     pip install 'pip<24.1'
 fi
@@ -53,8 +53,11 @@ if ! nvidia-smi -L >/dev/null 2>&1; then
     pip install --no-deps --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu \
         "torch==$torch" "torchvision==$torchvision"
 fi
-echo "Installing fairseq and the rest; where pip must build fairseq, that takes about 4 minutes."
-pip install --editable ".[$extra]"
+echo "Installing fairseq and the rest; where pip must build fairseq, that takes a few minutes."
+# What fairseq needs to be built. Without it, pip would install torch and its gigabytes a second time, into an
+# environment for the build alone.
+pip install 'setuptools>=64' wheel cython "$numpy" "torch==$torch"
+pip install --no-build-isolation --editable ".[$extra]"
 
 {
     installed recipes
