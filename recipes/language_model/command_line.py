@@ -62,13 +62,13 @@ def check(args: argparse.Namespace, processes: int, size: int) -> None:
         raise ValueError(f"--width must be a multiple of {HEAD}, not {args.width}")
     if args.batch_size % (processes * args.accumulate):
         raise ValueError(
-            f"--batch-size must be a multiple of {processes * args.accumulate}, for {processes} processes "
-            f"with {args.accumulate} micro-batches each, not {args.batch_size}"
+            f"--batch-size must be a multiple of {processes * args.accumulate}, the number of processes "
+            f"times --accumulate, not {args.batch_size}"
         )
     if size < 10 * processes * (args.context + 1):
         raise ValueError(
-            f"the text has {size} bytes, but --context {args.context} with {processes} processes takes "
-            f"{10 * processes * (args.context + 1)}: give more --data, or a smaller --context"
+            f"the text has {size} bytes, but {processes} process(es) with --context {args.context} take at "
+            f"least {10 * processes * (args.context + 1)}: give more --data, or a smaller --context"
         )
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     if args.device == "cuda" and torch.cuda.device_count() < local:
@@ -86,7 +86,7 @@ def text_of(files: list[str]) -> bytes:
     """
     for file in files:
         if not Path(file).is_file():
-            raise ValueError(f"--data {file}: no such file")
+            raise ValueError(f"--data {file}: there is no such text file")
     if files:
         return b"".join(Path(file).read_bytes() for file in files)
     sys.path.append(str(Path(__file__).parents[2]))
