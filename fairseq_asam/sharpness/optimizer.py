@@ -33,8 +33,8 @@ class SharpnessAware(torch.optim.Optimizer):
     Both passes are those of :class:`~fairseq_asam.TwoPasses`. Parameter groups, state and state dict are
     those of *base*: learning-rate schedulers work on either, and a checkpoint of one loads into the other.
 
-    *base* may be a ``ZeroRedundancyOptimizer`` (call its ``consolidate_state_dict()`` before
-    :meth:`state_dict`). The other way round works too, with every weight in the perturbation::
+    *base* may be a ``ZeroRedundancyOptimizer``: call its ``consolidate_state_dict()`` before
+    :meth:`state_dict`. It may also be around this one, which then still needs the whole model::
 
         def optimizer_class(parameters, **defaults):
             return SharpnessAware(torch.optim.Adam(parameters, **defaults), model, rho=0.5)
