@@ -27,6 +27,7 @@ setup(
     license="MIT",
     python_requires=">=3.9",
     packages=find_packages(include=["fairseq_asam", "fairseq_asam.*"]),
+    package_data={"fairseq_asam": ["py.typed"]},
     install_requires=[
         "torch>=2.1",
         # fairseq 0.12.2 pins hydra and omegaconf releases that Python 3.11 cannot import.
@@ -49,6 +50,8 @@ setup(
             *CLUSTER,
             *ZERO,
             "allpairspy>=2.5",
+            # It checks against the types of the newer torch.
+            "mypy==2.4.1; python_version>='3.11'",
             "pytest>=7",
             "pytest-xdist>=3",
             "ruff==0.17.6",

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing, then runs the linter and the tests.
+# Installs what is missing, then runs the linter, the type checker (Python 3.11 and newer) and the tests.
 #
 #   tests/run.sh [--slow] [pytest arguments]
 #
@@ -16,4 +16,5 @@ recipes/environment.sh test
 export PATH="$PWD/.venv/bin:$PATH"
 ruff check
 ruff format --check
+[[ ! -x .venv/bin/mypy ]] || mypy
 pytest --numprocesses 2 -m "$marker" "$@"

@@ -145,9 +145,10 @@ def load(dataset: str, root: Path | None) -> Images:
     loaded = data.load(dataset, root, augmentation="none")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def whole(images: torch.utils.data.Dataset) -> tuple[Tensor, Tensor]:
+    def whole(images: data.Images) -> tuple[Tensor, Tensor]:
         batches = zip(*evaluation_loader(images, 0, device))
-        return tuple(torch.cat(parts).to(device) for parts in batches)
+        inputs, labels = (torch.cat(parts).to(device) for parts in batches)
+        return inputs, labels
 
     return Images(whole(loaded.train), whole(loaded.test), loaded.num_classes)
 
@@ -373,7 +374,7 @@ def _arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of weights, order and dropout (default: 0)")
 
     add = parser.add_argument_group("the grid", "a model for each combination of these").add_argument
-    values = {"nargs": "+", "metavar": "VALUE"}
+    values: dict[str, Any] = {"nargs": "+", "metavar": "VALUE"}
     add("--batch-size", type=int, **values, default=BATCH_SIZES, help=f"default: {BATCH_SIZES}")
     add("--lr", type=float, **values, default=LEARNING_RATES, help=f"default: {LEARNING_RATES}")
     for name, option in (("--weight-decay", "weight_decay"), ("--dropout", "dropout")):

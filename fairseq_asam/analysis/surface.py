@@ -68,7 +68,7 @@ def surface(
     axis = np.linspace(-1, 1, points).tolist()
 
     def loss_at(x: float, y: float) -> float | None:
-        offset = torch._foreach_mul(epsilon, x)
+        offset = list(torch._foreach_mul(epsilon, x))
         torch._foreach_add_(offset, direction, alpha=y * radius)
         with Displaced(weights.values(), offset):
             value = evaluate(loss)

@@ -123,7 +123,7 @@ def draw_figure_1(rows: list[dict[str, Any]]) -> plt.Figure:
         for row, marker in zip(here, "o^"):
             point = np.array(row["w"])
             operator = NORMALIZATIONS[region.normalization]
-            [diagonal] = operator.diagonal([torch.tensor(point)], region.eta) or [1]
+            [diagonal] = operator.diagonal([torch.tensor(point)], region.eta) or [torch.ones(())]
             outline = point + boundary(region) * np.asarray(diagonal)
             panel.fill(*outline.T, facecolor="tab:green", alpha=0.15)
             panel.plot(*outline.T, color="tab:green")

@@ -45,7 +45,7 @@ class SAMConfig(FairseqDataclass):
         default=2.0,
         metadata={"help": "norm that bounds the region, 1 < p <= inf (Equation 3; Section 5.2 finds 2 best)"},
     )
-    ascent_scope: ChoiceEnum(["update", "micro-batch"]) = field(
+    ascent_scope: ChoiceEnum(["update", "micro-batch"]) = field(  # type: ignore[valid-type]
         default="update",
         metadata={
             "help": "whose gradient makes epsilon: of the whole update, over all accumulated micro-batches "
@@ -53,7 +53,7 @@ class SAMConfig(FairseqDataclass):
             "Section 5.2)"
         },
     )
-    perturbed_weights: ChoiceEnum(list(SELECTIONS)) = field(
+    perturbed_weights: ChoiceEnum(list(SELECTIONS)) = field(  # type: ignore[valid-type]
         default="all",
         metadata={
             "help": "which weights epsilon moves (the paper: all; arXiv 2306.04226: normalization-layers)"
@@ -101,7 +101,7 @@ class ASAMConfig(SAMConfig):
         default=0.01,
         metadata={"help": "stability term added to the normalization operator (Section 3, Equation 5)"},
     )
-    normalization: ChoiceEnum(list(NORMALIZATIONS)) = field(
+    normalization: ChoiceEnum(list(NORMALIZATIONS)) = field(  # type: ignore[valid-type]
         default="element-wise",
         metadata={"help": "normalization operator T_w (Section 3, Equation 5; none is SAM)"},
     )
@@ -111,7 +111,7 @@ class ASAMConfig(SAMConfig):
     )
 
 
-class SharpnessAwareOptimizer:
+class SharpnessAwareOptimizer(FairseqOptimizer):
     """What ``asam`` and ``sam`` add to the fairseq optimizer that they extend."""
 
     sharpness_options: type
@@ -317,7 +317,8 @@ def _register(name: str, options: type, base_name: str) -> None:
     base, base_config = OPTIMIZER_REGISTRY[base_name], OPTIMIZER_DATACLASS_REGISTRY.get(base_name)
     namespace = {"__doc__": base.__doc__, "sharpness_options": options}
     optimizer = type(f"{name}_{base.__name__}", (SharpnessAwareOptimizer, base), namespace)
-    config = None  # older optimizers of fairseq have none, and take the parsed arguments as they are
+    # Older optimizers of fairseq have none, and take the parsed arguments as they are.
+    config: Optional[type] = None
     if base_config is not None:
         config = dataclass(type(f"{options.__name__}_{base_config.__name__}", (options, base_config), {}))
     register_optimizer(name, dataclass=config)(optimizer)

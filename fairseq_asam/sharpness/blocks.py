@@ -72,8 +72,8 @@ class Block:
         normalized = self._normalized(gradients, self._diagonals())
         if unit is not None:
             divisor = torch.where(unit > 0, unit, 1.0).to(normalized[0].device)
-            normalized = torch._foreach_div(normalized, divisor)
-        return torch._foreach_norm(normalized, order)
+            normalized = list(torch._foreach_div(normalized, divisor))
+        return list(torch._foreach_norm(normalized, order))
 
     def move(self, gradients: list[Tensor], ascent: Ascent) -> None:
         """Add epsilon to the weights, which have been copied before."""
@@ -108,7 +108,7 @@ class Block:
     def _normalized(self, gradients: list[Tensor], diagonals: list[Tensor] | None) -> list[Tensor]:
         """Return T g, in at least float32; g itself where *diagonals*, those of T, are ``None``."""
         gradients = [gradient.to(self.working_dtype) for gradient in gradients]
-        return gradients if diagonals is None else torch._foreach_mul(gradients, diagonals)
+        return gradients if diagonals is None else list(torch._foreach_mul(gradients, diagonals))
 
 
 class FlatBlock(Block):

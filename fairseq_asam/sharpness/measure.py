@@ -230,7 +230,7 @@ class _Search:
                 direction = ball.steepest(_gradients(self.parameters))
             length = region.rho
             for _ in range(steps):
-                there = ball.project(torch._foreach_add(here, direction, alpha=length))
+                there = ball.project(list(torch._foreach_add(here, direction, alpha=length)))
                 loss_there = self.see(Displaced(self.parameters, ball.epsilon(there)), with_gradient=True)
                 if loss_there > loss_here:
                     here, loss_here, direction = there, loss_there, ball.steepest(_gradients(self.parameters))
@@ -286,24 +286,24 @@ class _Ball:
             return [(2 * coordinates - 1) * self.rho for coordinates in point]
         dimensions = sum(parameter.numel() for parameter in self.parameters)
         radius = self.rho * torch.rand((), generator=generator).item() ** (1 / dimensions)
-        return torch._foreach_mul(point, radius / self._norm(point))
+        return list(torch._foreach_mul(point, radius / self._norm(point)))
 
     def steepest(self, gradients: list[Tensor]) -> list[Tensor]:
         """The direction of length 1 in which the loss rises most, from its gradient with respect to w."""
-        normalized = torch._foreach_mul(gradients, self.diagonals)
+        normalized = list(torch._foreach_mul(gradients, self.diagonals))
         if math.isinf(self.p):
-            return torch._foreach_sign(normalized)
+            return list(torch._foreach_sign(normalized))
         norm = self._norm(normalized)
-        return torch._foreach_mul(normalized, 1 / norm if norm > 0 else 0.0)
+        return list(torch._foreach_mul(normalized, 1 / norm if norm > 0 else 0.0))
 
     def project(self, point: list[Tensor]) -> list[Tensor]:
         if math.isinf(self.p):
             return [coordinates.clamp(-self.rho, self.rho) for coordinates in point]
         norm = self._norm(point)
-        return torch._foreach_mul(point, self.rho / norm) if norm > self.rho else point
+        return list(torch._foreach_mul(point, self.rho / norm)) if norm > self.rho else point
 
     def epsilon(self, point: list[Tensor]) -> list[Tensor]:
-        return torch._foreach_mul(point, self.diagonals)
+        return list(torch._foreach_mul(point, self.diagonals))
 
     def _norm(self, point: list[Tensor]) -> float:
         """The l2 norm of all coordinates together."""

@@ -73,7 +73,7 @@ class ElementWise(NormalizationOperator):
     has_flat_form = True
 
     def diagonal(self, weights: list[Tensor], eta: float) -> list[Tensor]:
-        diagonals = torch._foreach_abs(weights)
+        diagonals = list(torch._foreach_abs(weights))
         torch._foreach_add_(diagonals, eta)
         return diagonals
 

@@ -81,8 +81,8 @@ class SharpnessAware(torch.optim.Optimizer):
                 "update has two: use overlap_with_ddp=False"
             )
         self.base = base
+        named_parameters = weights.named_parameters() if isinstance(weights, nn.Module) else weights
         modules = [weights] if isinstance(weights, nn.Module) else []
-        named_parameters = weights.named_parameters() if modules else weights
         self._passes = TwoPasses(Perturbation(named_parameters, rho, **options), modules, _parameters(base))
         # No super().__init__(): it would build groups and a state beside those of the base.
         self.__setstate__({})
@@ -101,7 +101,10 @@ class SharpnessAware(torch.optim.Optimizer):
         """L(w + epsilon) - L(w) of the last step, in the type of the closure's loss; ``None`` before it."""
         return self._passes.sharpness
 
-    def step(self, closure: Callable[[], Tensor | float] | None = None) -> Tensor | float | None:
+    # torch declares a closure that returns a float; one that returns a tensor is as common.
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Tensor | float] | None = None
+    ) -> Tensor | float | None:
         """Step at w with the gradient at w + epsilon.
 
         Args:

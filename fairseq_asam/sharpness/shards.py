@@ -10,12 +10,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .normalization import NormalizationOperator
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeGuard
 
 
 class Shards(NamedTuple):
@@ -48,7 +52,7 @@ class Shards(NamedTuple):
         return int(torch.tensor([self.mesh.size(dim) for dim in self.dims]).prod())
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Return whether *tensor* is a ``DTensor``, one part of which this process has."""
     # By name, since to import the class takes seconds, and older versions of torch keep it elsewhere.
     kind = type(tensor)
@@ -64,7 +68,7 @@ def shards_of(weight: Tensor, tensor_dims: Iterable[int] | None = None) -> Shard
     """Return who shares out *weight*, along *tensor_dims* if given; ``None`` if nobody does."""
     if not is_sharded(weight):
         return None
-    along = [None if p.is_replicate() else p.dim for p in weight.placements]
+    along = [getattr(placement, "dim", None) for placement in weight.placements]  # replicas have none
     wanted = set(range(weight.dim()) if tensor_dims is None else tensor_dims)
     dims = tuple(i for i, dim in enumerate(along) if dim in wanted)
     return Shards(weight.device_mesh, dims) if dims else None
@@ -76,15 +80,16 @@ def local_gradient(weight: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: the gradient is whole and the weight is not, or the other way round.
     """
-    if is_sharded(weight) != is_sharded(weight.grad):
+    gradient = weight.grad
+    if is_sharded(weight) != is_sharded(gradient):
         kinds = ("in shards", "whole")[:: 1 if is_sharded(weight) else -1]
         raise ValueError(
             f"{name} is {kinds[0]}, but its gradient is {kinds[1]}: let backward() make the gradient, and "
             "call reshard() on the module after a forward pass without a backward"
         )
-    if is_sharded(weight) and weight.grad.placements != weight.placements:
-        return weight.grad.redistribute(placements=weight.placements).to_local()
-    return local(weight.grad)
+    if is_sharded(weight) and is_sharded(gradient) and gradient.placements != weight.placements:
+        return gradient.redistribute(placements=weight.placements).to_local()
+    return local(gradient)
 
 
 def norm_over(shards: Shards | None, norms: list[Tensor], order: float) -> Tensor:

@@ -58,6 +58,11 @@ class TwoPasses:
             of several micro-batches are added up. ``None`` before the first update.
     """
 
+    _passes: list[_Pass]
+    _earlier: list[Tensor | None]
+    _before: ModuleState | None
+    _perturbed: bool
+
     def __init__(
         self,
         perturbation: Perturbation,
@@ -149,9 +154,7 @@ class TwoPasses:
 
     def reset(self) -> None:
         """Forget the passes at w that no pass at w + epsilon has followed."""
-        self._passes: list[_Pass] = []
-        self._earlier: list[Tensor | None] = []
-        self._before: ModuleState | None = None
+        self._passes, self._earlier, self._before = [], [], None
         self._perturbed = False
         RandomState.release()
 

@@ -54,7 +54,7 @@ def extrapolate_(part: dict[str, Any], whole: dict[str, Any], scale: float) -> N
         if key in COUNTS:
             part[key] = whole.get(key, value)
         elif isinstance(value, (Number, Tensor)) and not isinstance(value, bool):
-            part[key] = value * scale
+            part[key] = part[key] * scale
 
 
 def _rows_of(value: Any, n: int, rows: Tensor, name: str = "") -> Any:

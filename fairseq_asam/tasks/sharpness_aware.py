@@ -27,7 +27,7 @@ from .fraction import extrapolate_, random_part
 PERTURBED = "perturbed_"
 
 
-class SharpnessAwareTask:
+class SharpnessAwareTask(FairseqTask):
     """What goes in front of a task's class while an optimizer of :mod:`fairseq_asam.optim` trains it."""
 
     def begin_update(self, num_micro_batches: int) -> None:
@@ -194,8 +194,8 @@ def _no_sync(*modules: Module, apply: bool) -> Iterator[None]:
     """If it is to *apply*, keep gradients on this worker, whatever data-parallel wrapper *modules* have."""
     with contextlib.ExitStack() as stack:
         for module in modules if apply else ():
-            if hasattr(module, "no_sync"):
-                stack.enter_context(module.no_sync())
+            no_sync: Any = getattr(module, "no_sync", contextlib.nullcontext)
+            stack.enter_context(no_sync())
         yield
 
 

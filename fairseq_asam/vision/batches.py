@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
+
+if TYPE_CHECKING:
+    from .data import Images
 
 
 def seed_of(*numbers: int) -> int:
@@ -57,13 +60,13 @@ class Augmented(Dataset):
             return self.dataset[number]
 
 
-def training_loader(dataset: Dataset, batches: Batches, workers: int, device: torch.device) -> DataLoader:
+def training_loader(dataset: Images, batches: Batches, workers: int, device: torch.device) -> DataLoader:
     """Return a loader of *batches*, whose augmentation runs in so many worker processes."""
     return _loader(Augmented(dataset), workers, device, batch_sampler=batches)
 
 
 def evaluation_loader(
-    dataset: Dataset,
+    dataset: Images,
     workers: int,
     device: torch.device,
     process: int = 0,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, Union
 
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageNet
 from torchvision.transforms import v2
 
@@ -23,9 +24,19 @@ class Data:
     """What :func:`load` returns. Items of both data sets are (image, label): float32 of 3 x H x W,
     normalized, and int."""
 
-    train: Dataset
-    test: Dataset
+    train: View
+    test: View
     num_classes: int
+
+
+class LabelledImages(Protocol):
+    """A data set as it was fetched, with the label of each image in ``targets``."""
+
+    targets: list[int]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Any, int]: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class DatasetSpec:
     """
 
     num_classes: int
-    fetch: Callable[[Path | None, bool], tuple[Dataset, Dataset]]
+    fetch: Callable[[Path | None, bool], tuple[LabelledImages, LabelledImages]]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     augmentations: dict[str, list[v2.Transform]]
@@ -68,12 +79,12 @@ class Digits(Dataset):
         return self.images[index], self.targets[index]
 
 
-def _digits(root: Path | None, download: bool) -> tuple[Dataset, Dataset]:
+def _digits(root: Path | None, download: bool) -> tuple[LabelledImages, LabelledImages]:
     return Digits(train=True), Digits(train=False)
 
 
-def _cifar(cifar: type[CIFAR10]) -> Callable[[Path | None, bool], tuple[Dataset, Dataset]]:
-    def fetch(root: Path | None, download: bool) -> tuple[Dataset, Dataset]:
+def _cifar(cifar: type[CIFAR10]) -> Callable[[Path | None, bool], tuple[LabelledImages, LabelledImages]]:
+    def fetch(root: Path | None, download: bool) -> tuple[LabelledImages, LabelledImages]:
         if root is None:
             raise FileNotFoundError(f"{cifar.__name__} needs a folder: name one with --data")
         try:
@@ -88,7 +99,7 @@ def _cifar(cifar: type[CIFAR10]) -> Callable[[Path | None, bool], tuple[Dataset,
     return fetch
 
 
-def _imagenet(root: Path | None, download: bool) -> tuple[Dataset, Dataset]:
+def _imagenet(root: Path | None, download: bool) -> tuple[LabelledImages, LabelledImages]:
     archives = "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar"
     if root is None:
         raise FileNotFoundError(f"ImageNet needs a folder: name the one that has {archives} with --data")
@@ -139,10 +150,12 @@ DATASETS: dict[str, DatasetSpec] = {
 }
 
 
-class _View(Dataset):
+class View(Dataset):
     """Some images of a data set, by number, with labels and a transform of their own."""
 
-    def __init__(self, images: Dataset, numbers: list[int], labels: list[int], transform: v2.Transform):
+    def __init__(
+        self, images: LabelledImages, numbers: list[int], labels: list[int], transform: v2.Transform
+    ):
         self.images, self.numbers, self.labels, self.transform = images, numbers, labels, transform
 
     def __len__(self) -> int:
@@ -151,6 +164,10 @@ class _View(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, _ = self.images[self.numbers[index]]
         return self.transform(image), self.labels[index]
+
+
+#: What images are loaded from: data sets whose length is known.
+Images = Union[View, Subset]
 
 
 def load(
@@ -207,8 +224,8 @@ def load(
     test_labels = [test.targets[number] for number in test_numbers]
     labels = with_noise([labels[number] for number in numbers], label_noise, spec.num_classes, seed)
     return Data(
-        _View(train, numbers, labels, _transform(spec, spec.augmentations[augmentation])),
-        _View(test, test_numbers, test_labels, _transform(spec, spec.framing)),
+        View(train, numbers, labels, _transform(spec, spec.augmentations[augmentation])),
+        View(test, test_numbers, test_labels, _transform(spec, spec.framing)),
         spec.num_classes,
     )
 

@@ -87,7 +87,7 @@ def wide_resnet(num_classes: int, blocks: int, width_factor: int, dropout: float
 #: Name -> function of the number of classes. ``resnet50`` takes ImageNet's images, the others images of
 #: 32 x 32 pixels. ``densenet121`` is the ImageNet network all the same: its paper has no other of this depth.
 #: Where the shape changes, the shortcuts of the CIFAR ResNets are projections (option B of He et al. 2016).
-MODELS: dict[str, Callable[[int], nn.Module]] = {
+MODELS: dict[str, Callable[..., nn.Module]] = {
     "densenet121": lambda num_classes: torchvision.models.densenet121(num_classes=num_classes),
     "mlp": mlp,
     "resnet8": resnet8,

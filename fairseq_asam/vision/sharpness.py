@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from fairseq_asam.analysis.measuring import (
     add_batch_arguments,
@@ -68,7 +68,7 @@ def measure_run(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     model = models.build_model(options["model"], checkpoint["num_classes"])
     model.load_state_dict(checkpoint["model"])
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     loader = evaluation_loader(images, args.workers, device, batch_size=args.batch_size)
     measured = measure_watched(partial(cross_entropy, model, loader), len(loader), model, regions, args)
     epoch = len(checkpoint["epochs"])
@@ -79,7 +79,7 @@ def measure_run(args: argparse.Namespace) -> None:
     report(args, measured, "image", {**counts, "options": options})
 
 
-def images_of(options: dict[str, Any], split: str, root: Path | None, download: bool = False) -> Dataset:
+def images_of(options: dict[str, Any], split: str, root: Path | None, download: bool = False) -> data.Images:
     """Return the images, ``train`` or ``test``, of the run with *options*, without augmentation.
 
     Raises:
@@ -97,7 +97,7 @@ def images_of(options: dict[str, Any], split: str, root: Path | None, download: 
     return getattr(loaded, split)
 
 
-def at_random(images: Dataset, number: int, seed: int) -> Dataset:
+def at_random(images: data.Images, number: int, seed: int) -> Subset:
     """Return so many of *images*, drawn with *seed*; all, in another order, if there are no more."""
     generator = torch.Generator().manual_seed(seed)
     return Subset(images, torch.randperm(len(images), generator=generator)[:number].tolist())

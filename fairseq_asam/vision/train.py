@@ -118,7 +118,7 @@ class Run:
 
     def _load_data(self) -> None:
         options, accelerator = self.options, self.accelerator
-        loading = {
+        loading: dict[str, Any] = {
             "label_noise": options.label_noise,
             "hold_out": options.hold_out,
             "seed": options.seed,

@@ -86,7 +86,7 @@ class Update:
             functools.partial(evaluate, alone=self.m is not None),
             functools.partial(evaluate, alone=not is_last),
         )
-        return Measured(loss, accuracy, self._two_passes.sharpness)
+        return Measured(loss, accuracy, torch.as_tensor(self._two_passes.sharpness))
 
     def _pass(self, images: Tensor, targets: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
         """Forward and backward; return the mean loss and the accuracy."""

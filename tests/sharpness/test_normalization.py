@@ -26,12 +26,12 @@ def test_the_diagonal_by_hand(name):
         assert torch.equal(diagonal.expand_as(weight), torch.tensor(expected))
 
 
-@pytest.mark.parametrize("name", NORMALIZATIONS)
+@pytest.mark.parametrize("name", [name for name, each in NORMALIZATIONS.items() if each.has_flat_form])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_flat_form_is_that_of_the_diagonal(name, dtype):
     torch.manual_seed(0)
     weights, gradient = [torch.randn(n, dtype=dtype) for n in (7, 9)], torch.randn(16, dtype=dtype)
-    operator = NORMALIZATIONS[name].applied_to(weights[0])
+    operator = NORMALIZATIONS[name]
     diagonal = torch.cat(operator.diagonal(weights, ETA) or [torch.ones(16, dtype=dtype)])
     minus_eta = torch.tensor(-ETA, dtype=dtype)
     for flat in (weights, [torch.cat(weights)]):
