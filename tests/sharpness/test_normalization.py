@@ -16,7 +16,7 @@ BY_HAND = {
 }
 
 
-@pytest.mark.parametrize("name", NORMALIZATIONS)
+@pytest.mark.parametrize("name", BY_HAND)
 def test_the_diagonal_by_hand(name):
     for weight, expected in zip((MATRIX, FILTERS), BY_HAND[name]):
         weight = torch.tensor(weight)
