@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import socket
-import traceback
 from pathlib import Path
 
 import torch
@@ -18,6 +16,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.models import distributed_fairseq_model, register_model, register_model_architecture
 from fairseq.models.transformer import TransformerModel, base_architecture
 from fairseq.trainer import Trainer
+from processes import spawned
 
 import fairseq_asam.tasks  # noqa: F401  registers the optimizers
 
@@ -110,31 +109,10 @@ def merged(trainer, batches):
 def on_workers(world_size: int, function, cfg_arguments: list, *arguments) -> list:
     """Run ``function(cfg, rank, *arguments)`` on *world_size* CPU workers that know each other through
     gloo, and return what each returned, which must be picklable. A worker that hangs fails the test."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    queue = _processes.Queue()
-    workers = [
-        _processes.Process(
-            target=_worker,
-            args=(queue, world_size, rank, port, function, cfg_arguments, arguments),
-            daemon=True,
-        )
-        for rank in range(world_size)
-    ]
-    for worker in workers:
-        worker.start()
-    results = dict(queue.get(timeout=180) for _ in workers)
-    for worker in workers:
-        worker.join(30)
-        worker.kill()
-    failures = [result for result in results.values() if isinstance(result, str)]
-    assert not failures, failures[0]
-    return [results[rank] for rank in range(world_size)]
+    return spawned(_processes, world_size, _worker, function, cfg_arguments, arguments)
 
 
-def _worker(queue, world_size, rank, port, function, cfg_arguments, arguments):
-    torch.set_num_threads(1)
+def _worker(rank, world_size, port, function, cfg_arguments, arguments):
     for name, replacement in FLOAT64_THROUGHOUT.items():
         setattr(utils, name, replacement)
     # fairseq names a device even where there is none, which torch's DDP refuses.
@@ -143,11 +121,8 @@ def _worker(queue, world_size, rank, port, function, cfg_arguments, arguments):
         *args, **{**kwargs, "device_ids": None, "output_device": None}
     )
     results = []
-    try:
-        flags = ["--distributed-world-size", world_size, "--distributed-rank", rank, "--distributed-no-spawn"]
-        flags += ["--distributed-backend", "gloo", "--distributed-init-method", f"tcp://127.0.0.1:{port}"]
-        cfg = configuration(*cfg_arguments, *(flags if world_size > 1 else []))
-        distributed_utils.call_main(cfg, lambda cfg: results.append(function(cfg, rank, *arguments)))
-        queue.put((rank, results[0]))
-    except BaseException:
-        queue.put((rank, traceback.format_exc()))
+    flags = ["--distributed-world-size", world_size, "--distributed-rank", rank, "--distributed-no-spawn"]
+    flags += ["--distributed-backend", "gloo", "--distributed-init-method", f"tcp://127.0.0.1:{port}"]
+    cfg = configuration(*cfg_arguments, *(flags if world_size > 1 else []))
+    distributed_utils.call_main(cfg, lambda cfg: results.append(function(cfg, rank, *arguments)))
+    return results[0]

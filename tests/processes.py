@@ -1,0 +1,58 @@
+"""Runs a function in several processes that know each other through gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import traceback
+
+import torch
+import torch.distributed as dist
+
+
+def in_processes(count: int, function, *arguments) -> list:
+    """Return what ``function(*arguments)`` returned in each process, all in one process group."""
+    return spawned(multiprocessing.get_context("spawn"), count, _with_process_group, function, arguments)
+
+
+def spawned(context, count: int, function, *arguments) -> list:
+    """Return what ``function(rank, count, port, *arguments)`` returned in each of *count* processes, which
+    must be picklable. *port* is free. A process that raises or hangs fails the test."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    queue = context.Queue()
+    processes = [
+        context.Process(target=_run, args=(queue, function, (rank, count, port, *arguments)), daemon=True)
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    results = dict(queue.get(timeout=180) for _ in processes)
+    for process in processes:
+        process.join(30)
+        process.kill()
+    failures = [result for result in results.values() if isinstance(result, _Failure)]
+    assert not failures, failures[0]
+    return [results[rank] for rank in range(count)]
+
+
+class _Failure(str):
+    """A traceback."""
+
+
+def _run(queue, function, arguments):
+    torch.set_num_threads(1)
+    try:
+        queue.put((arguments[0], function(*arguments)))
+    except BaseException:
+        queue.put((arguments[0], _Failure(traceback.format_exc())))
+
+
+def _with_process_group(rank, count, port, function, arguments):
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+    try:
+        return function(*arguments)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
