@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 logging.basicConfig(level=logging.WARNING)  # a model of fairseq's would set DEBUG, for all
-warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # fairseq calls it
+# fairseq and fairscale call what torch will remove.
+warnings.filterwarnings("ignore", message=r"`torch\.(jit\.script|cuda\.amp\.custom_)")
 from fairseq import checkpoint_utils, tasks, utils
 from fairseq.criterions import FairseqCriterion
 from fairseq.models import BaseFairseqModel

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .perturbation import Perturbation
-from .shards import is_sharded, local
+from .shards import is_sharded, local, reshard
 from .two_passes import TwoPasses
 
 # Set on a gradient that a step leaves behind: its version then.
@@ -81,6 +81,8 @@ class SharpnessAware(torch.optim.Optimizer):
                 "update has two: use overlap_with_ddp=False"
             )
         self.base = base
+        if isinstance(weights, nn.Module):
+            reshard(weights.modules())
         named_parameters = weights.named_parameters() if isinstance(weights, nn.Module) else weights
         modules = [weights] if isinstance(weights, nn.Module) else []
         self._passes = TwoPasses(Perturbation(named_parameters, rho, **options), modules, _parameters(base))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .module_state import ModuleState
 from .perturbation import Perturbation
 from .random_state import RandomState
-from .shards import reshard
+from .shards import is_sharded, reshard
 
 #: A forward and backward pass. It returns the loss, or a tuple that begins with it.
 Evaluate = Callable[[], Any]
@@ -56,6 +56,9 @@ class TwoPasses:
         parameters: all whose gradients are taken care of.
         sharpness: L(w + epsilon) - L(w) of the last update, a tensor without dimensions or a float. Losses
             of several micro-batches are added up. ``None`` before the first update.
+
+    Raises:
+        ValueError: the modules have weights in shards, and *perturbation* has others than these.
     """
 
     _passes: list[_Pass]
@@ -74,12 +77,14 @@ class TwoPasses:
         self.perturbation, self.modules = perturbation, list(modules)
         self.fresh_masks, self.buffers_of_both = fresh_masks, buffers_of_both
         self.sharpness: Tensor | float | None = None
-        everything = [
-            *perturbation.parameters,
-            *parameters,
-            *(p for m in self.modules for p in m.parameters()),
-        ]
-        self.parameters = list(dict.fromkeys(everything))
+        reshard(part for module in self.modules for part in module.modules())
+        of_modules = dict.fromkeys(p for module in self.modules for p in module.parameters())
+        if any(map(is_sharded, of_modules)) and not of_modules.keys() >= set(perturbation.parameters):
+            raise ValueError(
+                "the perturbation has weights that are none of the modules', as after a forward pass without "
+                "a backward, when some are whole: call reshard() on the modules before named_parameters()"
+            )
+        self.parameters = list(dict.fromkeys([*perturbation.parameters, *parameters, *of_modules]))
         self.reset()
 
     def __call__(self, evaluate: Evaluate, again: Evaluate | None = None) -> Any:

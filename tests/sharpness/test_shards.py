@@ -124,7 +124,8 @@ def tokens(step, size=8):
 
 
 def loss_of(model, x):
-    return (model(x) - x.double().mean(1, keepdim=True)).square().mean()
+    outputs = model(x)
+    return (outputs - x.to(outputs).mean(1, keepdim=True)).square().mean()
 
 
 def fsdp(model, mesh=None, **options):
@@ -138,10 +139,10 @@ def tensor_parallel(model, mesh):
 
 
 def several_meshes(model):
-    """Some layers over pairs of processes, copied over the pairs; some over all; the rest whole."""
+    """One layer over pairs of processes, copied over the pairs; the others over all four."""
     fully_shard(model.up, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts")))
-    fully_shard(model.conv, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    return model
+    fully_shard(model.conv, mesh=init_device_mesh("cpu", (4,)))
+    return fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
 
 
 def fsdp_and_tensor_parallel(model):
@@ -160,6 +161,7 @@ SHARDINGS = {
         "fully_shard": (fsdp, 4),
         "hybrid": (lambda m: fsdp(m, init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))), 4),
         "fully_shard and tensor parallel": (fsdp_and_tensor_parallel, 2),
+        "several meshes": (several_meshes, 4),
     },
 }
 ADAM = functools.partial(torch.optim.Adam, lr=0.02, foreach=False)
@@ -216,6 +218,20 @@ def trainings(processes):
     return differences
 
 
+def trainings_in_float32(processes):
+    """The distance from one process over 20 updates, without epsilon and with, for each sharding."""
+    distances = {}
+    for name, (shard, shares) in SHARDINGS[processes].items():
+        share = dist.get_rank() * shares // processes
+        of_rho = []
+        for rho in (0.0, 0.5):
+            *_, sharded = trained(shard(network().float()), {"rho": rho}, share, shares)
+            *_, whole = trained(network().float(), {"rho": rho}, 0, 1)
+            of_rho.append(sum((sharded[n] - w).square().sum().item() for n, w in whole.items()) ** 0.5)
+        distances[name] = of_rho
+    return distances
+
+
 @functools.cache
 def results(function, processes):
     return in_processes(processes, function, processes)
@@ -236,6 +252,35 @@ def test_twenty_updates_are_those_of_one_process_with_the_whole_batch(processes)
         for key, (of_weights, of_gradients) in on_one.items():
             assert of_weights < 1e-12 and of_gradients < 1e-11, key
         assert len(on_one) == len(SHARDINGS[processes]) * (len(REGIONS) + 1)
+
+
+def after_a_forward_pass_alone(processes):
+    """What is said of weights that are whole then, and whether SharpnessAware puts them back itself."""
+    model, x = fsdp(network()), tokens(0).chunk(processes)[dist.get_rank()]
+    model(x)
+    perturbation = Perturbation(model.named_parameters(), 0.5)
+    try:
+        TwoPasses(perturbation, [model])
+        said = "nothing"
+    except ValueError as error:
+        said = str(error)
+    model(x)
+    optimizer = SharpnessAware(ADAM(model.parameters()), model, 0.5)
+    return said, all(isinstance(w, DTensor) for w in optimizer.perturbation.parameters)
+
+
+def test_whole_weights_after_a_forward_pass_alone_are_refused_or_put_back():
+    for said, in_shards in results(after_a_forward_pass_alone, 2):
+        assert "call reshard() on the modules before named_parameters()" in said
+        assert in_shards
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_in_float32_shards_cost_no_more_digits_than_with_the_base_optimizer(processes):
+    """Over all shardings together: that of a single one changes by as much with any change in rounding."""
+    for on_one in results(trainings_in_float32, processes):
+        of_base, of_asam = (sum(distances) for distances in zip(*on_one.values()))
+        assert 0 < of_asam <= 2 * of_base, on_one
 
 
 def measured(processes):
