@@ -28,7 +28,7 @@ def spawned(context, count: int, function, *arguments) -> list:
     ]
     for process in processes:
         process.start()
-    results = dict(queue.get(timeout=180) for _ in processes)
+    results = dict(queue.get(timeout=300) for _ in processes)
     for process in processes:
         process.join(30)
         process.kill()

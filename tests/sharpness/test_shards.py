@@ -127,8 +127,7 @@ def tokens(step, size=8):
 
 
 def loss_of(model, x):
-    outputs = model(x)
-    return (outputs - x.to(outputs).mean(1, keepdim=True)).square().mean()
+    return (model(x) - x.double().mean(1, keepdim=True)).square().mean()
 
 
 def fsdp(model, mesh=None, **options):
@@ -159,6 +158,8 @@ SHARDINGS = {
         "fully_shard and tensor parallel": (fsdp_and_tensor_parallel, 2),
     },
 }
+#: The regions that four processes are tested with, which take long on two cores.
+FEWER = (0, 3)
 ADAM = functools.partial(torch.optim.Adam, lr=0.02, foreach=False)
 
 
@@ -202,7 +203,7 @@ def trainings(processes):
     for (name, (shard, shares)), (number, options), accumulate in itertools.product(
         SHARDINGS[processes].items(), enumerate(REGIONS), (1, 2)
     ):
-        if accumulate == 2 and number:
+        if (accumulate == 2 and number) or (processes == 4 and number not in FEWER):
             continue
         share = dist.get_rank() * shares // processes
         _, gradients, weights = trained(shard(network()), options, share, shares, accumulate=accumulate)
@@ -246,7 +247,8 @@ def test_twenty_updates_are_those_of_one_process_with_the_whole_batch(processes)
     for on_one in results(trainings, processes):
         for key, (of_weights, of_gradients) in on_one.items():
             assert of_weights < 1e-12 and of_gradients < 1e-11, key
-        assert len(on_one) == len(SHARDINGS[processes]) * (len(REGIONS) + 1)
+        regions = len(REGIONS) if processes == 2 else len(FEWER)
+        assert len(on_one) == len(SHARDINGS[processes]) * (regions + 1)
 
 
 def after_a_forward_pass_alone(processes):
@@ -270,7 +272,7 @@ def test_whole_weights_after_a_forward_pass_alone_are_refused_or_put_back():
         assert in_shards
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2])
 def test_in_float32_shards_cost_no_more_digits_than_with_the_base_optimizer(processes):
     """Over all shardings together: that of a single one changes by as much with any change in rounding."""
     for on_one in results(trainings_in_float32, processes):
