@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -218,8 +219,9 @@ class Perturbation(Displacement):
         try:
             gradients = self._gradients()
         except (ValueError, RuntimeError):
-            if self._shards:  # the others wait for this process
-                self._blocks_and_norm({}, dual(self.p))
+            if self._shards:  # the others wait for this process, and this one has its own reason to give
+                with contextlib.suppress(RuntimeError):
+                    self._blocks_and_norm({}, dual(self.p))
             raise
         self._remember_places(gradients)
         self._perturb(gradients)
