@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import ROOT, Result, generate_corpus, start
 
-sys.path.insert(0, str(ROOT))  # data_prep is run from the repository root, not installed
+from tests.commands import Result, generate_corpus, start
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import multiprocessing
 from pathlib import Path
 
 import torch
-from commands import recipe
 from fairseq import options, tasks, utils
 from fairseq.criterions import register_criterion
 from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
@@ -16,9 +15,10 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.models import distributed_fairseq_model, register_model, register_model_architecture
 from fairseq.models.transformer import TransformerModel, base_architecture
 from fairseq.trainer import Trainer
-from processes import spawned
 
 import fairseq_asam.tasks  # noqa: F401  registers the optimizers
+from tests.commands import recipe
+from tests.processes import spawned
 
 _processes = multiprocessing.get_context("forkserver")
 

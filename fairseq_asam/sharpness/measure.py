@@ -198,13 +198,11 @@ class _Search:
                 self.best = loss
                 self.epsilon = [p.detach() - w for p, w in zip(self.parameters, self.w)]
         self.seen += 1
-        if math.isfinite(loss) and (not with_gradient or self._gradient_is_finite()):
+        gradients = _gradients(self.parameters) if with_gradient else []
+        if math.isfinite(loss) and (not with_gradient or _are_finite(gradients, self.parameters)):
             return loss
         self.non_finite += 1
         return math.nan
-
-    def _gradient_is_finite(self) -> bool:
-        return _are_finite(_gradients(self.parameters), self.parameters)
 
     def one_step(self, region: Region) -> None:
         """See the point that a step of training would see. Expects the gradients at w in ``.grad``."""

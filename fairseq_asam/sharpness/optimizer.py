@@ -81,11 +81,11 @@ class SharpnessAware(torch.optim.Optimizer):
                 "update has two: use overlap_with_ddp=False"
             )
         self.base = base
+        modules = []
         if isinstance(weights, nn.Module):
             reshard(weights.modules())
-        named_parameters = weights.named_parameters() if isinstance(weights, nn.Module) else weights
-        modules = [weights] if isinstance(weights, nn.Module) else []
-        self._passes = TwoPasses(Perturbation(named_parameters, rho, **options), modules, _parameters(base))
+            modules, weights = [weights], weights.named_parameters()
+        self._passes = TwoPasses(Perturbation(weights, rho, **options), modules, _parameters(base))
         # No super().__init__(): it would build groups and a state beside those of the base.
         self.__setstate__({})
 

@@ -49,7 +49,7 @@ class Shards(NamedTuple):
 
     def size(self) -> int:
         """Return the number of processes."""
-        return int(torch.tensor([self.mesh.size(dim) for dim in self.dims]).prod())
+        return math.prod(self.mesh.size(dim) for dim in self.dims)
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:

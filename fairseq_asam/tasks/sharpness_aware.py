@@ -67,14 +67,15 @@ class SharpnessAwareTask(FairseqTask):
         )
         if not asam.ascends:
             return step(sample)
-        part = sample
-        if cfg.ascent_fraction < 1.0:
-            part = random_part(sample, cfg.ascent_fraction, getattr(criterion, "padding_idx", None))
         two_passes = asam.two_passes(model, criterion, optimizer)
         per_update = cfg.ascent_scope == "update"
         self._calls += 1
         is_last = self._calls == self._num_micro_batches
-        this = _MicroBatch(step, part, sample, self.logging_outputs_can_be_summed(criterion))
+        padding, are_sums = (
+            getattr(criterion, "padding_idx", None),
+            self.logging_outputs_can_be_summed(criterion),
+        )
+        this = _MicroBatch(step, sample, cfg.ascent_fraction, padding, are_sums)
 
         def again() -> tuple[Tensor, int, dict[str, Any]]:
             # With the last pass the gradients are complete, and workers add them up.
@@ -154,25 +155,31 @@ class _MicroBatch:
     def __init__(
         self,
         step: Callable[[dict[str, Any]], tuple],
-        part: dict[str, Any],
-        whole: dict[str, Any],
+        sample: dict[str, Any],
+        fraction: float,
+        padding: int | None,
         outputs_are_sums: bool,
     ):
-        self.step, self.part, self.whole = step, part, whole
-        self.outputs_are_sums = outputs_are_sums
+        self.step, self.sample, self.fraction = step, sample, fraction
+        self.padding, self.outputs_are_sums = padding, outputs_are_sums
         self.logging_output: dict[str, Any] | None = None
 
     def run(self) -> tuple[Tensor, int, dict[str, Any]]:
         """Make the pass at w."""
-        results = self.step(self.part)
+        # Draw within this pass: the pass at w + epsilon starts from the random numbers of before, as an
+        # update of the base optimizer does.
+        part = self.sample
+        if self.fraction < 1.0:
+            part = random_part(self.sample, self.fraction, self.padding)
+        results = self.step(part)
         _, self.sample_size, self.logging_output = results
         return results
 
     def repeat(self) -> tuple[Tensor, int, dict[str, Any]]:
         """Make the pass at w + epsilon."""
-        results = self.step(self.whole)
+        results = self.step(self.sample)
         _, sample_size, perturbed = results
-        if self.part is not self.whole and self.outputs_are_sums:
+        if self.fraction < 1.0 and self.outputs_are_sums:
             extrapolate_(self.logging_output, perturbed, sample_size / (self.sample_size or 1))
         self.note(perturbed)
         return results

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import PLUGIN, ROOT, checkpoint, recipe, start
 
 from fairseq_asam.analysis import sharpness, surface
 from fairseq_asam.analysis.checkpoints import DatasetLoss, load
+from tests.commands import PLUGIN, ROOT, checkpoint, recipe, start
 
 LANGUAGE_MODEL = [
     *("--task", "language_modeling", "--arch", "transformer_lm", "--tokens-per-sample", "40"),

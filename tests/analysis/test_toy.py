@@ -7,10 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from commands import ROOT
 
 from fairseq_asam import Region
 from fairseq_asam.analysis.toy import METHODS, POINTS, REGIONS, STARTS, maximum, trajectory
+from tests.commands import ROOT
 
 STEP = 0.01  # a learning rate larger than the picture's, for fewer steps
 

@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT
 
 from data_prep.corpus import STATISTICS
 from data_prep.package import INSTALLED, dictionary_from
 from data_prep.pairs import words
 from data_prep.parts import BINARIZED, EMBEDDINGS, MODEL, PHRASES, TEXTS, VOCABULARY
+from tests.commands import ROOT
 
 DICTIONARY = """\
 # A comment :: as the dictionary has them

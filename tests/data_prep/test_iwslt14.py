@@ -15,17 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import ROOT
-from iwslt14_archive import (
+
+from data_prep import PreparationError, generated, moses
+from data_prep.archive import URL, fetch
+from tests.commands import ROOT
+from tests.iwslt14_archive import (
     TEST_FILES,
     TEST_SENTENCES,
     TRAINING_SENTENCES,
     archived,
     contents,
 )
-
-from data_prep import PreparationError, generated, moses
-from data_prep.archive import URL, fetch
 
 SPLITS = ("train", "valid", "test")
 

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import ROOT
+
+from tests.commands import ROOT
 
 BENCHMARK = ROOT / "recipes" / "benchmark"
 STAGES = [

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import ROOT
+
+from tests.commands import ROOT
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT
 
 from fairseq_asam.vision.options import TrainOptions
+from tests.commands import ROOT
 
 RECIPE = ROOT / "recipes" / "image_classification"
 SCRIPTS = ("table2", "table3", "table4", "table6", "figure4", "rho_search")

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from tests.commands import ROOT
 
 RECIPE = ROOT / "recipes" / "language_model"
 TINY = [

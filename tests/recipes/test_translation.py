@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, assert_same_state, checkpoint
-from iwslt14_archive import archived, contents
 from sacrebleu.metrics import CHRF
+
+from tests.commands import ROOT, assert_same_state, checkpoint
+from tests.iwslt14_archive import archived, contents
 
 RECIPE = ROOT / "recipes" / "translation"
 ENVIRONMENT = {

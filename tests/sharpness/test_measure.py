@@ -5,13 +5,14 @@ import itertools
 import math
 
 import numpy as np
-import plain_epsilon
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fairseq_asam import NORMALIZATIONS, Region, SharpnessAware, measure
+
+from . import plain_epsilon
 
 INF = math.inf
 ETA = 0.1

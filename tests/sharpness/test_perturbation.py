@@ -5,13 +5,14 @@ import math
 import weakref
 
 import numpy as np
-import plain_epsilon
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_asam import NORMALIZATIONS, Perturbation
+
+from . import plain_epsilon
 
 INF = math.inf
 

@@ -5,14 +5,14 @@ import itertools
 import math
 
 import numpy as np
-import plain_epsilon
 import pytest
 import torch
 import torch.distributed as dist
 
+from . import plain_epsilon
+
 pytest.importorskip("torch", minversion="2.6", reason="fully_shard is public from torch 2.6 on")
 
-from processes import in_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_asam import NORMALIZATIONS, Perturbation, Region, SharpnessAware, TwoPasses, measure
+from tests.processes import in_processes
 
 INF = math.inf
 #: Shapes that split unevenly, and leave some processes without a part.

@@ -4,7 +4,6 @@ import copy
 import math
 
 import numpy as np
-import plain_epsilon
 import pytest
 import torch
 from torch import nn
@@ -12,6 +11,8 @@ from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.utils.parametrizations import spectral_norm
 
 from fairseq_asam import Perturbation, TwoPasses
+
+from . import plain_epsilon
 
 
 class OwnStatistics(nn.BatchNorm1d):

@@ -6,13 +6,13 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from processes import in_processes
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_asam import Perturbation, SharpnessAware, TwoPasses
+from tests.processes import in_processes
 
 UPDATES, RHO = 20, 0.5
 ADAM = (torch.optim.Adam, {"lr": 0.02})

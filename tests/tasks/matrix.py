@@ -1,7 +1,7 @@
 """Combinations of options in which every pair of their values occurs, each trained by fairseq's Trainer and
 held against the plain reference.
 
-    python tests/tasks/matrix.py [--out runs/matrix]
+    python -m tests.tasks.matrix [--out runs/matrix]
 
 prints a Markdown table, one row a combination, and writes ``matrix.md`` and ``matrix.json``. Its columns:
 ``largest``, the largest difference of a weight from the reference, relative to the weight and never to less
@@ -18,19 +18,18 @@ import logging
 import math
 import os
 import random
-import sys
 import tempfile
 from itertools import chain, combinations, product
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import torch
 from allpairspy import AllPairs
-from commands import ROOT, SIZES, generate_corpus
 from fairseq.optim import FP16Optimizer
-from reference import Reference
-from training import configuration, on_workers, trainer_and_batches
+
+from tests.commands import ROOT, SIZES, generate_corpus
+from tests.training import configuration, on_workers, trainer_and_batches
+
+from .reference import Reference
 
 UPDATES = 4
 ENDS = ("encoder", "decoder")

@@ -8,12 +8,12 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from commands import assert_same_state, checkpoint, recipe
 from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 
 import fairseq_asam.tasks  # noqa: F401  what these tests are about
+from tests.commands import assert_same_state, checkpoint, recipe
 
 # A task that keeps its dictionary in checkpoints, as HuBERT and fine-tuning on speech do.
 TASK_WITH_STATE = """

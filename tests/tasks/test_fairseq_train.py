@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import PLUGIN, ROOT, assert_same_state, checkpoint, recipe
+
+from tests.commands import PLUGIN, ROOT, assert_same_state, checkpoint, recipe
 
 SCRIPTS = Path(sys.executable).parent
 

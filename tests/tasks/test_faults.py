@@ -8,7 +8,8 @@ import sys
 from collections import Counter, defaultdict
 
 import pytest
-from commands import ROOT, assert_same_state, checkpoint
+
+from tests.commands import ROOT, assert_same_state, checkpoint
 
 SCRIPT = ROOT / "recipes" / "faults" / "faults.py"
 sys.path.insert(0, str(SCRIPT.parent))

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import PLUGIN, ROOT, SIZES, assert_same_state, checkpoint, recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.commands import PLUGIN, ROOT, SIZES, assert_same_state, checkpoint, recipe
 
 FEATURES = {
     "ema": ["--store-ema", "--ema-fp32"],

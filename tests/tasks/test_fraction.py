@@ -8,12 +8,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from commands import PLUGIN, SIZES, recipe
 from fairseq import utils
 from fairseq.logging import metrics
-from training import FLOAT64_THROUGHOUT, configuration, trainer_and_batches
 
 from fairseq_asam.tasks.fraction import random_part
+from tests.commands import PLUGIN, SIZES, recipe
+from tests.training import FLOAT64_THROUGHOUT, configuration, trainer_and_batches
 
 ENCODER, DECODER = SIZES[: len(SIZES) // 2], SIZES[len(SIZES) // 2 :]
 LETTERS = "abcdefgh"

@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from commands import checkpoint, recipe
 from fairseq_cli.train import cli_main
 from torch import nn
-from training import configuration, mean_sharpness, trainer_and_batches
 
 import fairseq_asam.optim.sharpness_aware as plugin
 from fairseq_asam import NORMALIZATIONS, Perturbation
+from tests.commands import checkpoint, recipe
+from tests.training import configuration, mean_sharpness, trainer_and_batches
 
 pytestmark = pytest.mark.gpu
 

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from training import configuration, mean_sharpness, trainer_and_batches
 
 import fairseq_asam.optim.sharpness_aware as plugin
+from tests.training import configuration, mean_sharpness, trainer_and_batches
 
 # With a million weights, |epsilon_i| is typically rho / 1000 of |w_i|: below half a unit in the last place
 # of float16 (5e-4 of |w_i|, 2.5e-4 on average) and far below that of bfloat16 (4e-3).

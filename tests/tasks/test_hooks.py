@@ -3,13 +3,13 @@
 from argparse import Namespace
 
 import pytest
-from commands import PLUGIN, checkpoint, recipe
 from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.tasks.language_modeling import LanguageModelingConfig
 from omegaconf import OmegaConf
 
 from fairseq_asam.tasks.hooks import check_configuration
+from tests.commands import PLUGIN, checkpoint, recipe
 
 LANGUAGE_MODEL = ["--arch", "transformer_lm", "--decoder-layers", "1", "--decoder-attention-heads", "2"]
 LANGUAGE_MODEL += [f"--decoder-{size}-dim=16" for size in ("embed", "input", "output", "ffn-embed")]

@@ -1,7 +1,8 @@
 """Every pair of options at once: equal to the plain reference, or refused in a sentence."""
 
 import pytest
-from matrix import AXES, REFUSED, all_pairs, measure, name, pairs, verdict, wanted_pairs
+
+from .matrix import AXES, REFUSED, all_pairs, measure, name, pairs, verdict, wanted_pairs
 
 COMBINATIONS = all_pairs()
 

@@ -9,8 +9,10 @@ import torch
 from fairseq import utils
 from fairseq.data.data_utils import compute_mask_indices
 from fairseq.logging import metrics
-from reference import Reference
-from training import FLOAT64_THROUGHOUT, FeatureBatchNorm, configuration, trainer_and_batches
+
+from tests.training import FLOAT64_THROUGHOUT, FeatureBatchNorm, configuration, trainer_and_batches
+
+from .reference import Reference
 
 RHO = 0.2
 

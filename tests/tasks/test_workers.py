@@ -5,7 +5,8 @@ import contextlib
 import fairseq.trainer
 import pytest
 import torch
-from training import merged, on_workers, trainer_and_batches
+
+from tests.training import merged, on_workers, trainer_and_batches
 
 UPDATES, MICRO_BATCHES = 20, 4
 BACKENDS = ["legacy_ddp", "pytorch_ddp"]

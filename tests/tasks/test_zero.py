@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
-from commands import ROOT, assert_same_state, checkpoint
-from test_workers import assert_close, trained, weights
-from training import on_workers, trainer_and_batches
+
+from tests.commands import ROOT, assert_same_state, checkpoint
+from tests.training import on_workers, trainer_and_batches
+
+from .test_workers import assert_close, trained, weights
 
 sys.path.insert(0, str(ROOT / "recipes" / "faults"))
 from faults import Training

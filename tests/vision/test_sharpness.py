@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, PartialState
 
 from fairseq_asam import Region, measure
 from fairseq_asam.vision import data
+
+from . import tiny
 
 ROOT = Path(__file__).parents[2]
 

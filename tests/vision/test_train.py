@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  slow to import: once, here
 
 from fairseq_asam.vision.options import TrainOptions
 from fairseq_asam.vision.train import train
+
+from . import tiny
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(Path(tiny.__file__))
