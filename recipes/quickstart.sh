@@ -27,13 +27,13 @@ for run in "${runs[@]}"; do
         --decoder-layers 1 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 --decoder-attention-heads 4 \
         --dropout 0.1 --lr 3e-3 --lr-scheduler polynomial_decay --warmup-updates 300 --total-num-update 2140 \
         --max-tokens 500 --max-epoch 4
-    python recipes/translation/score.py "$data" "$run"
+    python -m recipes.translation.score "$data" "$run"
 done
 
 echo
-python recipes/translation/collect.py "$out" "${runs[@]}"
-python recipes/translation/curves.py "$out/curves.png" "${runs[@]}"
-python recipes/translation/samples.py "$out/samples.md" "${runs[@]}"
+python -m recipes.translation.collect "$out" "${runs[@]}"
+python -m recipes.translation.curves "$out/curves.png" "${runs[@]}"
+python -m recipes.translation.samples "$out/samples.md" "${runs[@]}"
 tee -a "$out/results.md" <<'END'
 
 BLEU says how near the translations of held-out sentences of this small corpus come to one reference each after a few

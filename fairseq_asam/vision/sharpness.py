@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from fairseq_asam.analysis.measuring import (
+from fairseq_asam.measuring.command_line import (
     add_batch_arguments,
     add_region_arguments,
     measure_watched,

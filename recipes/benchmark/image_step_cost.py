@@ -1,6 +1,6 @@
 """Measures what an epoch of image classification costs with sgd, sam and asam.
 
-    python recipes/benchmark/image_step_cost.py [--models NAME ...] [--batch-size N] [--updates N] [--out F]
+    python -m recipes.benchmark.image_step_cost [--models NAME ...] [--batch-size N] [--updates N] [--out F]
 
 An epoch is so many updates, as fairseq_asam.vision makes them, on random 32 x 32 images. The optimizers take
 turns, update by update, so that whatever else the machine does slows down all of them.

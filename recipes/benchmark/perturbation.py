@@ -1,6 +1,6 @@
 """Measures perturb and restore beside other implementations, on the weights of transformer_iwslt_de_en.
 
-    python recipes/benchmark/perturbation.py [--davda54 FILE] [--samsung FILE] [--threads N]
+    python -m recipes.benchmark.perturbation [--davda54 FILE] [--samsung FILE] [--threads N]
                                              [--device cpu|cuda] [--rounds N] [--out FILE]
 
 The files are `sam.py` of github.com/davda54/sam and `asam.py` of github.com/SamsungLabs/ASAM; PyPI's

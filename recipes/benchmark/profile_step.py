@@ -1,6 +1,6 @@
 """Shows where the time of a sharpness-aware update of fairseq-train goes, by torch's profiler.
 
-    python recipes/benchmark/profile_step.py [--model NAME] [--optimizer FLAGS] [--max-tokens N] [--updates N]
+    python -m recipes.benchmark.profile_step [--model NAME] [--optimizer FLAGS] [--max-tokens N] [--updates N]
         [--operators N] [--device cpu|cuda] [--threads N] [--trace FILE] [--out FILE]
 
 The plugin and fairseq know nothing of it: their methods are wrapped from outside, in this process. With cuda,
@@ -19,7 +19,10 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
-from trainers import (
+
+from fairseq_asam import Perturbation
+from fairseq_asam.files import whole, write_json
+from recipes.benchmark.trainers import (
     MODELS,
     Trainer,
     add_machine,
@@ -33,9 +36,6 @@ from trainers import (
     update_seconds,
     write_corpus,
 )
-
-from fairseq_asam import Perturbation
-from fairseq_asam.files import whole, write_json
 
 UPDATE = "update"
 STAGES = (

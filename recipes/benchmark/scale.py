@@ -1,7 +1,7 @@
 """Measures how the cost of an update with asam, beside one with adam, changes with the size of the model and
 of the batch.
 
-    python recipes/benchmark/scale.py [--widths N ...] [--tokens N ...] [--width N] [--max-tokens N]
+    python -m recipes.benchmark.scale [--widths N ...] [--tokens N ...] [--width N] [--max-tokens N]
         [--rounds N] [--device cpu|cuda] [--threads N] [--out FOLDER]
 
 Models of 6 + 6 layers and several widths train on batches of --max-tokens tokens, and one of --width on
@@ -27,7 +27,9 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm import tqdm
-from trainers import (
+
+from fairseq_asam.files import whole, write_json
+from recipes.benchmark.trainers import (
     Model,
     Stopwatch,
     add_machine,
@@ -40,8 +42,6 @@ from trainers import (
     update_seconds,
     write_corpus,
 )
-
-from fairseq_asam.files import whole, write_json
 
 HEAD = 64  # numbers in an attention head
 VOCABULARY = 3000

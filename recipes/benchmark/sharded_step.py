@@ -1,6 +1,6 @@
 """Measures what an update costs with weights in shards (fully_shard), with and without sharpness awareness.
 
-    python recipes/benchmark/sharded_step.py [--processes N] [--layers N] [--width N] [--context N]
+    python -m recipes.benchmark.sharded_step [--processes N] [--layers N] [--width N] [--context N]
         [--batch-size N] [--rounds N] [--updates N] [--out FILE]
 
 The model and the update are those of recipes/language_model. adam, sam and asam take turns, update by update,
@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import re
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,13 +29,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).parents[1] / "language_model"))
-from command_line import REGIONS, at_least_1
-from train import in_shards, update
-from transformer import HEAD, LanguageModel
-
 from fairseq_asam import Perturbation, TwoPasses
 from fairseq_asam.files import write_json
+from recipes.language_model.command_line import REGIONS, at_least_1
+from recipes.language_model.train import in_shards, update
+from recipes.language_model.transformer import HEAD, LanguageModel
 
 OPTIMIZERS = ("adam", *REGIONS)
 # Collectives of torch, and which argument has what a process gives to them.

@@ -1,6 +1,6 @@
 """Measures what an update of fairseq-train costs, in time and memory, with and without sharpness awareness.
 
-    python recipes/benchmark/step_cost.py [--models NAME ...] [--optimizers FLAGS ...] [--max-tokens N]
+    python -m recipes.benchmark.step_cost [--models NAME ...] [--optimizers FLAGS ...] [--max-tokens N]
         [--rounds N] [--device cpu|cuda] [--threads N] [--no-time | --no-memory] [--out FILE]
 
 The optimizers, each with the flags that may follow --optimizer, train the same model on the same batches of
@@ -23,7 +23,9 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from trainers import (
+
+from fairseq_asam.files import write_json
+from recipes.benchmark.trainers import (
     MODELS,
     add_machine,
     check,
@@ -35,8 +37,6 @@ from trainers import (
     update_seconds,
     write_corpus,
 )
-
-from fairseq_asam.files import write_json
 
 OPTIMIZERS = (
     "adam",

@@ -1,6 +1,6 @@
 """Injects faults into runs of fairseq-train with --optimizer asam, and tables those tried and survived.
 
-    python recipes/faults/faults.py [--kills 30] [--workers 1] [--seed 1] [--out runs/faults]
+    python -m recipes.faults.faults [--kills 30] [--workers 1] [--seed 1] [--out runs/faults]
 
 A fault is survived if after it every checkpoint file loads and holds the weights and the optimizer's state
 that an uninterrupted run had after the same number of updates, and if the run, resumed, ends in the same
@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from injection import DUMMIES, FILES, PASSES, PLACES, SIGNALS, Fault, Kind, Place, train
 from tqdm import tqdm
 
 from fairseq_asam.files import whole
+from recipes.faults.injection import DUMMIES, FILES, PASSES, PLACES, SIGNALS, Fault, Kind, Place, train
 
 ROOT = Path(__file__).resolve().parents[2]
 SAVE_INTERVAL = 3  # updates: shorter than an epoch, and no divisor of one

@@ -1,6 +1,6 @@
 """Figure 4 of the paper: ASAM over rho with each normalization, norm, and with biases normalized or not.
 
-python recipes/image_classification/figure4.py [--embedded] [--data ROOT] [--jobs 2] [--seeds 3] [--dry-run]
+python -m recipes.image_classification.figure4 [--embedded] [--data ROOT] [--jobs 2] [--seeds 3] [--dry-run]
 
 The paper does not say on which data set it trained WRN-16-8: this is CIFAR-10.
 """
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 
-from grid import EMBEDDED, arguments, results_of
-from rho_search import RHOS
-from table import as_markdown, dataset_of, described, draw_sweep, summary, write
+from recipes.image_classification.grid import EMBEDDED, arguments, results_of
+from recipes.image_classification.rho_search import RHOS
+from recipes.image_classification.table import as_markdown, dataset_of, described, draw_sweep, summary, write
 
 VARIANTS = {
     "element-wise, p = inf": {"p_norm": math.inf},

@@ -1,12 +1,20 @@
 """Searches rho for SAM and ASAM on held-out training images, over the grid of the paper's Section 5.2.
 
-python recipes/image_classification/rho_search.py [--embedded] [--data ROOT] [--jobs 2] [--dry-run]
+python -m recipes.image_classification.rho_search [--embedded] [--data ROOT] [--jobs 2] [--dry-run]
 """
 
 from __future__ import annotations
 
-from grid import EMBEDDED, OPTIMIZERS, arguments, results_of
-from table import Summaries, as_markdown, dataset_of, described, draw_sweep, summary, write
+from recipes.image_classification.grid import EMBEDDED, OPTIMIZERS, arguments, results_of
+from recipes.image_classification.table import (
+    Summaries,
+    as_markdown,
+    dataset_of,
+    described,
+    draw_sweep,
+    summary,
+    write,
+)
 
 #: The paper's grid, 0.00005 to 2.0; embedded, the part of it that decides.
 RHOS = [digit * 10.0**power for power in range(-5, 1) for digit in (1, 2, 5)][2:-1]

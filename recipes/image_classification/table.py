@@ -12,7 +12,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from grid import OPTIMIZERS
+
+from recipes.image_classification.grid import OPTIMIZERS
 
 #: (row, column) -> figures of a cell, as :func:`summary` returns them.
 Summaries = dict[tuple[str, str], dict[str, Any]]

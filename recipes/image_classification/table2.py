@@ -1,12 +1,12 @@
 """Table 2 of the paper: SGD, SAM and ASAM on CIFAR-10.
 
-python recipes/image_classification/table2.py [--embedded] [--data ROOT] [--rows ResNet-20] [--jobs 2]
+python -m recipes.image_classification.table2 [--embedded] [--data ROOT] [--rows ResNet-20] [--jobs 2]
 """
 
 from __future__ import annotations
 
-from grid import arguments, by_optimizer, results_of
-from table import publish, summary
+from recipes.image_classification.grid import arguments, by_optimizer, results_of
+from recipes.image_classification.table import publish, summary
 
 MODELS = {
     "DenseNet-121": "densenet121",

@@ -1,11 +1,11 @@
 """Table 3 of the paper: SGD, SAM and ASAM on CIFAR-100.
 
-python recipes/image_classification/table3.py [--embedded] [--data ROOT] [--rows ResNet-20] [--jobs 2]
+python -m recipes.image_classification.table3 [--embedded] [--data ROOT] [--rows ResNet-20] [--jobs 2]
 """
 
 from __future__ import annotations
 
-from table2 import make_table
+from recipes.image_classification.table2 import make_table
 
 #: With SGD, SAM and ASAM, mean and standard deviation over 5 runs, of PyramidNet-272 over 3.
 PAPER = {

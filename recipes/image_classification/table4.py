@@ -1,12 +1,12 @@
 """Table 4 of the paper: SGD, SAM and ASAM with ResNet-50 on ImageNet, m = 128.
 
-python recipes/image_classification/table4.py [--embedded] [--data ROOT] [--jobs 2] [--seeds 3] [--dry-run]
+python -m recipes.image_classification.table4 [--embedded] [--data ROOT] [--jobs 2] [--seeds 3] [--dry-run]
 """
 
 from __future__ import annotations
 
-from grid import EMBEDDED, arguments, by_optimizer, results_of
-from table import publish, summary
+from recipes.image_classification.grid import EMBEDDED, arguments, by_optimizer, results_of
+from recipes.image_classification.table import publish, summary
 
 METRICS = {"Top1": "test_accuracy", "Top5": "test_top5_accuracy"}
 PAPER = {

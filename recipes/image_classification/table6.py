@@ -1,12 +1,12 @@
 """Table 6 of the paper: SGD, SAM and ASAM with ResNet-32 on CIFAR-10 with wrong training labels.
 
-python recipes/image_classification/table6.py [--embedded] [--data ROOT] [--jobs 2] [--seeds 3] [--dry-run]
+python -m recipes.image_classification.table6 [--embedded] [--data ROOT] [--jobs 2] [--seeds 3] [--dry-run]
 """
 
 from __future__ import annotations
 
-from grid import arguments, by_optimizer, results_of
-from table import publish, summary
+from recipes.image_classification.grid import arguments, by_optimizer, results_of
+from recipes.image_classification.table import publish, summary
 
 PAPER = {
     "0%": ("94.50 ± 0.11", "94.80 ± 0.12", "94.88 ± 0.12"),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 from pathlib import Path
 
 import torch
-from transformer import HEAD
+
+from data_prep import generated
+from recipes.language_model.transformer import HEAD
 
 # Normalization operator and default radius: the paper's for translation (Section 5.3).
 REGIONS = {"sam": ("none", 0.1), "asam": ("element-wise", 0.2)}
@@ -89,7 +90,4 @@ def text_of(files: list[str]) -> bytes:
             raise ValueError(f"--data {file}: there is no such text file")
     if files:
         return b"".join(Path(file).read_bytes() for file in files)
-    sys.path.append(str(Path(__file__).parents[2]))
-    from data_prep import generated
-
     return "\n".join(pair.english for pair in generated.pairs(20_000, seed=1)).encode()

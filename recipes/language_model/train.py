@@ -1,6 +1,6 @@
 """Trains a small language model, its weights in shards over the processes, with AdamW, SAM or ASAM.
 
-    torchrun --nproc_per_node 2 recipes/language_model/train.py --optimizer asam [--data FILE ...] [--out RUN]
+    torchrun --nproc_per_node 2 -m recipes.language_model.train --optimizer asam [--data FILE ...] [--out RUN]
 
 It learns to predict the bytes of text files, by default of generated sentences. RUN gets a checkpoint now and
 then, from which the same command goes on, with any number of processes, and result.json at the end.
@@ -21,16 +21,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from command_line import REGIONS, check, options, text_of
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
-from transformer import LanguageModel
 
 from fairseq_asam import Perturbation, TwoPasses
 from fairseq_asam.files import write_json
+from recipes.language_model.command_line import REGIONS, check, options, text_of
+from recipes.language_model.transformer import LanguageModel
 
 # Options that a checkpoint has in common with the run that goes on with it.
 SHAPE = ("layers", "width", "context")

@@ -1,6 +1,6 @@
 """Averages the weights of the last epochs of a run into a checkpoint for score.py.
 
-    python recipes/translation/average.py RUN OUT [--last 10]
+    python -m recipes.translation.average RUN OUT [--last 10]
 
 RUN is a folder of train.sh that kept these epochs (its flag `--keep-last-epochs 10`). OUT gets
 checkpoint_best.pt, the checkpoint of the last epoch with the mean of the weights of all, taken in float64.

@@ -1,6 +1,6 @@
 """What the cheaper forms of ASAM buy: translation quality against training time.
 
-    python recipes/translation/cheaper.py embedded|iwslt14 [--rho 0.5] [--seeds 1 2 3] [--jobs N]
+    python -m recipes.translation.cheaper embedded|iwslt14 [--rho 0.5] [--seeds 1 2 3] [--jobs N]
                                           [fairseq-train flags]
 
 Trains Adam, ASAM, ASAM with --ascent-fraction 0.5, 0.25 and 0.125, and with --ascent-interval 2 and 5, these
@@ -18,12 +18,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from experiment import Run
-from rho_search import best_rho, experiment_of, experiment_parser, search
-from settings import SETTINGS
-from table5 import collect, spread
 
 from fairseq_asam.files import whole
+from recipes.translation.experiment import Run
+from recipes.translation.rho_search import best_rho, experiment_of, experiment_parser, search
+from recipes.translation.settings import SETTINGS
+from recipes.translation.table5 import collect, spread
 
 FORMS = {
     "ASAM": (),

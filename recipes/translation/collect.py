@@ -1,6 +1,6 @@
 """Makes one table of several runs, the first of which is the baseline.
 
-    python recipes/translation/collect.py OUT RUN RUN... [--split test]
+    python -m recipes.translation.collect OUT RUN RUN... [--split test]
 
 Writes OUT/results.json and OUT/results.md and prints the table. The runs were trained by train.sh and scored
 by score.py on the same split.
@@ -13,12 +13,12 @@ import json
 import sys
 from pathlib import Path
 
-from files import read_lines
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
-from train_log import read_epochs
 
 from fairseq_asam.files import whole
+from recipes.translation.files import read_lines
+from recipes.translation.train_log import read_epochs
 
 METRICS = {"BLEU": BLEU(), "chrF2": CHRF()}
 

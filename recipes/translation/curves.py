@@ -1,6 +1,6 @@
 """Draws the loss and sharpness curves of several runs.
 
-python recipes/translation/curves.py OUT.png RUN RUN...
+python -m recipes.translation.curves OUT.png RUN RUN...
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from train_log import read_epochs, read_intervals
 
 from fairseq_asam.files import whole
+from recipes.translation.train_log import read_epochs, read_intervals
 
 
 def main() -> None:

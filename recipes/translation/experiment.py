@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from settings import SETTINGS
+from recipes.translation.settings import SETTINGS
 
 HERE = Path(__file__).resolve().parent
 
@@ -57,7 +57,7 @@ class Experiment:
     def _complete(self, run: Run, splits: list[str]) -> int:
         commands = [self.training(run)]
         for split in splits:
-            score = (HERE / "score.py", self.data, self.folder(run), "--split", split)
+            score = ("-m", "recipes.translation.score", self.data, self.folder(run), "--split", split)
             commands.append([sys.executable, *map(str, score)])
         for command in commands:
             status = subprocess.run(command).returncode

@@ -1,6 +1,6 @@
 """Runs fairseq-train, appends everything it prints to a log, and shows a progress bar made from the log.
 
-    python progress.py LOG fairseq-train DATA --log-format json ...
+    python -m recipes.translation.progress LOG fairseq-train DATA --log-format json ...
 
 The command writes into the log itself: should this process be killed, the log stays whole. If the command
 fails, the last lines of the log are shown and the exit status is the command's.
@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 from tqdm import tqdm
-from train_log import parse
+
+from recipes.translation.train_log import parse
 
 LINES_SHOWN_ON_FAILURE = 20
 

@@ -1,6 +1,6 @@
 """Searches rho on the validation BLEU of one run for each value, and draws what it found.
 
-    python recipes/translation/rho_search.py embedded|iwslt14 [--optimizers sam asam] [--rho 0.05 0.1 ...]
+    python -m recipes.translation.rho_search embedded|iwslt14 [--optimizers sam asam] [--rho 0.05 0.1 ...]
                                              [--seed 1] [--jobs N] [fairseq-train flags]
 
 Writes rho_search.json and rho_search.png to OUT (default: runs/translation/SETTING), beside a folder for each
@@ -19,12 +19,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from experiment import Experiment, Run
-from files import read_lines
 from sacrebleu.metrics import BLEU
-from settings import SETTINGS
 
 from fairseq_asam.files import whole
+from recipes.translation.experiment import Experiment, Run
+from recipes.translation.files import read_lines
+from recipes.translation.settings import SETTINGS
 
 
 def main() -> None:

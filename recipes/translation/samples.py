@@ -1,6 +1,6 @@
 """Puts sample translations of several runs side by side.
 
-    python recipes/translation/samples.py OUT.md RUN RUN... [--split test] [--count 5]
+    python -m recipes.translation.samples OUT.md RUN RUN... [--split test] [--count 5]
 
 The samples lie at equal distances over the split, so nobody picks them.
 """
@@ -11,9 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from files import read_lines
-
 from fairseq_asam.files import whole
+from recipes.translation.files import read_lines
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Translates a split with the best checkpoint of a run and prints its BLEU.
 
-    python recipes/translation/score.py DATA RUN [--split test]
+    python -m recipes.translation.score DATA RUN [--split test]
 
 DATA is a corpus folder of data_prep, RUN a folder of train.sh. Writes the sources, references and hypotheses,
 one sentence a line, to RUN/SPLIT.src, RUN/SPLIT.ref and RUN/SPLIT.hyp, and to RUN/SPLIT.json sacrebleu's BLEU
@@ -21,13 +21,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from files import read_lines
-from progress import show_failure
 from sacrebleu.metrics import BLEU
 from sacremoses import MosesDetokenizer
 from tqdm import tqdm
 
 from fairseq_asam.files import whole
+from recipes.translation.files import read_lines
+from recipes.translation.progress import show_failure
 
 PLUGIN = Path(__file__).resolve().parents[2] / "fairseq_asam"
 

@@ -1,6 +1,6 @@
 """Table 5 of the ASAM paper: Adam, SAM and ASAM on German-English translation, over several seeds.
 
-    python recipes/translation/table5.py embedded|iwslt14 [--seeds 1 2 3] [--jobs N] [--rho ...]
+    python -m recipes.translation.table5 embedded|iwslt14 [--seeds 1 2 3] [--jobs N] [--rho ...]
                                          [fairseq-train flags]
 
 `iwslt14` is the paper's experiment (Section 5.3), for a GPU; `embedded` takes two hours on 2 cores. For SAM
@@ -16,16 +16,23 @@ import json
 from pathlib import Path
 from statistics import mean, stdev
 
-from collect import training_figures
-from curves import save_curves
-from experiment import Experiment, Run
-from files import read_lines
-from rho_search import best_rho, experiment_of, experiment_parser, search, validation_point, write
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
-from settings import SETTINGS
 
 from fairseq_asam.files import whole
+from recipes.translation.collect import training_figures
+from recipes.translation.curves import save_curves
+from recipes.translation.experiment import Experiment, Run
+from recipes.translation.files import read_lines
+from recipes.translation.rho_search import (
+    best_rho,
+    experiment_of,
+    experiment_parser,
+    search,
+    validation_point,
+    write,
+)
+from recipes.translation.settings import SETTINGS
 
 #: Validation and test BLEU of tokens in Table 5 of the paper.
 PAPER = {"Adam": (35.34, 34.86), "Adam+SAM": (35.52, 34.78), "Adam+ASAM": (35.66, 35.02)}

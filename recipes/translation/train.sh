@@ -19,8 +19,7 @@ fail() {
 (($# >= 3)) || fail "usage: recipes/translation/train.sh DATA RUN OPTIMIZER [fairseq-train flags]"
 data=$1 run=$2 optimizer=$3
 shift 3
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-root=$here/../..
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 [[ ! -d $root/.venv ]] || PATH=$root/.venv/bin:$PATH
 
 [[ $optimizer =~ ^(adam|sam|asam)$ ]] || fail "unknown optimizer '$optimizer': choose adam, sam or asam."
@@ -47,7 +46,8 @@ fi
 # Some fairseq versions leave out the last batch, in training and in validation, if its size isn't a multiple of
 # --required-batch-size-multiple (default 8).
 # shellcheck disable=SC2086
-exec python "$here/progress.py" "$run/train.log" ${LAUNCHER:-} fairseq-train "$data/bin" \
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+exec python -m recipes.translation.progress "$run/train.log" ${LAUNCHER:-} fairseq-train "$data/bin" \
     --user-dir "$root/fairseq_asam" --optimizer "$optimizer" \
     --adam-betas '(0.9, 0.98)' --weight-decay 1e-4 --clip-norm 0 \
     --lr 5e-4 --lr-scheduler inverse_sqrt --warmup-updates 4000 \

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import pytest
 
 from tests.commands import ROOT
 
-BENCHMARK = ROOT / "recipes" / "benchmark"
 STAGES = [
     "forward at w",
     "backward at w",
@@ -28,9 +26,8 @@ STAGES = [
 
 def output_of(script: str, *arguments: str | Path) -> str:
     """What the script printed; it must have ended well."""
-    command = [sys.executable, str(BENCHMARK / script), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.run(command, env=environment, text=True, capture_output=True)
+    command = [sys.executable, "-m", f"recipes.benchmark.{script}", *map(str, arguments)]
+    process = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert process.returncode == 0, process.stderr
     return process.stdout
 
@@ -50,7 +47,7 @@ def rows_of(text: str) -> list[list[str]]:
 def test_step_cost_has_the_time_and_the_memory_of_every_optimizer(tmp_path: Path):
     optimizers = ["adam", "asam --ascent-interval 2", "sam --ascent-fraction 0.25"]
     text = output_of(
-        *("step_cost.py", "--models", "quickstart", "--max-tokens", "100", "--rounds", "2"),
+        *("step_cost", "--models", "quickstart", "--max-tokens", "100", "--rounds", "2"),
         *("--optimizers", *optimizers, "--out", tmp_path / "out.json"),
     )
     (model,) = json.loads((tmp_path / "out.json").read_text())["models"]
@@ -72,7 +69,7 @@ def test_step_cost_has_the_time_and_the_memory_of_every_optimizer(tmp_path: Path
 def test_profile_step_accounts_for_all_of_the_update(tmp_path: Path):
     trace, out = tmp_path / "trace.json", tmp_path / "out.json"
     text = output_of(
-        *("profile_step.py", "--model", "quickstart", "--max-tokens", "100", "--updates", "2"),
+        *("profile_step", "--model", "quickstart", "--max-tokens", "100", "--updates", "2"),
         *("--operators", "4", "--trace", trace, "--out", out),
     )
     result = json.loads(out.read_text())
@@ -94,7 +91,7 @@ def test_profile_step_accounts_for_all_of_the_update(tmp_path: Path):
 
 def test_scale_has_a_row_for_every_size_and_draws_them(tmp_path: Path):
     text = output_of(
-        *("scale.py", "--widths", "128", "64", "--max-tokens", "100", "--width", "64"),
+        *("scale", "--widths", "128", "64", "--max-tokens", "100", "--width", "64"),
         *("--tokens", "100", "300", "--rounds", "2", "--out", tmp_path),
     )
     result = json.loads((tmp_path / "scale.json").read_text())
@@ -111,7 +108,7 @@ def test_scale_has_a_row_for_every_size_and_draws_them(tmp_path: Path):
 
 
 def test_perturbation_without_others_has_no_ratio(tmp_path: Path):
-    text = output_of("perturbation.py", "--rounds", "1", "--out", tmp_path / "new" / "out.json")
+    text = output_of("perturbation", "--rounds", "1", "--out", tmp_path / "new" / "out.json")
     result = json.loads((tmp_path / "new" / "out.json").read_text())
     assert (result["weights"], result["rounds"]) == (39469056, 1)
     ours = next(figure for figure in result["figures"] if figure["name"] == "fairseq_asam")
@@ -122,7 +119,7 @@ def test_perturbation_without_others_has_no_ratio(tmp_path: Path):
 def test_image_step_cost_has_the_ratio_to_sgd_of_every_optimizer(tmp_path: Path):
     out = tmp_path / "new" / "out.json"
     options = ("--models", "resnet8", "--updates", "1", "--batch-size", "2", "--out", out)
-    rows = rows_of(output_of("image_step_cost.py", *options))
+    rows = rows_of(output_of("image_step_cost", *options))
     epochs = json.loads(out.read_text())["epochs"]
     assert [row[:2] for row in rows] == [["resnet8", optimizer] for optimizer in ("sgd", "sam", "asam")]
     assert epochs[0]["ratio"] == 1.0
@@ -132,7 +129,7 @@ def test_image_step_cost_has_the_ratio_to_sgd_of_every_optimizer(tmp_path: Path)
 
 def test_sharded_step_has_time_traffic_and_memory_of_every_optimizer(tmp_path: Path):
     text = output_of(
-        *("sharded_step.py", "--layers", "1", "--width", "32", "--context", "16", "--batch-size", "2"),
+        *("sharded_step", "--layers", "1", "--width", "32", "--context", "16", "--batch-size", "2"),
         *("--rounds", "1", "--updates", "1", "--out", tmp_path / "out.json"),
     )
     result = json.loads((tmp_path / "out.json").read_text())
@@ -171,10 +168,9 @@ def test_sharded_step_has_time_traffic_and_memory_of_every_optimizer(tmp_path: P
     ],
 )
 def test_bad_input_is_named_in_a_sentence(monkeypatch, capfd, script: str, arguments: list, message: str):
-    monkeypatch.syspath_prepend(str(BENCHMARK))
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
     with pytest.raises(SystemExit) as end:
-        importlib.import_module(script).main()
+        importlib.import_module(f"recipes.benchmark.{script}").main()
     assert end.value.code == 2
     *_, last = capfd.readouterr().err.splitlines()
     assert last.startswith(f"{script}.py: error: ")

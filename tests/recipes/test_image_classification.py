@@ -17,15 +17,11 @@ from pathlib import Path
 import pytest
 
 from fairseq_asam.vision.options import TrainOptions
+from recipes.image_classification.rho_search import best_rho
 from tests.commands import ROOT
 
 RECIPE = ROOT / "recipes" / "image_classification"
 SCRIPTS = ("table2", "table3", "table4", "table6", "figure4", "rho_search")
-
-
-@pytest.fixture(autouse=True)
-def recipe_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPE))
 
 
 @pytest.fixture
@@ -34,10 +30,12 @@ def main(monkeypatch):
 
     def run(script: str, *arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
-        module = importlib.import_module(script)
+        module = importlib.import_module(f"recipes.image_classification.{script}")
         if script in ("table2", "table3"):
             data = {"table2": "cifar10", "table3": "cifar100"}[script]
-            importlib.import_module("table2").make_table(script, "", data, module.PAPER)
+            importlib.import_module("recipes.image_classification.table2").make_table(
+                script, "", data, module.PAPER
+            )
         else:
             module.main()
 
@@ -128,7 +126,7 @@ def test_of_equally_accurate_rhos_the_smaller_is_best():
     means = {"0.02": 98.83333333333333, "0.5": 98.83333333333334, "2": 98.5, "10": None}
     summaries = {(rho, "SAM"): {"mean": mean} for rho, mean in means.items()}
     summaries["1", "ASAM"] = {"mean": 99.0}
-    assert importlib.import_module("rho_search").best_rho(summaries, "SAM") == "0.02"
+    assert best_rho(summaries, "SAM") == "0.02"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -145,7 +143,7 @@ def result(accuracies: list[float | None], dataset: str = "digits", diverged: bo
 
 
 def test_a_cell_is_the_mean_and_deviation_of_the_maxima_of_the_runs_that_did_not_fail():
-    from table import shown, summary
+    from recipes.image_classification.table import shown, summary
 
     good = [result([0.5, 0.8, 0.7]), result([0.9]), result([0.2, 0.82])]
     failed = [result([0.1, 0.11]), result([0.6, None], diverged=True)]
@@ -160,8 +158,8 @@ def test_a_cell_is_the_mean_and_deviation_of_the_maxima_of_the_runs_that_did_not
 
 
 def test_a_picture_has_the_paper_s_means_and_leaves_out_cells_whose_runs_all_failed():
-    from table import draw
-    from table2 import PAPER
+    from recipes.image_classification.table import draw
+    from recipes.image_classification.table2 import PAPER
 
     cell = {"mean": 90.0, "std": 0.1, "runs": 5, "failed": 0}
     cells = {(row, column): cell for row in PAPER for column in ("SGD", "SAM", "ASAM")}
@@ -182,8 +180,8 @@ TINY = {"dataset": "digits", "model": "resnet8", "epochs": 1, "batch_size": 512}
 
 
 def test_a_grid_is_trained_once_and_becomes_a_table_and_a_picture(grid_arguments, monkeypatch, capsys):
-    from grid import results_of
-    from table import publish, summary
+    from recipes.image_classification.grid import results_of
+    from recipes.image_classification.table import publish, summary
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     grid_arguments.embedded = True
@@ -210,7 +208,7 @@ def test_a_grid_is_trained_once_and_becomes_a_table_and_a_picture(grid_arguments
 
 
 def test_a_run_that_fails_ends_the_grid_with_its_reason(grid_arguments, monkeypatch, capsys):
-    from grid import results_of
+    from recipes.image_classification.grid import results_of
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     grid_arguments.data = grid_arguments.runs / "nothing"
@@ -221,7 +219,7 @@ def test_a_run_that_fails_ends_the_grid_with_its_reason(grid_arguments, monkeypa
 
 
 def test_a_grid_that_is_told_to_end_takes_its_runs_along(tmp_path):
-    command = [sys.executable, str(RECIPE / "table4.py"), "--embedded", "--seeds", "1"]
+    command = [sys.executable, "-m", "recipes.image_classification.table4", "--embedded", "--seeds", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as grid:
         children = Path(f"/proc/{grid.pid}/task/{grid.pid}/children")
@@ -246,4 +244,4 @@ def test_what_cannot_be_is_refused(main, capsys, arguments, message):
 
 def test_every_script_says_in_the_readme_what_it_reproduces():
     readme = Path(RECIPE / "README.md").read_text()
-    assert all(f"recipes/image_classification/{script}.py" in readme for script in SCRIPTS)
+    assert all(f"recipes.image_classification.{script}" in readme for script in SCRIPTS)

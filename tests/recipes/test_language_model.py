@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from tests.commands import ROOT
 
-RECIPE = ROOT / "recipes" / "language_model"
 TINY = [
     *("--device", "cpu", "--layers", "2", "--width", "32", "--context", "16", "--batch-size", "8"),
     *("--lr", "5e-3", "--save-every", "100", "--data", str(ROOT / "README.md")),
@@ -33,8 +32,7 @@ def _main(rank: int, processes: int, port: int, arguments: list[str], log: Path)
     of_torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     of_torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in of_torchrun.items()})
-    sys.path.insert(0, str(RECIPE))
-    from train import main
+    from recipes.language_model.train import main
 
     main(arguments)
 
@@ -83,7 +81,7 @@ def test_it_learns(tmp_path: Path):
     size = ["--device", "cpu", "--layers", "2", "--width", "64", "--context", "64", "--lr", "3e-3"]
     size += ["--batch-size", "16", "--updates", "60"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(RECIPE / "train.py"), "--optimizer", "asam", "--out", str(tmp_path), *size]
+    command += ["-m", "recipes.language_model.train", "--optimizer", "asam", "--out", str(tmp_path), *size]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, env=environment, text=True, capture_output=True)
     assert process.returncode == 0, process.stderr

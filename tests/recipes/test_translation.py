@@ -47,7 +47,7 @@ def train(corpus: Path, folder: Path, optimizer: str, *flags: str) -> subprocess
 
 
 def script(name: str, *arguments: str | Path) -> subprocess.CompletedProcess:
-    return run(sys.executable, RECIPE / name, *arguments)
+    return run(sys.executable, "-m", f"recipes.translation.{name}", *arguments)
 
 
 def succeeded(process: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
@@ -62,7 +62,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     finished = [folder / "adam", folder / "asam"]
     for each in finished:
         succeeded(train(corpus, each, each.name))
-        succeeded(script("score.py", corpus, each))
+        succeeded(script("score", corpus, each))
     return finished
 
 
@@ -71,7 +71,7 @@ def test_a_finished_run_is_neither_trained_nor_translated_again(corpus: Path, ru
         file: file.stat().st_mtime_ns for file in runs[0].iterdir() if file.name not in ("lock", "command")
     }
     assert "trained already" in succeeded(train(corpus, runs[0], "adam")).stderr
-    assert "BLEU" in succeeded(script("score.py", corpus, runs[0])).stdout
+    assert "BLEU" in succeeded(script("score", corpus, runs[0])).stdout
     assert before == {file: file.stat().st_mtime_ns for file in before}
 
 
@@ -101,7 +101,7 @@ def test_a_killed_run_goes_on_to_the_weights_of_an_undisturbed_one(
     succeeded(train(corpus, killed, "asam"))
     assert "Loaded checkpoint" in log.read_text()
     assert_same_state(checkpoint(killed), checkpoint(runs[1]))
-    succeeded(script("score.py", corpus, killed))
+    succeeded(script("score", corpus, killed))
     results = collected(tmp_path, [runs[1], killed])
     assert [system["epochs"] for system in results["systems"]] == [5, 5]
     assert len({system["best_valid_loss"] for system in results["systems"]}) == 1
@@ -141,7 +141,7 @@ def test_translations_stand_in_the_order_of_the_corpus(corpus: Path, runs: list[
 
 
 def collected(out: Path, runs: list[Path]) -> dict:
-    succeeded(script("collect.py", out, *runs))
+    succeeded(script("collect", out, *runs))
     return json.loads((out / "results.json").read_text())
 
 
@@ -183,13 +183,13 @@ def test_an_epoch_killed_between_its_checkpoint_and_its_training_figures_counts(
     assert cut_off["last_valid_loss"] == undisturbed["last_valid_loss"]
     assert (cut_off["last_train_loss"] == undisturbed["last_train_loss"]) == (epoch != 5)
     assert cut_off["training_seconds"] == pytest.approx(5 * np.mean(seconds))
-    succeeded(script("curves.py", tmp_path / "curves.png", killed))
+    succeeded(script("curves", tmp_path / "curves.png", killed))
 
 
 def test_pictures_and_samples(runs: list[Path], tmp_path: Path):
-    succeeded(script("curves.py", tmp_path / "curves.png", *runs))
+    succeeded(script("curves", tmp_path / "curves.png", *runs))
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    succeeded(script("samples.py", tmp_path / "samples.md", *runs))
+    succeeded(script("samples", tmp_path / "samples.md", *runs))
     samples = (tmp_path / "samples.md").read_text()
     assert samples.count("| source |") == samples.count("| asam |") == 5
 
@@ -199,10 +199,10 @@ def test_bad_input_is_named_in_one_sentence(corpus: Path, tmp_path: Path):
     for process, sentence in (
         (train(nothing, tmp_path / "run", "adam"), f"'{nothing}' holds no corpus"),
         (train(corpus, tmp_path / "run", "sgd"), "unknown optimizer 'sgd': choose adam, sam or asam."),
-        (script("score.py", corpus, nothing), f"'{nothing / 'checkpoint_best.pt'}' is missing"),
-        (script("collect.py", tmp_path / "out", nothing), f"'{nothing / 'train.log'}' is missing"),
-        (script("curves.py", tmp_path / "out", nothing), f"'{nothing / 'train.log'}' is missing"),
-        (script("samples.py", tmp_path / "out", nothing), f"'{nothing / 'test.hyp'}' is missing"),
+        (script("score", corpus, nothing), f"'{nothing / 'checkpoint_best.pt'}' is missing"),
+        (script("collect", tmp_path / "out", nothing), f"'{nothing / 'train.log'}' is missing"),
+        (script("curves", tmp_path / "out", nothing), f"'{nothing / 'train.log'}' is missing"),
+        (script("samples", tmp_path / "out", nothing), f"'{nothing / 'test.hyp'}' is missing"),
     ):
         assert process.returncode != 0
         assert sentence in process.stderr
@@ -212,7 +212,7 @@ def test_bad_input_is_named_in_one_sentence(corpus: Path, tmp_path: Path):
 
 def test_a_failing_command_ends_the_progress_bar_with_its_status_and_last_lines(tmp_path: Path):
     failing = "print('first'); print('last'); raise SystemExit(7)"
-    process = script("progress.py", tmp_path / "train.log", sys.executable, "-c", failing)
+    process = script("progress", tmp_path / "train.log", sys.executable, "-c", failing)
     assert process.returncode == 7
     assert "first\nlast\n" in process.stderr
     assert f"status 7; all of its output is in {tmp_path / 'train.log'}" in process.stderr
@@ -227,7 +227,15 @@ def test_a_wrong_flag_ends_train_sh_with_fairseqs_own_message(corpus: Path, tmp_
 
 def test_ending_the_progress_bar_ends_the_training(tmp_path: Path):
     waiting = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-    command = [sys.executable, RECIPE / "progress.py", tmp_path / "train.log", sys.executable, "-c", waiting]
+    command = [
+        sys.executable,
+        "-m",
+        "recipes.translation.progress",
+        tmp_path / "train.log",
+        sys.executable,
+        "-c",
+        waiting,
+    ]
     with subprocess.Popen(list(map(str, command)), env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
         while not ((tmp_path / "train.log").exists() and (tmp_path / "train.log").read_text().endswith("\n")):
             time.sleep(0.05)
@@ -240,22 +248,22 @@ def test_ending_the_progress_bar_ends_the_training(tmp_path: Path):
 def test_the_last_epochs_average_in_float64(corpus: Path, tmp_path: Path):
     succeeded(train(corpus, tmp_path / "adam", "adam", "--keep-last-epochs", "2"))
     weights = [checkpoint(tmp_path / "adam", f"checkpoint{epoch}.pt")["model"] for epoch in (4, 5)]
-    succeeded(script("average.py", tmp_path / "adam", tmp_path / "mean", "--last", "2"))
+    succeeded(script("average", tmp_path / "adam", tmp_path / "mean", "--last", "2"))
     mean = checkpoint(tmp_path / "mean", "checkpoint_best.pt")["model"]
     assert all(
         torch.equal(mean[name], ((weight.double() + weights[1][name].double()) / 2).float())
         for name, weight in weights[0].items()
     )
-    succeeded(script("score.py", corpus, tmp_path / "mean"))
+    succeeded(script("score", corpus, tmp_path / "mean"))
 
-    too_many = script("average.py", tmp_path / "adam", tmp_path / "mean", "--last", "3")
+    too_many = script("average", tmp_path / "adam", tmp_path / "mean", "--last", "3")
     assert "has the checkpoints of 2 epochs, not of 3" in too_many.stderr
 
 
 def test_rho_is_the_one_with_the_highest_validation_bleu(corpus: Path, tmp_path: Path):
     search = ("embedded", "--data", corpus, "--out", tmp_path, "--optimizers", "asam", "--epochs", "2")
     search += ("--rho", "0.1", "50", "--jobs", "2", "--cpu")
-    printed = succeeded(script("rho_search.py", *search)).stdout
+    printed = succeeded(script("rho_search", *search)).stdout
     points = json.loads((tmp_path / "rho_search.json").read_text())
     assert [point["rho"] for point in points] == [0.1, 50]
     for point in points:
@@ -271,7 +279,7 @@ def test_rho_is_the_one_with_the_highest_validation_bleu(corpus: Path, tmp_path:
 @pytest.mark.slow
 def test_table_5_over_two_seeds(corpus: Path, tmp_path: Path):
     table5 = ("embedded", "--data", corpus, "--out", tmp_path, "--seeds", "1", "2", "--epochs", "2")
-    succeeded(script("table5.py", *table5, "--rho", "0.1", "0.2", "--jobs", "2", "--cpu"))
+    succeeded(script("table5", *table5, "--rho", "0.1", "0.2", "--jobs", "2", "--cpu"))
     results = json.loads((tmp_path / "table5.json").read_text())
     names = [row["system"] for row in results["systems"]]
     assert names == ["Adam", "Adam, twice the epochs", "Adam+SAM", "Adam+ASAM"]
@@ -296,7 +304,7 @@ def test_table_5_over_two_seeds(corpus: Path, tmp_path: Path):
 @pytest.mark.slow
 def test_the_cheaper_forms_beside_adam_and_asam(corpus: Path, tmp_path: Path):
     forms = ("embedded", "--data", corpus, "--out", tmp_path, "--seeds", "1", "--epochs", "1", "--rho", "0.1")
-    printed = succeeded(script("cheaper.py", *forms, "--jobs", "2", "--cpu")).stdout
+    printed = succeeded(script("cheaper", *forms, "--jobs", "2", "--cpu")).stdout
     results = json.loads((tmp_path / "cheaper.json").read_text())
     names = [row["system"] for row in results["systems"]]
     assert names[:2] == ["Adam", "ASAM"] and names[2:5] == [f"fraction {f}" for f in ("0.5", "0.25", "0.125")]
@@ -351,7 +359,7 @@ def test_the_papers_experiment_on_an_archive_like_its_own(tmp_path: Path):
     size = [f"--{side}-{what}" for side in ("encoder", "decoder") for what in ("layers=1", "embed-dim=32")]
     size += ["--encoder-attention-heads=2", "--decoder-attention-heads=2", "--warmup-updates=20", "--lr=5e-3"]
     few = ("--epochs", "2", "--seeds", "1", "--rho", "0.1", "--jobs", "2", "--cpu", *size)
-    printed = succeeded(script("table5.py", "iwslt14", "--data", corpus, "--out", out, *few)).stdout
+    printed = succeeded(script("table5", "iwslt14", "--data", corpus, "--out", out, *few)).stdout
     assert "| Adam+ASAM | " in printed and " | 35.66 | 35.02 |" in printed
     run_folder = out / "asam-2-epochs-rho-0.1-seed-1"
     assert "best_bleu" in (run_folder / "train.log").read_text()

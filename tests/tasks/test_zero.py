@@ -1,19 +1,16 @@
 """--zero-sharding os: each worker has the optimizer's state of a part of the weights, and steps that part."""
 
 import signal
-import sys
 
 import pytest
 import torch
 
-from tests.commands import ROOT, assert_same_state, checkpoint
+from recipes.faults.faults import Training
+from recipes.faults.injection import Fault, Kind, Place
+from tests.commands import assert_same_state, checkpoint
 from tests.training import on_workers, trainer_and_batches
 
 from .test_workers import assert_close, trained, weights
-
-sys.path.insert(0, str(ROOT / "recipes" / "faults"))
-from faults import Training
-from injection import Fault, Kind, Place
 
 pytest.importorskip("fairscale", reason="fairseq shards with fairscale")
 

@@ -145,7 +145,7 @@ def test_bad_values_are_refused_before_anything_is_loaded(flags, said, refused):
 
 def test_neither_command_needs_what_the_other_does():
     program = "import sys"
-    for module in ("fairseq_asam.analysis.measuring", "fairseq_asam.vision.sharpness"):
+    for module in ("fairseq_asam.measuring.command_line", "fairseq_asam.vision.sharpness"):
         program += f"\nimport {module}"
         program += (
             "\nprint([name for name in ('fairseq', 'torchvision', 'matplotlib') if name in sys.modules])"

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fairseq_asam.analysis import sharpness, surface
-from fairseq_asam.analysis.checkpoints import DatasetLoss, load
+from fairseq_asam.measuring import __main__ as sharpness
+from fairseq_asam.measuring.fairseq_checkpoints import DatasetLoss, load
+from recipes.paper import surface
 from tests.commands import PLUGIN, ROOT, checkpoint, recipe, start
 
 LANGUAGE_MODEL = [
@@ -271,7 +272,7 @@ def test_a_mistake_ends_the_command_with_a_line(command, data, module, flags, me
 
 def test_the_command_line_prints_nothing_but_the_table(adam, data):
     process = subprocess.run(
-        [sys.executable, "-m", "fairseq_asam.analysis.sharpness", data, "--path", adam, "--rho", "0.1"],
+        [sys.executable, "-m", "fairseq_asam.measuring", data, "--path", adam, "--rho", "0.1"],
         cwd=ROOT,
         text=True,
         capture_output=True,

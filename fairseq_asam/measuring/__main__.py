@@ -1,6 +1,6 @@
 """Sharpness and adaptive sharpness of a fairseq checkpoint, as a table and JSON.
 
-    python -m fairseq_asam.analysis.sharpness DATA --path CHECKPOINT --rho 0.05 0.1 0.2
+    python -m fairseq_asam.measuring DATA --path CHECKPOINT --rho 0.05 0.1 0.2
 
 DATA is a folder of fairseq-preprocess. The loss is that of the checkpoint's own criterion without dropout, in
 nats per target token, over the whole split unless --batches asks for fewer. --help lists the rest.
@@ -12,13 +12,13 @@ import argparse
 import math
 import sys
 
-from .checkpoints import DatasetLoss, load
-from .measuring import add_batch_arguments, add_region_arguments, measure_watched, regions_of, report
+from .command_line import add_batch_arguments, add_region_arguments, measure_watched, regions_of, report
+from .fairseq_checkpoints import DatasetLoss, load
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m fairseq_asam.analysis.sharpness",
+        prog="python -m fairseq_asam.measuring",
         description="Measure sharpness (Equation 2) and adaptive sharpness (Equation 4) of a checkpoint.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -1,6 +1,6 @@
 """Figures 1 and 3 of the paper: the toy loss of two weights (Section 5.1), drawn.
 
-    python -m fairseq_asam.analysis.toy OUT
+    python -m recipes.paper.toy OUT
 
 Writes OUT/figure1.png, OUT/figure3.png and all numbers in them to OUT/toy.json. The paper leaves open the
 radii of Figure 1, and of Figure 3 the learning rate, the number of steps and ASAM's rho; those chosen here
@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from fairseq_asam import NORMALIZATIONS, Region, SharpnessAware, measure
 from fairseq_asam.files import write_json
-
-from .output import write_figure
+from recipes.reporter import write_figure
 
 #: The points of Figure 1, before and after the scaling diag(3, 1/3).
 POINTS = ((1.0, 1.0), (3.0, 1 / 3))
@@ -169,7 +168,7 @@ def draw_figure_3(rows: list[dict[str, Any]]) -> plt.Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m fairseq_asam.analysis.toy", description="Draw Figures 1 and 3 of the paper."
+        prog="python -m recipes.paper.toy", description="Draw Figures 1 and 3 of the paper."
     )
     parser.add_argument("out", type=Path, help="folder for figure1.png, figure3.png and toy.json")
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """How well measures of sharpness rank models by their generalization gap (Table 1 and Figure 2 of the paper).
 
-    python -m fairseq_asam.analysis.rank MODELS.json OUT
+    python -m recipes.paper.rank MODELS.json OUT
 
 MODELS.json lists the models of a grid, all trained to the same stopping criterion::
 
@@ -26,8 +26,7 @@ from matplotlib import pyplot as plt
 from scipy.stats import kendalltau
 
 from fairseq_asam.files import whole, write_json
-
-from .output import write_figure
+from recipes.reporter import write_figure
 
 
 def kendall(gaps: Sequence[float], values: Sequence[float]) -> float:
@@ -114,7 +113,7 @@ def write(
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m fairseq_asam.analysis.rank",
+        prog="python -m recipes.paper.rank",
         description="Rank correlation of measures of sharpness with the generalization gap.",
     )
     parser.add_argument("models", type=Path, metavar="MODELS.json", help="the models and what was measured")

@@ -1,7 +1,7 @@
 """Trains and measures the models of Table 1 and Figure 2 of the paper, and ranks them (Section 3).
 
-    python -m fairseq_asam.analysis.rank_models OUT --jobs 2                         # minutes on a CPU
-    python -m fairseq_asam.analysis.rank_models OUT --dataset cifar10 --data data    # at the paper's size
+    python -m recipes.paper.rank_models OUT --jobs 2                         # minutes on a CPU
+    python -m recipes.paper.rank_models OUT --dataset cifar10 --data data    # at the paper's size
 
 There is a model for each combination of mini-batch size, learning rate, weight decay and dropout rate. All
 are trained with SGD, without augmentation or label smoothing, until the loss over the training images has
@@ -41,8 +41,7 @@ from fairseq_asam.files import write_json
 from fairseq_asam.vision import data
 from fairseq_asam.vision.batches import Batches, evaluation_loader, seed_of
 from fairseq_asam.vision.models import WITH_DROPOUT, build_model
-
-from .rank import rank_statistics, table, write
+from recipes.paper.rank import rank_statistics, table, write
 
 #: Name in Table 1 -> option.
 HYPER_PARAMETERS = {
@@ -324,7 +323,7 @@ def make(models: list[Model], jobs: int) -> None:
 
 
 def table_1() -> dict[str, dict[str, Any]]:
-    """Return the paper's Table 1 as :func:`~fairseq_asam.analysis.rank.rank_statistics` would."""
+    """Return the paper's Table 1 as :func:`~recipes.paper.rank.rank_statistics` would."""
     columns = zip(MEASURES, zip(*TABLE_1.values()))
     of_each = {f"paper: {measure}": dict(zip(TABLE_1, values)) for measure, values in columns}
     return {
@@ -362,7 +361,7 @@ def _hardware() -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m fairseq_asam.analysis.rank_models", description=__doc__.split("\n")[0]
+        prog="python -m recipes.paper.rank_models", description=__doc__.split("\n")[0]
     )
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", help="folder of the models and the results")

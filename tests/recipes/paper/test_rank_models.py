@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fairseq_asam.analysis import rank_models
 from fairseq_asam.vision.models import build_model
+from recipes.paper import rank_models
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 QUICK = [

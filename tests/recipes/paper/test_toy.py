@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fairseq_asam import Region
-from fairseq_asam.analysis.toy import METHODS, POINTS, REGIONS, STARTS, maximum, trajectory
+from recipes.paper.toy import METHODS, POINTS, REGIONS, STARTS, maximum, trajectory
 from tests.commands import ROOT
 
 STEP = 0.01  # a learning rate larger than the picture's, for fewer steps
@@ -83,7 +83,7 @@ def test_along_a_contour_sharpness_is_least_where_the_weights_are_equal():
 
 
 def test_the_command_writes_pictures_and_numbers(tmp_path):
-    command = [sys.executable, "-m", "fairseq_asam.analysis.toy", str(tmp_path)]
+    command = [sys.executable, "-m", "recipes.paper.toy", str(tmp_path)]
     process = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert process.returncode == 0, process.stderr
     assert "SAM from (0.3, 0.033) to (0.3000, 0.0330)" in process.stdout

@@ -1,6 +1,6 @@
 """The loss around fairseq checkpoints, side by side, as a picture.
 
-    python -m fairseq_asam.analysis.surface DATA OUT.png --path CHECKPOINT CHECKPOINT
+    python -m recipes.paper.surface DATA OUT.png --path CHECKPOINT CHECKPOINT
 
 One axis is the epsilon of adaptive sharpness (Equation 4), with the length that --rho says; the other is a
 random direction, filter-normalized (Li et al., 2018): the part of each filter has --radius times the length
@@ -25,12 +25,11 @@ from tqdm import tqdm
 
 from fairseq_asam import Region, measure
 from fairseq_asam.files import write_json
+from fairseq_asam.measuring.__main__ import add_data_arguments
+from fairseq_asam.measuring.command_line import watched
+from fairseq_asam.measuring.fairseq_checkpoints import DatasetLoss, load
 from fairseq_asam.sharpness.measure import Displaced, Loss, evaluate
-
-from .checkpoints import DatasetLoss, load
-from .measuring import watched
-from .output import write_figure
-from .sharpness import add_data_arguments
+from recipes.reporter import write_figure
 
 
 def filter_normalized_direction(weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -118,7 +117,7 @@ def draw(surfaces: dict[str, dict[str, Any]]) -> plt.Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m fairseq_asam.analysis.surface",
+        prog="python -m recipes.paper.surface",
         description="Draw the loss around checkpoints, along epsilon and a random direction.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

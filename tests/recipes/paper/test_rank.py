@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from fairseq_asam.analysis import rank
+from recipes.paper import rank
 
 
 def model(gap, value, other=0.0, **hyper_parameters):

@@ -2,10 +2,10 @@
 # Sharpness as a measure (Section 3 of the ASAM paper): Figures 1 and 3, Table 1 and Figure 2, and the sharpness and
 # the loss surface of the models of the quickstart.
 #
-#   recipes/analysis.sh
+#   recipes/paper/sharpness.sh
 #
 # Takes 5 minutes on 2 cores after recipes/quickstart.sh, which it runs for what is missing of it. Everything it
-# makes is in runs/analysis.
+# makes is in runs/paper.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,21 +15,21 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 data=data/embedded/bin
 runs=runs/quickstart
-out=runs/analysis
+out=runs/paper
 mkdir -p "$out"
-python -m fairseq_asam.analysis.toy "$out"
+python -m recipes.paper.toy "$out"
 
 # Table 1 and Figure 2 with small networks on scikit-learn's digits; --dataset cifar10 makes them at full size.
-python -m fairseq_asam.analysis.rank_models "$out/rank" --jobs 2
+python -m recipes.paper.rank_models "$out/rank" --jobs 2
 
 # On the training set, whose maximization regions Equation 4 speaks of; the same 40 batches for each model.
 for optimizer in adam sam asam; do
     echo
-    python -m fairseq_asam.analysis.sharpness "$data" --path "$runs/$optimizer/checkpoint_best.pt" \
+    python -m fairseq_asam.measuring "$data" --path "$runs/$optimizer/checkpoint_best.pt" \
         --gen-subset train --batches 40 --rho 0.05 0.1 0.2 0.5 1 --json "$out/sharpness-$optimizer.json" |
         tee "$out/sharpness-$optimizer.md"
 done
 
 echo
-python -m fairseq_asam.analysis.surface "$data" "$out/surface.png" --gen-subset train --batches 8 \
+python -m recipes.paper.surface "$data" "$out/surface.png" --gen-subset train --batches 8 \
     --path "$runs/adam/checkpoint_best.pt" "$runs/asam/checkpoint_best.pt"
