@@ -15,7 +15,7 @@ from fairseq_asam.files import whole
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Return the mean of *values*, and their sample standard deviation; ``None`` of too few."""
+    """Return the mean and the sample standard deviation of *values*; ``None`` where there are too few."""
     return (
         statistics.mean(values) if values else None,
         statistics.stdev(values) if len(values) > 1 else None,
@@ -23,7 +23,7 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
 
 
 def shown(mean: float | None, sd: float | None = None, digits: int = 2) -> str:
-    """Return ``mean ± sd`` with so many *digits* after the point; nothing of ``None``."""
+    """Return ``mean ± sd`` with *digits* decimals; a mean that is ``None`` is shown as nothing."""
     if mean is None:
         return ""
     return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
@@ -31,8 +31,24 @@ def shown(mean: float | None, sd: float | None = None, digits: int = 2) -> str:
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table. The first column is aligned left, the others right."""
-    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    head, *body = (f"| {' | '.join(cells)} |" for cells in (header, *rows))
+    lines = [head.replace("|  |", "| |"), f"|:--|{'--:|' * (len(header) - 1)}", *body]
+    return "\n".join(lines) + "\n"
+
+
+def best_rho(scores: dict[float, float | None]) -> float:
+    """Return the rho of the highest of *scores* at the two decimals that tables show; of equals, the smaller.
+
+    Args:
+        scores: The score of each rho. ``None`` stands for a rho whose runs all failed.
+
+    Raises:
+        ValueError: There is no score at all.
+    """
+    rounded = {rho: round(score, 2) for rho, score in scores.items() if score is not None}
+    if not rounded:
+        raise ValueError(f"none of the values of rho {', '.join(map(str, scores))} has a score")
+    return max(rounded, key=lambda rho: (rounded[rho], -rho))
 
 
 def write_text(path: Path, text: str) -> None:
