@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib import pyplot as plt
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from recipes.image_classification.grid import OPTIMIZERS
+from fairseq_asam.files import write_json
+from fairseq_asam.vision.data import DATASETS
+from recipes.image_classification.grid import COLUMNS, Results
+from recipes.reporter import markdown_table, mean_and_sd, shown, write_figure, write_text
 
 #: (row, column) -> figures of a cell, as :func:`summary` returns them.
 Summaries = dict[tuple[str, str], dict[str, Any]]
@@ -30,8 +29,6 @@ def summary(results: list[dict[str, Any]], metric: str = "test_accuracy") -> dic
     A run failed if its loss ceased to be finite, or its accuracy never left that of chance (in Table 2, "10%
     of accuracy"). `std`, the sample standard deviation, is None of fewer than two runs, `mean` of none.
     """
-    from fairseq_asam.vision.data import DATASETS  # brings torch, which --dry-run can do without
-
     chance = 1 / DATASETS[results[0]["options"]["dataset"]].num_classes
     maxima = [
         max(epoch[metric] or 0.0 for epoch in result["epochs"])
@@ -40,46 +37,45 @@ def summary(results: list[dict[str, Any]], metric: str = "test_accuracy") -> dic
         and max(epoch["test_accuracy"] or 0.0 for epoch in result["epochs"]) > CHANCES * chance
     ]
     percent = [100 * value for value in maxima]
+    mean, std = mean_and_sd(percent)
     return {
-        "mean": statistics.mean(percent) if percent else None,
-        "std": statistics.stdev(percent) if len(percent) > 1 else None,
+        "mean": mean,
+        "std": std,
         "maxima": percent,
         "runs": len(results),
         "failed": len(results) - len(percent),
     }
 
 
-def shown(cell: dict[str, Any] | None) -> str:
+def text_of(cell: dict[str, Any] | None) -> str:
     """Return a cell's mean and standard deviation, and how many of its runs failed."""
     if cell is None:
         return ""
-    text = "all failed" if cell["mean"] is None else f"{cell['mean']:.2f}"
-    if cell["std"] is not None:
-        text += f" ± {cell['std']:.2f}"
-    if cell["failed"] and cell["mean"] is not None:
-        text += f" ({cell['failed']} of {cell['runs']} failed)"
-    return text
+    if cell["mean"] is None:
+        return "all failed"
+    failed = f" ({cell['failed']} of {cell['runs']} failed)" if cell["failed"] else ""
+    return shown(cell["mean"], cell["std"]) + failed
 
 
 def as_markdown(
     corner: str, cells: Summaries, paper: dict[str, tuple[str, ...]] | None = None, note: str = ""
 ) -> str:
-    """Return a table of `cells`, and on its right the paper's numbers, for each row in the columns' order."""
+    """Return a table of *cells*. On its right stand the paper's numbers, in the order of the columns."""
     rows, columns = (list(dict.fromkeys(labels)) for labels in zip(*cells))
     header = [corner, *columns, *(f"{column}, paper" for column in columns if paper)]
-    lines = [f"| {' | '.join(header)} |", f"|:--|{'--:|' * (len(header) - 1)}"]
-    for row in rows:
-        words = [row, *(shown(cells.get((row, column))) for column in columns), *(paper or {}).get(row, ())]
-        lines.append(f"| {' | '.join(words)} |")
-    return "\n".join([*lines, "", note]) + "\n"
+    body = [
+        [row, *(text_of(cells.get((row, column))) for column in columns), *(paper or {}).get(row, ())]
+        for row in rows
+    ]
+    return f"{markdown_table(header, body)}\n{note}\n"
 
 
-def dataset_of(results: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
+def dataset_of(results: Results) -> str:
     """Return the name of the data set of a table's runs."""
     return next(iter(results.values()))[0]["options"]["dataset"]
 
 
-def described(results: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
+def described(results: Results) -> str:
     """Return in words what the runs of a table have in common and how they were made."""
     runs = [result for of_cell in results.values() for result in of_cell]
     options = [run["options"] for run in runs]
@@ -88,7 +84,7 @@ def described(results: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
         of = [each[name] for each in options if optimizer in (None, each["optimizer"])]
         return ", ".join(map(str, dict.fromkeys(of)))
 
-    each = [optimizer for optimizer in OPTIMIZERS.values() if values("epochs", optimizer)]
+    each = [optimizer for optimizer in COLUMNS.values() if values("epochs", optimizer)]
     epochs = ", ".join(f"{values('epochs', optimizer)} with {optimizer}" for optimizer in each)
     seconds = sum(run["seconds"] for run in runs)
     hardware = "; ".join(dict.fromkeys(run["hardware"] for run in runs))
@@ -153,28 +149,23 @@ def publish(
     args: argparse.Namespace,
     corner: str,
     summaries: Summaries,
-    results: dict[tuple[str, str], list[dict[str, Any]]],
+    results: Results,
     paper: dict[str, tuple[str, ...]],
 ) -> None:
     """Write a table of `summaries`, which are those of `results`, beside the paper's numbers."""
     note = described(results)
-    if args.embedded:
+    if args.digits:
         note += " The paper's numbers are of its own networks and images: not to be compared."
     markdown = as_markdown(corner, summaries, paper, note)
     # Accuracies on other images belong on no common axis.
-    figure = draw(corner, summaries, None if args.embedded else paper)
+    figure = draw(corner, summaries, None if args.digits else paper)
     write(args.out, args.name, markdown, figure, note=note, cells=summaries, paper=paper)
 
 
 def write(out: Path, name: str, markdown: str, figure: plt.Figure, **results: Any) -> None:
-    """Write `<name>.md`, `.png` and, with `results`, `.json` into the folder `out`, and print the table."""
-    from fairseq_asam.files import whole  # brings torch, which --dry-run can do without
-
+    """Write `<name>.md`, `.png` and, with *results*, `.json` into the folder *out*, and print the table."""
     results["cells"] = [{"row": row, "column": col, **cell} for (row, col), cell in results["cells"].items()]
-    with whole(out / f"{name}.json") as file:
-        file.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-    with whole(out / f"{name}.png") as file:
-        figure.savefig(file, format="png", dpi=150)
-    with whole(out / f"{name}.md") as file:
-        file.write_text(markdown, "utf-8")
+    write_json(out / f"{name}.json", results)
+    write_figure(out / f"{name}.png", figure)
+    write_text(out / f"{name}.md", markdown)
     print(markdown, end="")

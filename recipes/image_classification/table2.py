@@ -1,6 +1,6 @@
 """Table 2 of the paper: SGD, SAM and ASAM on CIFAR-10.
 
-python -m recipes.image_classification.table2 [--embedded] [--data ROOT] [--rows ResNet-20] [--jobs 2]
+python -m recipes.image_classification.table2 [--digits] [--data ROOT] [--rows ResNet-20] [--jobs 2]
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ PAPER = {
 
 
 def make_table(name: str, description: str, dataset: str, paper: dict[str, tuple[str, ...]]) -> None:
-    args = arguments(name, description, seeds=5, rows=list(MODELS), embedded_rows=["ResNet-20"])
-    rows = {row: {} if args.embedded else {"dataset": dataset, "model": MODELS[row]} for row in args.rows}
-    results = results_of(by_optimizer(rows, args.embedded), args)
+    args = arguments(name, description, seeds=5, rows=list(MODELS), digits_rows=["ResNet-20"])
+    rows = {row: {} if args.digits else {"dataset": dataset, "model": MODELS[row]} for row in args.rows}
+    results = results_of(by_optimizer(rows, args.digits), args)
     publish(args, "model", {cell: summary(of_cell) for cell, of_cell in results.items()}, results, paper)
 
 

@@ -1,6 +1,6 @@
 """Table 3 of the paper: SGD, SAM and ASAM on CIFAR-100.
 
-python -m recipes.image_classification.table3 [--embedded] [--data ROOT] [--rows ResNet-20] [--jobs 2]
+python -m recipes.image_classification.table3 [--digits] [--data ROOT] [--rows ResNet-20] [--jobs 2]
 """
 
 from __future__ import annotations

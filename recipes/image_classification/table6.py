@@ -1,6 +1,6 @@
 """Table 6 of the paper: SGD, SAM and ASAM with ResNet-32 on CIFAR-10 with wrong training labels.
 
-python -m recipes.image_classification.table6 [--embedded] [--data ROOT] [--jobs 2] [--seeds 3] [--dry-run]
+python -m recipes.image_classification.table6 [--digits] [--data ROOT] [--jobs 2] [--seeds 3] [--dry-run]
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def main() -> None:
         "Table 6 of the paper: SGD, SAM and ASAM with ResNet-32 on CIFAR-10 with wrong training labels."
     )
     rows = list(PAPER)
-    args = arguments("table6", description, seeds=3, rows=rows, embedded_rows=rows[1:])
-    options = {} if args.embedded else {"dataset": "cifar10", "model": "resnet32"}
+    args = arguments("table6", description, seeds=3, rows=rows, digits_rows=rows[1:])
+    options = {} if args.digits else {"dataset": "cifar10", "model": "resnet32"}
     noisy = {row: {**options, "label_noise": int(row.rstrip("%")) / 100} for row in args.rows}
-    results = results_of(by_optimizer(noisy, args.embedded), args)
+    results = results_of(by_optimizer(noisy, args.digits), args)
     publish(args, "noise rate", {cell: summary(runs) for cell, runs in results.items()}, results, PAPER)
 
 
