@@ -21,8 +21,8 @@ Results = dict[tuple[str, str], list[dict[str, Any]]]
 COLUMNS = {"SGD": "sgd", "SAM": "sam", "ASAM": "asam"}
 
 #: What --digits trains, in minutes on a CPU: other images, a small network and fewer epochs. They are enough
-#: for SGD to fit every training image, wrong labels included. As in the paper, SGD has twice as many epochs as
-#: the others. The values of rho are the best of rho_search.py, on held-out training images.
+#: for SGD to fit every training image, wrong labels included. As in the paper, SGD has twice as many as the
+#: others. The values of rho are the best of rho_search.py, on held-out training images.
 SMALL = {"dataset": "digits", "model": "resnet8", "batch_size": 64, "augmentation": "none"}
 DIGITS = {
     "sgd": {**SMALL, "epochs": 40},

@@ -25,8 +25,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 from scipy.stats import kendalltau
 
-from fairseq_asam.files import whole, write_json
-from recipes.reporter import write_figure
+from fairseq_asam.files import write_json
+from recipes.reporter import markdown_table, shown, write_figure, write_text
 
 
 def kendall(gaps: Sequence[float], values: Sequence[float]) -> float:
@@ -66,20 +66,17 @@ def rank_statistics(models: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return statistics
 
 
-def table(statistics: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the lines of a Markdown table like Table 1."""
-
-    def line(name: str, values: list[float | None]) -> str:
-        return f"| {name} | {' | '.join('' if v is None else f'{v:.3f}' for v in values)} |"
-
+def table(statistics: dict[str, dict[str, Any]]) -> str:
+    """Return a Markdown table like Table 1."""
     of_each = list(statistics.values())
-    return [
-        f"| | {' | '.join(statistics)} |",
-        f"|:--|{'--:|' * len(statistics)}",
-        line("τ (rank corr.)", [each["tau"] for each in of_each]),
-        *(line(name, [each["granulated"][name] for each in of_each]) for name in of_each[0]["granulated"]),
-        line("Ψ (avg.)", [each["average"] for each in of_each]),
-    ]
+    rows = {
+        "τ (rank corr.)": [each["tau"] for each in of_each],
+        **{name: [each["granulated"][name] for each in of_each] for name in of_each[0]["granulated"]},
+        "Ψ (avg.)": [each["average"] for each in of_each],
+    }
+    return markdown_table(
+        ["", *statistics], [[name, *(shown(v, digits=3) for v in values)] for name, values in rows.items()]
+    )
 
 
 def draw(models: list[dict[str, Any]], statistics: dict[str, dict[str, Any]]) -> plt.Figure:
@@ -101,13 +98,10 @@ def draw(models: list[dict[str, Any]], statistics: dict[str, dict[str, Any]]) ->
     return figure
 
 
-def write(
-    out: Path, models: list[dict[str, Any]], statistics: dict[str, dict[str, Any]], lines: list[str]
-) -> None:
-    """Write rank.json, rank.png and, with *lines*, rank.md to the folder *out*."""
+def write(out: Path, models: list[dict[str, Any]], statistics: dict[str, dict[str, Any]], text: str) -> None:
+    """Write rank.json, rank.png and, with *text*, rank.md to the folder *out*."""
     write_json(out / "rank.json", {"models": len(models), "statistics": statistics})
-    with whole(out / "rank.md") as file:
-        file.write_text("\n".join(lines) + "\n", "utf-8")
+    write_text(out / "rank.md", text)
     write_figure(out / "rank.png", draw(models, statistics))
 
 
@@ -124,9 +118,9 @@ def main() -> None:
         statistics = rank_statistics(models)
     except (OSError, ValueError) as error:
         sys.exit(f"rank: {error}")
-    write(args.out, models, statistics, table(statistics))
-    print(f"{len(models)} models\n")
-    print("\n".join(table(statistics)))
+    text = table(statistics)
+    write(args.out, models, statistics, text)
+    print(f"{len(models)} models\n\n{text}", end="")
 
 
 def _tau(models: list[dict[str, Any]], measure: str) -> float:
