@@ -30,14 +30,17 @@ from recipes.reporter import markdown_table, shown, write_figure, write_text
 
 
 def kendall(gaps: Sequence[float], values: Sequence[float]) -> float:
-    """Return Kendall's rank correlation (tau-b), and 0 where either does not vary at all."""
+    """Return Kendall's rank correlation (tau-b), or 0 if all *gaps* or all *values* are equal."""
     tau = float(kendalltau(gaps, values)[0])
     return 0.0 if math.isnan(tau) else tau
 
 
 def granulated(models: list[dict[str, Any]], measure: str, hyper_parameter: str) -> float | None:
-    """Return the granulated coefficient psi of Jiang et al. (2019): the mean of Kendall's tau over the sets
-    of models that differ in *hyper_parameter* alone; ``None`` if no set has two models or more."""
+    """Return the granulated coefficient psi of Jiang et al. (2019).
+
+    It is the mean of Kendall's tau over the sets of models that differ in *hyper_parameter* alone, or
+    ``None`` if no set has two models.
+    """
     sets = defaultdict(list)
     for model in models:
         others = {k: v for k, v in model["hyper_parameters"].items() if k != hyper_parameter}
@@ -47,11 +50,14 @@ def granulated(models: list[dict[str, Any]], measure: str, hyper_parameter: str)
 
 
 def rank_statistics(models: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return for each measure ``tau`` over all *models*, the granulated coefficient of each hyper-parameter
-    under ``granulated``, and their mean Psi as ``average``.
+    """Return the coefficients of each measure.
+
+    Returns:
+        For each measure, ``tau`` over all *models*, ``granulated`` with the coefficient of each
+        hyper-parameter, and their mean Psi as ``average``.
 
     Raises:
-        ValueError: there are not two models, they have different keys, or a number is not finite.
+        ValueError: There are fewer than two models, their keys differ, or a number is not finite.
     """
     _validate(models)
     statistics = {}

@@ -7,7 +7,7 @@
 # Takes 5 minutes on 2 cores after recipes/quickstart.sh, which it runs for what is missing of it. Everything it
 # makes is in runs/paper.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 recipes/quickstart.sh
 export PATH="$PWD/.venv/bin:$PATH"

@@ -1,10 +1,10 @@
-"""The loss around fairseq checkpoints, side by side, as a picture.
+"""Draws the loss around fairseq checkpoints, side by side.
 
     python -m recipes.paper.surface DATA OUT.png --path CHECKPOINT CHECKPOINT
 
-One axis is the epsilon of adaptive sharpness (Equation 4), with the length that --rho says; the other is a
-random direction, filter-normalized (Li et al., 2018): the part of each filter has --radius times the length
-of the filter. The numbers are written to OUT.json. --help lists the rest.
+One axis is the epsilon of adaptive sharpness (Equation 4) with radius --rho. The other is a random direction,
+filter-normalized (Li et al., 2018): the part of each filter has --radius times the length of the filter. The
+numbers are written to OUT.json. --help lists the other options.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def filter_normalized_direction(weights: dict[str, Tensor], seed: int) -> dict[s
     """Return a random direction whose part for each filter of *weights* has the length of the filter.
 
     A filter is a slice of the first dimension: a filter of a convolution, the weights of a neuron, the
-    embedding of a word. Biases and other vectors do not move, as Li et al. (2018) have it.
+    embedding of a word. For biases and other vectors the direction is 0, as in Li et al. (2018).
     """
     generator = torch.Generator().manual_seed(seed)
     direction = {}
@@ -54,11 +54,19 @@ def filter_normalized_direction(weights: dict[str, Tensor], seed: int) -> dict[s
 def surface(
     loss: Loss, model: nn.Module, region: Region, radius: float = 0.5, points: int = 11, seed: int = 1
 ) -> dict[str, Any]:
-    """Return the loss at w + x epsilon + y d on a square grid of *points* x and y from -1 to 1, and the axes.
+    """Return the loss at w + x epsilon + y d for x and y from -1 to 1, *points* of each.
 
-    Epsilon is that of one step in *region*, and d is *radius* times a filter-normalized random direction.
-    *model* should be in evaluation mode. ``loss[i][j]`` belongs to ``y[i]`` and ``x[j]``; where it is not
-    finite it is ``None``. *loss* is called ``points**2 + 2`` times.
+    Args:
+        loss: Is called ``points**2 + 2`` times.
+        model: Should be in evaluation mode.
+        region: Epsilon is that of one ascent step in it.
+        radius: d is so many times a filter-normalized random direction.
+        points: On each axis.
+        seed: Of the random direction.
+
+    Returns:
+        The axes ``x`` and ``y`` and the losses, with ``loss[i][j]`` at ``y[i]`` and ``x[j]``. A loss that is
+        not finite is ``None``.
     """
     [found] = measure(loss, model, [region], seed=seed, keep_epsilon=True)
     weights = {name: p.detach() for name, p in model.named_parameters() if name in found.epsilon}
@@ -84,8 +92,7 @@ def surface(
 
 
 def draw(surfaces: dict[str, dict[str, Any]]) -> plt.Figure:
-    """Draw what :func:`surface` returned for each name: a map each, with the same colours, and the two lines
-    through w."""
+    """Draw a map of each of *surfaces*, by name, all in the same colours, and the lines through w."""
     figure, panels = plt.subplots(
         1, len(surfaces) + 1, figsize=(4.4 * len(surfaces) + 4.4, 4.6), layout="constrained"
     )

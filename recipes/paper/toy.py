@@ -2,9 +2,9 @@
 
     python -m recipes.paper.toy OUT
 
-Writes OUT/figure1.png, OUT/figure3.png and all numbers in them to OUT/toy.json. The paper leaves open the
-radii of Figure 1, and of Figure 3 the learning rate, the number of steps and ASAM's rho; those chosen here
-are the constants below. T is not stabilized: eta = 0.
+Writes OUT/figure1.png, OUT/figure3.png and all numbers in them to OUT/toy.json. The paper does not state the
+radii of Figure 1, nor the learning rate, the number of steps and ASAM's rho of Figure 3. The constants below
+are our choice. T is not stabilized: eta = 0.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STEPS = 2000
 
 
 def toy_loss(w: Tensor) -> Tensor:
-    """L(w) = |w_1 ReLU(w_2) - 0.04| of weights in the last dimension."""
+    """Return L(w) = |w_1 ReLU(w_2) - 0.04| for weights in the last dimension."""
     return (w[..., 0] * w[..., 1].relu() - 0.04).abs()
 
 
@@ -136,7 +136,7 @@ def draw_figure_1(rows: list[dict[str, Any]]) -> plt.Figure:
 
 
 def boundary(region: Region) -> np.ndarray:
-    """Points around the boundary of *region* in the coordinates T^-1 epsilon, of shape (n, 2)."""
+    """Return points around the boundary of *region* in the coordinates T^-1 epsilon, of shape (n, 2)."""
     angles = np.linspace(0, 2 * np.pi, 361)
     circle = np.stack([np.cos(angles), np.sin(angles)], -1)
     return region.rho * circle / np.linalg.norm(circle, ord=region.p, axis=-1, keepdims=True)
