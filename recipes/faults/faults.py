@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import json
 import multiprocessing
 import os
 import random
@@ -33,8 +32,9 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from fairseq_asam.files import whole
+from fairseq_asam.files import write_json
 from recipes.faults.injection import DUMMIES, FILES, PASSES, PLACES, SIGNALS, Fault, Kind, Place, train
+from recipes.reporter import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 SAVE_INTERVAL = 3  # updates: shorter than an epoch, and no divisor of one
@@ -82,9 +82,8 @@ def main() -> int:
     }
     table = as_markdown(results)
     name = "faults" if args.workers == 1 else f"faults-{args.workers}-workers"
-    for suffix, text in (("json", json.dumps(results, indent=2) + "\n"), ("md", table)):
-        with whole(args.out / f"{name}.{suffix}") as file:
-            file.write_text(text, "utf-8")
+    write_json(args.out / f"{name}.json", results)
+    write_text(args.out / f"{name}.md", table)
     print(table, end="")
     if any(trial.failures for trial in faults.trials):
         return 1
