@@ -17,21 +17,15 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 data=data/embedded
 out=runs/quickstart
 runs=("$out/adam" "$out/sam" "$out/asam")
-python -m data_prep.embedded "$data"
 
-# The embedded corpus makes 535 updates an epoch; over the 4 epochs the learning rate falls linearly to 0.
-for run in "${runs[@]}"; do
-    recipes/translation/train.sh "$data" "$run" "$(basename "$run")" \
-        --arch transformer --encoder-embed-path "$data/embeddings.de" --decoder-embed-path "$data/embeddings.en" \
-        --encoder-layers 1 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 --encoder-attention-heads 4 \
-        --decoder-layers 1 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 --decoder-attention-heads 4 \
-        --dropout 0.1 --lr 3e-3 --lr-scheduler polynomial_decay --warmup-updates 300 --total-num-update 2140 \
-        --max-tokens 500 --max-epoch 4
-    python -m recipes.translation.score "$data" "$run"
+python -m data_prep.embedded "$data"
+for optimizer in adam sam asam; do
+    python -m recipes.translation.train quickstart "$optimizer" "$out/$optimizer" --data "$data"
+    python -m recipes.translation.score "$data" "$out/$optimizer"
 done
 
 echo
-python -m recipes.translation.collect "$out" "${runs[@]}"
+python -m recipes.translation.compare "$out" "${runs[@]}"
 python -m recipes.translation.curves "$out/curves.png" "${runs[@]}"
 python -m recipes.translation.samples "$out/samples.md" "${runs[@]}"
 tee -a "$out/results.md" <<'END'

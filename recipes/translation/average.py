@@ -2,8 +2,8 @@
 
     python -m recipes.translation.average RUN OUT [--last 10]
 
-RUN is a folder of train.sh that kept these epochs (its flag `--keep-last-epochs 10`). OUT gets
-checkpoint_best.pt, the checkpoint of the last epoch with the mean of the weights of all, taken in float64.
+RUN is a folder of train.py that kept these epochs (its flag `--keep-last-epochs 10`). OUT gets
+checkpoint_best.pt: the checkpoint of the last epoch, with the mean of the weights of all, taken in float64.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fairseq_asam.files import whole
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Average the weights of the last epochs of a run.")
-    parser.add_argument("run", type=Path, help="folder of train.sh")
+    parser.add_argument("run", type=Path, help="folder of train.py")
     parser.add_argument("out", type=Path, help="folder for checkpoint_best.pt")
     parser.add_argument("--last", type=int, default=10, help="how many epochs (default: 10)")
     args = parser.parse_args()

@@ -9,39 +9,30 @@ import argparse
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from fairseq_asam.files import whole
+from recipes.reporter import write_figure
 from recipes.translation.train_log import read_epochs, read_intervals
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the loss and sharpness curves of several runs.")
     parser.add_argument("out", type=Path, help="the PNG file to write")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of train.sh")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of train.py")
     args = parser.parse_args()
-    for run in args.runs:
-        if not (run / "train.log").exists():
-            sys.exit(f"curves.py: '{run / 'train.log'}' is missing: run train.sh for it first.")
-
-    save_curves(args.out, {run.name: run for run in args.runs})
-
-
-def save_curves(out: Path, runs: dict[str, Path]) -> None:
-    """Draw the curves of the runs in these folders, under their names, as the PNG file `out`."""
-    figure = draw({name: folder / "train.log" for name, folder in runs.items()})
-    with whole(out) as file:
-        figure.savefig(file, format="png", dpi=150)
+    logs = {run.name: run / "log" for run in args.runs}
+    for log in logs.values():
+        if not log.exists():
+            sys.exit(f"curves.py: '{log}' is missing: run train.py for it first.")
+    write_figure(args.out, draw(logs))
 
 
-def draw(logs: dict[str, Path]) -> plt.Figure:
+def draw(logs: dict[str, Path]) -> Figure:
     """Return a figure of two panels: losses over epochs, and the sharpness of the runs that measured it."""
-    figure, (losses, sharpness) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    losses, sharpness = figure.subplots(1, 2)
     figure.get_layout_engine().set(wspace=0.05)
     highest = 0.0
     for number, (name, log) in enumerate(logs.items()):
@@ -55,7 +46,7 @@ def draw(logs: dict[str, Path]) -> plt.Figure:
         if all("sharpness" in interval for interval in intervals):
             sharpness.plot(x, [interval["sharpness"] for interval in intervals], color=colour, label=name)
     losses.set(title="Loss", ylabel="label-smoothed loss (bits per token)")
-    # The loss before the first validation would squeeze all that follows.
+    # Cut off the loss before the first validation: it would squeeze all that follows.
     losses.set_ylim(top=1.1 * highest)
     sharpness.set(title="Sharpness $L(w+\\epsilon)-L(w)$ in training", ylabel="sharpness (bits per token)")
     sharpness.set_ylim(bottom=0)

@@ -1,111 +1,141 @@
 """Searches rho on the validation BLEU of one run for each value, and draws what it found.
 
-    python -m recipes.translation.rho_search embedded|iwslt14 [--optimizers sam asam] [--rho 0.05 0.1 ...]
-                                             [--seed 1] [--jobs N] [fairseq-train flags]
+    python -m recipes.translation.rho_search SETUP [--optimizers sam asam] [--rho 0.05 0.1 ...] [--seed 1]
+                                             [--jobs N] [fairseq-train flags]
 
-Writes rho_search.json and rho_search.png to OUT (default: runs/translation/SETTING), beside a folder for each
-run. The test set is not touched. Run again, it does only what is missing.
+SETUP is one of recipes/setups.py. Writes rho_search.json and rho_search.png to OUT (default:
+runs/translation/SETUP), beside a folder for each run. The test set stays untouched. Run again, it does only
+what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from sacrebleu.metrics import BLEU
+from sacrebleu.significance import PairedTest
 
-from fairseq_asam.files import whole
-from recipes.translation.experiment import Experiment, Run
-from recipes.translation.files import read_lines
-from recipes.translation.settings import SETTINGS
+from fairseq_asam.files import write_json
+from recipes.reporter import best_rho, write_figure
+from recipes.runner import Run, complete
+from recipes.setups import SETUPS
+from recipes.translation.score import read_lines
+from recipes.translation.train import training, watch
 
 
 def main() -> None:
     parser = experiment_parser("Search rho on validation BLEU.")
     parser.add_argument("--optimizers", nargs="+", choices=["sam", "asam"], default=["sam", "asam"])
     parser.add_argument("--seed", type=int, default=1, help="of every run (default: 1)")
-    args, flags = parser.parse_known_args()
-    experiment = experiment_of(args, flags)
-    epochs = args.epochs or SETTINGS[args.setting].epochs
-    points = [
-        point
-        for optimizer in args.optimizers
-        for point in search(experiment, optimizer, args.rho, epochs, args.seed)
-    ]
-    write(experiment.out, points)
-    for optimizer in args.optimizers:
-        print(f"{optimizer}: the best rho is {best_rho(points, optimizer):g}")
+    args = experiment_arguments(parser)
+    points = {optimizer: search(args, optimizer, args.seed) for optimizer in args.optimizers}
+    write(args.out, [point for found in points.values() for point in found])
+    for optimizer, found in points.items():
+        print(f"{optimizer}: the best rho is {best(found):g}")
 
 
 def experiment_parser(description: str) -> argparse.ArgumentParser:
-    """A parser of the options that say which setting runs, and where and how."""
+    """Return a parser of the options that all experiments share."""
     parser = argparse.ArgumentParser(
         description=description, epilog="Other flags go to every fairseq-train.", allow_abbrev=False
     )
-    parser.add_argument("setting", choices=list(SETTINGS), help="corpus and model")
-    parser.add_argument("--data", type=Path, help="corpus folder of data_prep (default: data/SETTING)")
-    parser.add_argument("--out", type=Path, help="folder of the results (default: runs/translation/SETTING)")
-    parser.add_argument("--epochs", type=int, help="of each run (default: the setting's)")
-    parser.add_argument("--rho", type=float, nargs="+", help="values to search (default: the setting's)")
+    parser.add_argument("setup", choices=list(SETUPS), help="corpus, model and training")
+    parser.add_argument(
+        "--data", type=Path, help="corpus folder of data_prep (default: the set-up's in data/)"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the results (default: runs/translation/SETUP)")
+    parser.add_argument("--epochs", type=int, help="of each run (default: the set-up's)")
+    parser.add_argument("--rho", type=float, nargs="+", help="values to search (default: the set-up's)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     return parser
 
 
-def experiment_of(args: argparse.Namespace, flags: list[str]) -> Experiment:
-    """The experiment that the options describe; exits with a sentence where they can't be followed."""
-    data = args.data or Path("data", args.setting)
-    for option, value in (("--jobs", args.jobs), ("--epochs", args.epochs)):
-        if value is not None and value < 1:
-            sys.exit(f"{option} is {value}: it must be at least 1.")
-    if not (data / "bin").is_dir():
-        sys.exit(f"'{data}' holds no corpus: make it with 'python -m data_prep.{args.setting} {data}'.")
-    out = args.out or Path("runs/translation", args.setting)
-    return Experiment(args.setting, data, out, args.jobs, tuple(flags))
+def experiment_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the options with their defaults, and as `flags` those for fairseq-train.
+
+    Raises:
+        SystemExit: A value cannot be used.
+    """
+    args, flags = parser.parse_known_args()
+    if args.epochs is not None and args.epochs < 1:
+        sys.exit(f"--epochs is {args.epochs}, but it must be at least 1.")
+    args.flags = flags
+    args.data = SETUPS[args.setup].folder(args.data)
+    args.out = args.out or Path("runs/translation", args.setup)
+    args.epochs = args.epochs or SETUPS[args.setup].epochs
+    return args
 
 
-def search(
-    experiment: Experiment, optimizer: str, values: list[float] | None, epochs: int, seed: int
-) -> list[dict]:
-    """Complete a run of `optimizer` for each of `values` (default: the setting's); return their points."""
-    values = values or SETTINGS[experiment.setting].rho[optimizer]
-    runs = [Run(optimizer, epochs, seed, rho) for rho in values]
-    experiment.complete(runs, ["valid"])
-    return [validation_point(experiment, run) for run in runs]
+def experiment_run(
+    args: argparse.Namespace,
+    optimizer: str,
+    epochs: int,
+    seed: int,
+    rho: float | None = None,
+    form: Sequence[str] = (),
+) -> Run:
+    """Return one training of an experiment; *form* are its own flags of fairseq-train."""
+    own = [*([] if rho is None else ["--rho", f"{rho:g}"]), *form]
+    name = "-".join([optimizer, f"{epochs}-epochs", *(word.lstrip("-") for word in own), f"seed-{seed}"])
+    flags = ["--max-epoch", str(epochs), "--seed", str(seed), *own, *args.flags]
+    return training(args.setup, optimizer, args.data, args.out / name, flags)
 
 
-def validation_point(experiment: Experiment, run: Run) -> dict:
-    """The fields of `run` and its validation BLEU: `BLEU`, and `ci95`, half the width of the 95 % interval of
-    1,000 resampled validation sets."""
-    hypotheses, references = (read_lines(experiment.folder(run) / f"valid.{end}") for end in ("hyp", "ref"))
-    scored = BLEU().corpus_score(hypotheses, [references], n_bootstrap=1000)
-    return {**asdict(run), "BLEU": scored.score, "ci95": scored._ci}
+def train_and_score(args: argparse.Namespace, runs: Sequence[Run], splits: Sequence[str]) -> None:
+    """Complete the trainings *runs*, and translate *splits* with each."""
+    complete(runs, args.jobs, watch)
+    score = [sys.executable, "-m", "recipes.translation.score", str(args.data)]
+    scoring = []
+    for run, split in itertools.product(runs, splits):
+        options = {**run.options, "split": split}
+        scoring.append(Run(run.folder / split, options, [[*score, str(run.folder), "--split", split]]))
+    complete(scoring, args.jobs)
 
 
-def best_rho(points: list[dict], optimizer: str) -> float:
-    """The rho of the point of `optimizer` with the highest validation BLEU; the smaller one of equals."""
-    own = [point for point in points if point["optimizer"] == optimizer]
-    return max(own, key=lambda point: (point["BLEU"], -point["rho"]))["rho"]
+def search(args: argparse.Namespace, optimizer: str, seed: int) -> list[dict]:
+    """Complete a run of *optimizer* for each value of rho, and return their points."""
+    values = args.rho or SETUPS[args.setup].rho[optimizer]
+    runs = [experiment_run(args, optimizer, args.epochs, seed, rho) for rho in values]
+    train_and_score(args, runs, ["valid"])
+    return [validation_point(run) for run in runs]
+
+
+def validation_point(run: Run) -> dict:
+    """Return what *run* trained, and its validation BLEU.
+
+    `ci95` is half the width of the 95 % interval of 1,000 resampled validation sets.
+    """
+    hypotheses, references = (read_lines(run.folder / f"valid.{end}") for end in ("hyp", "ref"))
+    # A test of one system is sacrebleu's public way to its interval.
+    _, scores = PairedTest([("", hypotheses)], {"BLEU": BLEU()}, [references], test_type="bs")()
+    (scored,) = scores["BLEU"]
+    trained = {key: run.options[key] for key in ("optimizer", "epochs", "seed", "rho")}
+    return {**trained, "BLEU": scored.score, "ci95": float(scored.ci)}
+
+
+def best(points: Sequence[dict]) -> float:
+    """Return the rho of the highest validation BLEU."""
+    return best_rho({point["rho"]: point["BLEU"] for point in points})
 
 
 def write(out: Path, points: list[dict]) -> None:
-    """Write the points to `out` as rho_search.json and rho_search.png; those without rho are the baseline."""
-    with whole(out / "rho_search.json") as file:
-        file.write_text(json.dumps(points, indent=2) + "\n", "utf-8")
-    with whole(out / "rho_search.png") as file:
-        draw(points).savefig(file, format="png", dpi=150)
+    """Write rho_search.json and rho_search.png to the folder *out*. Points without rho are the baseline."""
+    write_json(out / "rho_search.json", points)
+    write_figure(out / "rho_search.png", draw(points))
 
 
-def draw(points: list[dict]) -> plt.Figure:
-    """Validation BLEU over rho, a point for each run with its 95 % interval; a line through those of the
-    search, which has one seed. Runs of other seeds are hollow."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+def draw(points: list[dict]) -> Figure:
+    """Return a figure of validation BLEU over rho: a point with its 95 % interval for each run.
+
+    A line joins the points of the search, which has one seed. Those of other seeds are hollow.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     baseline = [point["BLEU"] for point in points if point["rho"] is None]
     if baseline:
         axes.axhspan(min(baseline), max(baseline), color="grey", alpha=0.3, linewidth=0)
@@ -116,7 +146,7 @@ def draw(points: list[dict]) -> plt.Figure:
         own = [point for point in points if point["optimizer"] == optimizer]
         seeds = list(dict.fromkeys(point["seed"] for point in own))
         for point in own:
-            # beside each other, or the intervals of several seeds and optimizers would hide one another
+            # Put them beside each other: intervals of several seeds and optimizers would hide one another.
             x = point["rho"] * 1.04 ** (seeds.index(point["seed"]) + 0.5 * number)
             filling = {} if point["seed"] == seeds[0] else {"markerfacecolor": "none"}
             style = {"fmt": "o", "markersize": 4, "alpha": 0.5, "color": f"C{number}", **filling}

@@ -2,7 +2,7 @@
 
     python -m recipes.translation.samples OUT.md RUN RUN... [--split test] [--count 5]
 
-The samples lie at equal distances over the split, so nobody picks them.
+The samples lie at equal distances over the split; nobody picks them.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from fairseq_asam.files import whole
-from recipes.translation.files import read_lines
+from recipes.reporter import write_text
+from recipes.translation.score import read_lines
 
 
 def main() -> None:
@@ -33,10 +33,7 @@ def main() -> None:
     columns |= {run.name: read(run, "hyp") for run in args.runs}
     total = len(columns["source"])
     count = min(args.count, total)
-    lines = [
-        f"{count} of the {total} sentences of the split `{args.split}`, at equal distances.",
-        "",
-    ]
+    lines = [f"{count} of the {total} sentences of the split `{args.split}`, at equal distances.", ""]
     for i in range(count):
         number = (2 * i + 1) * total // (2 * count)
         lines += [f"**Sentence {number + 1}**", "", "| | |", "|:--|:--|"]
@@ -44,8 +41,7 @@ def main() -> None:
             f"| {name} | {text[number].replace('|', chr(92) + '|')} |" for name, text in columns.items()
         ]
         lines.append("")
-    with whole(args.out) as file:
-        file.write_text("\n".join(lines), "utf-8")
+    write_text(args.out, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python -m recipes.translation.score DATA RUN [--split test]
 
-DATA is a corpus folder of data_prep, RUN a folder of train.sh. Writes the sources, references and hypotheses,
-one sentence a line, to RUN/SPLIT.src, RUN/SPLIT.ref and RUN/SPLIT.hyp, and to RUN/SPLIT.json sacrebleu's BLEU
-of these and the BLEU of tokens that fairseq-generate prints: two scales, not to be compared with each other.
+DATA is a corpus folder of data_prep, RUN a folder of train.py. Writes the sources, references and hypotheses,
+one sentence a line, to RUN/SPLIT.src, RUN/SPLIT.ref and RUN/SPLIT.hyp. RUN/SPLIT.json gets sacrebleu's BLEU
+of these, and the BLEU of tokens that fairseq-generate prints: two scales, not to be compared with each other.
 A translation that is newer than its checkpoint is not made again.
 
 Where the corpus is of tokenized text (it has bpe.codes), sacremoses detokenizes references and translations.
@@ -25,17 +25,17 @@ from sacrebleu.metrics import BLEU
 from sacremoses import MosesDetokenizer
 from tqdm import tqdm
 
-from fairseq_asam.files import whole
-from recipes.translation.files import read_lines
-from recipes.translation.progress import show_failure
+from fairseq_asam.files import whole, write_json
+from recipes.reporter import write_text
 
 PLUGIN = Path(__file__).resolve().parents[2] / "fairseq_asam"
+LINES_SHOWN_ON_FAILURE = 20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Translate a split with the best checkpoint of a run.")
     parser.add_argument("data", type=Path, help="corpus folder of data_prep")
-    parser.add_argument("run", type=Path, help="folder of train.sh")
+    parser.add_argument("run", type=Path, help="folder of train.py")
     parser.add_argument("--split", default="test", help="the split to translate (default: test)")
     args = parser.parse_args()
     checkpoint = args.run / "checkpoint_best.pt"
@@ -57,16 +57,14 @@ def main() -> None:
         with whole(args.run / f"{args.split}.src") as file:
             shutil.copyfile(texts["src"], file)
         for ending, lines in (("ref", references), ("hyp", hypotheses)):
-            with whole(args.run / f"{args.split}.{ending}") as file:
-                file.write_text("".join(line + "\n" for line in lines), "utf-8")
+            write_text(args.run / f"{args.split}.{ending}", "".join(line + "\n" for line in lines))
         bleu = BLEU()
         result = {
             "BLEU": bleu.corpus_score(hypotheses, [references]).score,
             "signature": f"BLEU|{bleu.get_signature()}",
             "BLEU of tokens": bleu_of_tokens,
         }
-        with whole(scores) as file:
-            file.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+        write_json(scores, result)
 
     result = json.loads(scores.read_text("utf-8"))
     print(
@@ -78,19 +76,26 @@ def main() -> None:
 def translate(
     binarized: Path, checkpoint: Path, split: str, pieces: str, sentences: int
 ) -> tuple[list[str], float]:
-    """Return the translations of a split with so many sentences, in their order and without the marks of
-    `pieces`, and the BLEU that fairseq-generate prints.
+    """Translate a split by fairseq-generate, whose messages go to SPLIT.log beside the checkpoint.
 
-    fairseq-generate's messages go to generate.log beside the checkpoint.
+    Args:
+        binarized: Folder that fairseq-preprocess wrote.
+        checkpoint: The model.
+        split: What to translate.
+        pieces: Whose marks to take out of the translations: `sentencepiece` or `subword_nmt`.
+        sentences: Their number in the split.
+
+    Returns:
+        The translations in the order of the split, and the BLEU that fairseq-generate prints.
     """
-    command = ["fairseq-generate", str(binarized), "--user-dir", str(PLUGIN), "--path", str(checkpoint)]
-    command += ["--gen-subset", split, "--beam", "5", "--max-tokens", "4096"]
-    # Some fairseq versions leave out the last batch if its size isn't a multiple of this number.
+    command = [sys.executable, "-m", "fairseq_cli.generate", str(binarized), "--path", str(checkpoint)]
+    command += ["--user-dir", str(PLUGIN), "--gen-subset", split, "--beam", "5", "--max-tokens", "4096"]
+    # Some fairseq versions drop a last batch that is no multiple of this number (default: 8).
     command += ["--required-batch-size-multiple", "1"]
     command += ["--post-process", pieces, "--no-progress-bar"]
     translations: dict[int, str] = {}
     bleu = None
-    log_path = checkpoint.with_name("generate.log")
+    log_path = checkpoint.with_name(f"{split}.log")
     with (
         open(log_path, "w", encoding="utf-8") as log,
         subprocess.Popen(
@@ -113,11 +118,17 @@ def translate(
             elif found := re.search(r"^Generate .*BLEU4 = ([\d.]+)", line):
                 bleu = float(found[1])
     if generation.returncode != 0:
-        show_failure("fairseq-generate", generation.returncode, log_path)
-        sys.exit(generation.returncode)
+        print(*read_lines(log_path)[-LINES_SHOWN_ON_FAILURE:], sep="\n", file=sys.stderr)
+        sys.exit(f"fairseq-generate failed with status {generation.returncode}; see '{log_path}'.")
     if sorted(translations) != list(range(sentences)) or bleu is None:
         sys.exit(f"score.py: fairseq-generate translated {len(translations)} of {sentences} sentences.")
     return [translations[number] for number in range(sentences)], bleu
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 file without their ends; only a newline ends a line."""
+    with open(path, encoding="utf-8", newline="\n") as file:
+        return [line.rstrip("\n") for line in file]
 
 
 def detokenized(lines: list[str]) -> list[str]:

@@ -1,38 +1,40 @@
 """Table 5 of the ASAM paper: Adam, SAM and ASAM on German-English translation, over several seeds.
 
-    python -m recipes.translation.table5 embedded|iwslt14 [--seeds 1 2 3] [--jobs N] [--rho ...]
-                                         [fairseq-train flags]
+    python -m recipes.translation.table5 SETUP [--seeds 1 2 3] [--jobs N] [--rho ...] [fairseq-train flags]
 
-`iwslt14` is the paper's experiment (Section 5.3), for a GPU; `embedded` takes two hours on 2 cores. For SAM
-and ASAM, rho is the one with the highest validation BLEU among the runs of the first seed (rho_search.py).
-Because they take two passes, there is Adam with twice the epochs as well. Only the runs in the table
-translate the test set. Writes table5.{json,md}, rho_search.{json,png} and, of the first seed, curves.png to
-OUT (default: runs/translation/SETTING), beside the folders of the runs. Run again, it does what is missing.
+SETUP is one of recipes/setups.py: `iwslt14` is the paper's experiment (Section 5.3), for a GPU; `embedded`
+takes two hours on 2 cores. For SAM and ASAM, rho is the one with the highest validation BLEU among the runs
+of the first seed (rho_search.py). They take two passes, so there is Adam with twice the epochs as well. Only
+the runs in the table translate the test set. Writes table5.{json,md}, rho_search.{json,png} and, of the first
+seed, curves.png to OUT (default: runs/translation/SETUP), beside the folders of the runs. Run again, it does
+what is missing.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
-from statistics import mean, stdev
 
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 
-from fairseq_asam.files import whole
-from recipes.translation.collect import training_figures
-from recipes.translation.curves import save_curves
-from recipes.translation.experiment import Experiment, Run
-from recipes.translation.files import read_lines
+from fairseq_asam.files import write_json
+from recipes.reporter import markdown_table, mean_and_sd, shown, write_figure, write_text
+from recipes.runner import Run
+from recipes.translation import curves
+from recipes.translation.compare import training_figures
 from recipes.translation.rho_search import (
-    best_rho,
-    experiment_of,
+    best,
+    experiment_arguments,
     experiment_parser,
+    experiment_run,
     search,
+    train_and_score,
     validation_point,
     write,
 )
-from recipes.translation.settings import SETTINGS
+from recipes.translation.score import read_lines
 
 #: Validation and test BLEU of tokens in Table 5 of the paper.
 PAPER = {"Adam": (35.34, 34.86), "Adam+SAM": (35.52, 34.78), "Adam+ASAM": (35.66, 35.02)}
@@ -41,84 +43,70 @@ PAPER = {"Adam": (35.34, 34.86), "Adam+SAM": (35.52, 34.78), "Adam+ASAM": (35.66
 def main() -> None:
     parser = experiment_parser("Table 5 of the ASAM paper, over several seeds.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")
-    args, flags = parser.parse_known_args()
-    experiment = experiment_of(args, flags)
-    epochs = args.epochs or SETTINGS[args.setting].epochs
+    args = experiment_arguments(parser)
     seeds = list(dict.fromkeys(args.seeds))
 
-    points = [
-        point
-        for optimizer in ("sam", "asam")
-        for point in search(experiment, optimizer, args.rho, epochs, seeds[0])
-    ]
-    sam, asam = (best_rho(points, optimizer) for optimizer in ("sam", "asam"))
+    points = {optimizer: search(args, optimizer, seeds[0]) for optimizer in ("sam", "asam")}
+
+    def runs(optimizer: str, epochs: int = args.epochs, rho: float | None = None) -> list[Run]:
+        return [experiment_run(args, optimizer, epochs, seed, rho) for seed in seeds]
+
     systems = {
-        "Adam": [Run("adam", epochs, seed) for seed in seeds],
-        "Adam, twice the epochs": [Run("adam", 2 * epochs, seed) for seed in seeds],
-        "Adam+SAM": [Run("sam", epochs, seed, sam) for seed in seeds],
-        "Adam+ASAM": [Run("asam", epochs, seed, asam) for seed in seeds],
+        "Adam": runs("adam"),
+        "Adam, twice the epochs": runs("adam", epochs=2 * args.epochs),
+        "Adam+SAM": runs("sam", rho=best(points["sam"])),
+        "Adam+ASAM": runs("asam", rho=best(points["asam"])),
     }
-    experiment.complete([run for runs in systems.values() for run in runs], ["valid", "test"])
+    train_and_score(args, [run for runs in systems.values() for run in runs], ["valid", "test"])
 
-    results = collect(experiment, systems)
-    with whole(experiment.out / "table5.json") as file:
-        file.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-    with whole(experiment.out / "table5.md") as file:
-        file.write_text(as_markdown(results), "utf-8")
-    points += [validation_point(experiment, run) for run in systems["Adam"]]
-    points += [
-        validation_point(experiment, run)
-        for name in ("Adam+SAM", "Adam+ASAM")
-        for run in systems[name]
-        if run.seed != seeds[0]
-    ]
-    write(experiment.out, points)
-    save_curves(
-        experiment.out / "curves.png", {name: experiment.folder(runs[0]) for name, runs in systems.items()}
-    )
-    print(as_markdown(results), end="")
+    results = collect(args, systems)
+    table = as_markdown(results)
+    write_json(args.out / "table5.json", results)
+    write_text(args.out / "table5.md", table)
+    others = [run for name in ("Adam+SAM", "Adam+ASAM") for run in systems[name][1:]]
+    others = [validation_point(run) for run in (*systems["Adam"], *others)]
+    write(args.out, [*points["sam"], *points["asam"], *others])
+    figure = curves.draw({name: runs[0].log for name, runs in systems.items()})
+    write_figure(args.out / "curves.png", figure)
+    print(table, end="")
 
 
-def collect(experiment: Experiment, systems: dict[str, list[Run]]) -> dict:
-    """Return what the table shows: for each system its runs, each with its figures, and means and standard
-    deviations of these over the seeds. Losses are in bits per token; `p_value` is that of a paired bootstrap
-    test of test BLEU against the baseline's run of the same seed, the first system being the baseline.
+def collect(args: argparse.Namespace, systems: dict[str, list[Run]]) -> dict:
+    """Return what the table shows: the runs of each system with their figures, means and standard deviations.
+
+    Losses are in bits per token. The first system is the baseline. `p_value` is that of a paired bootstrap
+    test of test BLEU against the baseline's run of the same seed.
     """
     baseline = next(iter(systems.values()))
     rows = []
     for name, runs in systems.items():
-        figures = [run_figures(experiment, run) for run in runs]
+        figures = [run_figures(run.folder) for run in runs]
+        measured = [key for key, value in figures[0].items() if isinstance(value, float)]
+        spread = {key: mean_and_sd([figure[key] for figure in figures]) for key in measured}
         if runs is not baseline:
             for run, first, figure in zip(runs, baseline, figures):
-                figure["p_value"] = p_value(experiment.folder(first), experiment.folder(run))
-        measured = [key for key, value in figures[0].items() if isinstance(value, float) and key != "p_value"]
+                figure["p_value"] = p_value(first.folder, run.folder)
         rows.append(
             {
                 "system": name,
-                "rho": runs[0].rho,
-                "epochs": runs[0].epochs,
-                "runs": [{"seed": run.seed, **figure} for run, figure in zip(runs, figures)],
-                "mean": {key: mean(figure[key] for figure in figures) for key in measured},
-                "sd": {
-                    key: stdev(figure[key] for figure in figures) if len(runs) > 1 else None
-                    for key in measured
-                },
+                "rho": runs[0].options["rho"],
+                "epochs": runs[0].options["epochs"],
+                "runs": [{"seed": run.options["seed"], **figure} for run, figure in zip(runs, figures)],
+                "mean": {key: mean for key, (mean, _) in spread.items()},
+                "sd": {key: sd for key, (_, sd) in spread.items()},
             }
         )
+    first = baseline[0].folder
     return {
-        "setting": experiment.setting,
-        "flags": list(experiment.flags),
-        "sentences": {
-            split: len(read_lines(experiment.folder(baseline[0]) / f"{split}.ref"))
-            for split in ("valid", "test")
-        },
-        "signature": read_score(experiment.folder(baseline[0]), "test")["signature"],
+        "setup": args.setup,
+        "flags": args.flags,
+        "sentences": {split: len(read_lines(first / f"{split}.ref")) for split in ("valid", "test")},
+        "signature": read_score(first, "test")["signature"],
         "systems": rows,
     }
 
 
-def run_figures(experiment: Experiment, run: Run) -> dict:
-    folder = experiment.folder(run)
+def run_figures(folder: Path) -> dict:
     training = training_figures(folder)
     scores = {split: read_score(folder, split) for split in ("valid", "test")}
     return {
@@ -140,7 +128,7 @@ def read_score(folder: Path, split: str) -> dict:
 
 
 def p_value(baseline: Path, run: Path) -> float:
-    """The p-value of a paired bootstrap test of the test BLEU of two run folders."""
+    """Return the p-value of a paired bootstrap test of the test BLEU of two run folders."""
     systems = [(folder.name, read_lines(folder / "test.hyp")) for folder in (baseline, run)]
     _, scores = PairedTest(systems, {"BLEU": BLEU()}, [read_lines(run / "test.ref")], test_type="bs")()
     return float(scores["BLEU"][1].p_value)
@@ -148,58 +136,59 @@ def p_value(baseline: Path, run: Path) -> float:
 
 def as_markdown(results: dict) -> str:
     """Return three tables: training, detokenized BLEU, and BLEU of tokens beside the paper's."""
-    systems = results["systems"]
-    seeds = ", ".join(str(run["seed"]) for run in systems[0]["runs"])
-    seconds = systems[0]["mean"]["training_seconds"]
-    lines = [
-        f"Setting `{results['setting']}`, seeds {seeds}; mean ± standard deviation over the seeds. "
-        "Losses in bits per token, the best by epoch and the last.",
-        "",
-        "| optimizer | rho | epochs | time / Adam's | best validation loss | last validation loss "
-        "| last training loss |",
-        "|:--|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in systems:
-        ratio = row["mean"]["training_seconds"] / seconds if seconds else float("nan")
-        losses = " | ".join(
-            spread(row, key, 3) for key in ("best_valid_loss", "last_valid_loss", "last_train_loss")
+    training, detokenized, of_tokens = [], [], []
+    for row in results["systems"]:
+        name = row["system"]
+        losses = ("best_valid_loss", "last_valid_loss", "last_train_loss")
+        training.append(
+            [
+                name,
+                "" if row["rho"] is None else f"{row['rho']:g}",
+                str(row["epochs"]),
+                time_ratio(results, row),
+                *(spread(row, key, 3) for key in losses),
+            ]
         )
-        rho = "" if row["rho"] is None else f"{row['rho']:g}"
-        lines.append(f"| {row['system']} | {rho} | {row['epochs']} | {ratio:.2f} | {losses} |")
-    counts = results["sentences"]
-    lines += [
-        "",
-        f"BLEU by sacrebleu, {counts['valid']} validation and {counts['test']} test sentences, "
-        f"`{results['signature']}`; p of a paired bootstrap test against Adam's run of the same seed:",
-        "",
-        "| optimizer | validation | test | p of each seed |",
-        "|:--|--:|--:|--:|",
-    ]
-    for row in systems:
         p_values = ", ".join(f"{run['p_value']:.3f}" for run in row["runs"] if "p_value" in run)
-        scores = " | ".join(spread(row, f"{split} BLEU", 2) for split in ("valid", "test"))
-        lines.append(f"| {row['system']} | {scores} | {p_values} |")
-    lines += [
-        "",
-        "BLEU of tokens, as fairseq-generate prints it, beside that of the paper on IWSLT'14 (its Table 5). "
-        "Not comparable with the figures above, nor, on another corpus, with the paper's:",
-        "",
-        "| optimizer | validation | test | paper: validation | paper: test |",
-        "|:--|--:|--:|--:|--:|",
-    ]
-    for row in systems:
-        paper = " | ".join(f"{score:.2f}" for score in PAPER.get(row["system"], ())) or " | "
-        lines.append(
-            f"| {row['system']} | {spread(row, 'valid BLEU of tokens', 2)} "
-            f"| {spread(row, 'test BLEU of tokens', 2)} | {paper} |"
+        detokenized.append([name, *(spread(row, f"{split} BLEU") for split in ("valid", "test")), p_values])
+        paper = [shown(score) for score in PAPER.get(name, (None, None))]
+        of_tokens.append(
+            [name, *(spread(row, f"{split} BLEU of tokens") for split in ("valid", "test")), *paper]
         )
-    return "\n".join(lines) + "\n"
+    seeds = ", ".join(str(run["seed"]) for run in results["systems"][0]["runs"])
+    counts = results["sentences"]
+    return "\n".join(
+        [
+            f"Set-up `{results['setup']}`, seeds {seeds}; mean ± standard deviation over the seeds. "
+            "Losses in bits per token, the best by epoch and the last.\n",
+            markdown_table(
+                [
+                    *("optimizer", "rho", "epochs", "time / Adam's"),
+                    *("best validation loss", "last validation loss", "last training loss"),
+                ],
+                training,
+            ),
+            f"BLEU by sacrebleu, {counts['valid']} validation and {counts['test']} test sentences, "
+            f"`{results['signature']}`; p of a paired bootstrap test against Adam's run of the same seed:\n",
+            markdown_table(["optimizer", "validation", "test", "p of each seed"], detokenized),
+            "BLEU of tokens, as fairseq-generate prints it, beside that of the paper on IWSLT'14 (its Table "
+            "5). Not comparable with the figures above, nor, on another corpus, with the paper's:\n",
+            markdown_table(
+                ["optimizer", "validation", "test", "paper: validation", "paper: test"], of_tokens
+            ),
+        ]
+    )
 
 
-def spread(row: dict, key: str, digits: int) -> str:
-    """Return mean ± standard deviation with so many decimals."""
-    sd = row["sd"][key]
-    return f"{row['mean'][key]:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
+def spread(row: dict, key: str, digits: int = 2) -> str:
+    """Return mean ± standard deviation of a figure."""
+    return shown(row["mean"][key], row["sd"][key], digits)
+
+
+def time_ratio(results: dict, row: dict) -> str:
+    """Return the training time of *row* divided by the baseline's."""
+    seconds = results["systems"][0]["mean"]["training_seconds"]
+    return shown(row["mean"]["training_seconds"] / seconds if seconds else None)
 
 
 if __name__ == "__main__":

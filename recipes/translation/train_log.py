@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+#: Enough for the last lines of each kind.
+PROGRESS_BYTES = 10_000
 
 
 def parse(line: str) -> tuple[str, dict[str, float]] | None:
@@ -49,3 +53,16 @@ def read_intervals(path: Path) -> list[dict[str, float]]:
 def _records(path: Path) -> Iterator[tuple[str, dict[str, float]]]:
     with open(path, encoding="utf-8") as log:
         yield from filter(None, map(parse, log))
+
+
+def read_progress(path: Path) -> tuple[float, dict[str, float]]:
+    """Return the number of epochs trained, with its fraction, and the last figures, under fairseq's names."""
+    with open(path, "rb") as log:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - PROGRESS_BYTES))
+        tail = log.read().decode("utf-8", "replace").splitlines()
+    epochs, last = 0.0, {}
+    for tag, figures in filter(None, map(parse, tail)):
+        last.update(figures)
+        if tag != "valid":
+            epochs = figures["update"] if tag == "train_inner" else figures["epoch"]
+    return epochs, last

@@ -1,0 +1,143 @@
+"""The set-ups of the translation experiments: corpus, model, training, epochs and values of rho.
+
+This is the only place that describes them: recipes/translation trains them, recipes/benchmark times their
+models.
+"""
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import logging
+import math
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+logging.basicConfig(level=logging.WARNING)  # fairseq has much to say at every start
+warnings.simplefilter("ignore")  # and calls much that others have deprecated
+from fairseq import options, tasks, utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+import fairseq_asam.tasks  # noqa: F401  registers the optimizers, as --user-dir does
+
+#: Section 5.3 of the paper. What it leaves open is fairseq's documented recipe for IWSLT'14.
+#: Some fairseq versions drop a last batch that is no multiple of --required-batch-size-multiple (default: 8).
+TRAINING = """
+    --criterion label_smoothed_cross_entropy --label-smoothing 0.1
+    --adam-betas '(0.9, 0.98)' --weight-decay 1e-4 --clip-norm 0
+    --lr 5e-4 --lr-scheduler inverse_sqrt --warmup-updates 4000
+    --max-tokens 4096 --required-batch-size-multiple 1 --seed 1
+"""
+BEST_BY_BLEU = """
+    --eval-bleu --eval-bleu-args '{"beam": 5, "max_len_a": 1.2, "max_len_b": 10}'
+    --eval-bleu-detok moses --eval-bleu-remove-bpe
+    --best-checkpoint-metric bleu --maximize-best-checkpoint-metric
+"""
+SMALL_MODEL = """
+    --arch transformer --share-decoder-input-output-embed
+    --encoder-layers 1 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 --encoder-attention-heads 4
+    --decoder-layers 1 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 --decoder-attention-heads 4
+"""
+SMALL_TRAINING = f"""
+    {TRAINING} --lr 3e-3 --lr-scheduler polynomial_decay --warmup-updates 300 --max-tokens 500
+    --total-num-update UPDATES
+    --encoder-embed-path DATA/embeddings.de --decoder-embed-path DATA/embeddings.en
+"""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an experiment trains, but for the optimizer.
+
+    Attributes:
+        corpus: The module of data_prep that makes the corpus, and its folder in data/.
+        model: Flags of fairseq-train that describe the model.
+        training: Its other flags. A later flag wins over an earlier one. DATA stands for the folder of the
+            corpus, UPDATES for the number of updates of the run.
+        epochs: How many epochs a run has.
+        rho: The values to search for each optimizer.
+    """
+
+    corpus: str
+    model: str
+    training: str
+    epochs: int
+    rho: dict[str, tuple[float, ...]]
+
+    def folder(self, data: Path | None) -> Path:
+        """Return *data*, by default the corpus' folder in data/.
+
+        Raises:
+            SystemExit: There is no corpus.
+        """
+        folder = data or Path("data", self.corpus)
+        if not any(folder.glob("bin/dict.*.txt")):
+            sys.exit(
+                f"'{folder}' holds no corpus: make it with 'python -m data_prep.{self.corpus} {folder}'."
+            )
+        return folder
+
+    def flags(self, data: Path) -> list[str]:
+        """Return the flags of fairseq-train for the corpus in the folder *data*; UPDATES stays as it is."""
+        words = shlex.split(f"{self.model} {self.training} --max-epoch {self.epochs}")
+        return [word.replace("DATA", str(data)) for word in words]
+
+
+#: The validation loss of this model turns after 4 epochs, because it has no dropout.
+_EMBEDDED = Setup(
+    corpus="embedded",
+    model=f"{SMALL_MODEL} --dropout 0",
+    training=SMALL_TRAINING,
+    epochs=6,
+    rho={"sam": (0.05, 0.1, 0.2, 0.5), "asam": (0.2, 0.5, 1.0, 2.0)},
+)
+SETUPS = {
+    "quickstart": replace(_EMBEDDED, model=f"{SMALL_MODEL} --dropout 0.1", epochs=4),
+    "embedded": _EMBEDDED,
+    # The paper's, but for the number of epochs, which it does not give.
+    "iwslt14": Setup(
+        corpus="iwslt14",
+        model="--arch transformer_iwslt_de_en --share-decoder-input-output-embed --dropout 0.3",
+        training=TRAINING + BEST_BY_BLEU,
+        epochs=50,
+        rho=dict.fromkeys(("sam", "asam"), (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)),
+    ),
+}
+
+
+def configuration(arguments: Sequence[str], fail: Callable[[str], Any]) -> Any:
+    """Return the configuration that fairseq-train makes of *arguments*.
+
+    Args:
+        arguments: The command line without the program's name.
+        fail: Ends the program. It is called with a message if fairseq refuses an argument.
+    """
+    parser = options.get_training_parser()
+    parser.error = fail
+    return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, list(arguments)))
+
+
+def count_updates(cfg: Any) -> int:
+    """Return how many updates fairseq-train makes with *cfg*, from the batches that fairseq makes."""
+    task = tasks.setup_task(cfg.task)
+    task.load_dataset(cfg.dataset.train_subset)
+    batches = task.get_batch_iterator(
+        task.dataset(cfg.dataset.train_subset),
+        max_tokens=cfg.dataset.max_tokens,
+        max_sentences=cfg.dataset.batch_size,
+        max_positions=utils.resolve_max_positions(task.max_positions(), cfg.dataset.max_tokens),
+        ignore_invalid_inputs=True,
+        required_batch_size_multiple=cfg.dataset.required_batch_size_multiple,
+        seed=cfg.common.seed,
+        num_shards=cfg.distributed_training.distributed_world_size,
+    )
+    accumulated = cfg.optimization.update_freq  # by epoch; the last number holds for all later ones
+    updates = sum(
+        math.ceil(len(batches) / accumulated[min(epoch, len(accumulated) - 1)])
+        for epoch in range(cfg.optimization.max_epoch)
+    )
+    return min(updates, cfg.optimization.max_update or updates)

@@ -1,0 +1,45 @@
+"""What the set-ups ask of fairseq-train. (tests/recipes/translation/test_train.py trains with them.)"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from recipes.setups import SETUPS, configuration, count_updates
+from tests.commands import ROOT
+
+OF_THE_RUN = ("user_dir", "data", "log_format", "log_interval")
+
+
+def configured(setup: str, data: Path, *flags: str):
+    words = [str(data / "bin"), *SETUPS[setup].flags(data), *flags]
+    return configuration([word.replace("UPDATES", "1") for word in words], pytest.fail)
+
+
+def test_the_configuration_for_hydra_is_the_papers_set_up(corpus: Path):
+    file = OmegaConf.to_container(OmegaConf.load(ROOT / "recipes/translation/config/asam.yaml"))
+    languages = ("--source-lang", file["task"]["source_lang"], "--target-lang", file["task"]["target_lang"])
+    cfg = configured("iwslt14", corpus, "--optimizer", file["optimizer"]["_name"], *languages)
+    model = file.pop("model")
+    assert cfg.model.arch == model.pop("_name")
+    assert {name: getattr(cfg.model, name) for name in model} == model
+    for group, options in file.items():
+        for name, value in options.items():
+            if group != "checkpoint" and name not in OF_THE_RUN:
+                assert cfg[group][name] == value, f"{group}.{name}"
+
+
+def test_updates_are_counted_with_accumulation_by_epoch_and_at_most_max_update(corpus: Path):
+    def count(*flags: str) -> int:
+        return count_updates(
+            configured("quickstart", corpus, "--optimizer", "adam", "--max-epoch", "3", *flags)
+        )
+
+    one_epoch = count() // 3
+    assert count() == 3 * one_epoch > 30
+    assert count("--update-freq", "1,2") == one_epoch + 2 * -(-one_epoch // 2)
+    assert count("--distributed-world-size", "2") == 3 * -(-one_epoch // 2)
+    assert count("--max-update", "7") == 7
+    assert count("--max-tokens", "1000") < count()

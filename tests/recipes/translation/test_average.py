@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tests.commands import checkpoint
+from tests.recipes.translation.scripts import script, succeeded, train
+
+
+def test_the_last_epochs_average_in_float64(corpus: Path, tmp_path: Path):
+    flags = ("--keep-last-epochs", "2", "--max-epoch", "3")
+    succeeded(train(corpus, tmp_path / "adam", "adam", *flags))
+    weights = [checkpoint(tmp_path / "adam", f"checkpoint{epoch}.pt")["model"] for epoch in (2, 3)]
+    succeeded(script("average", tmp_path / "adam", tmp_path / "mean", "--last", "2"))
+    mean = checkpoint(tmp_path / "mean", "checkpoint_best.pt")["model"]
+    assert all(
+        torch.equal(mean[name], ((weight.double() + weights[1][name].double()) / 2).float())
+        for name, weight in weights[0].items()
+    )
+    succeeded(script("score", corpus, tmp_path / "mean"))
+
+    too_many = script("average", tmp_path / "adam", tmp_path / "mean", "--last", "3")
+    assert "has the checkpoints of 2 epochs, not of 3" in too_many.stderr

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.translation.scripts import refusal, run, script, succeeded
+
+
+def test_rho_is_the_one_with_the_highest_validation_bleu(corpus: Path, tmp_path: Path):
+    search = ("embedded", "--data", corpus, "--out", tmp_path, "--optimizers", "asam", "--epochs", "2")
+    search += ("--rho", "0.1", "50", "--jobs", "2", "--cpu", "--warmup-updates", "10")
+    printed = succeeded(script("rho_search", *search)).stdout
+    points = json.loads((tmp_path / "rho_search.json").read_text())
+    assert [point["rho"] for point in points] == [0.1, 50]
+    for point in points:
+        folder = tmp_path / f"asam-2-epochs-rho-{point['rho']:g}-seed-1"
+        theirs = run("sacrebleu", corpus / "valid.en", "-i", folder / "valid.hyp", "--confidence", "-w", "6")
+        theirs = json.loads(succeeded(theirs).stdout)
+        assert theirs["score"] == pytest.approx(point["BLEU"], abs=1e-6)
+        assert theirs["confidence_var"] == pytest.approx(point["ci95"], abs=1e-6)
+        assert not (folder / "test.hyp").exists()
+    assert points[0]["BLEU"] > points[1]["BLEU"]
+    assert "asam: the best rho is 0.1" in printed
+    assert (tmp_path / "rho_search.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["rho_search", "table5", "fewer_passes"])
+def test_bad_input_is_named_in_one_sentence(name: str, corpus: Path, tmp_path: Path):
+    arguments = ("embedded", "--data", corpus, "--out", tmp_path)
+    assert refusal(name, *arguments, "--epochs", "0") == "--epochs is 0, but it must be at least 1."
+    assert refusal(name, *arguments, "--jobs", "0") == "--jobs is 0, but it must be at least 1."
+    assert list(tmp_path.iterdir()) == []

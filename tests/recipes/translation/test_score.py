@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from sacrebleu.metrics import CHRF
+
+from tests.recipes.translation.scripts import lines, refusal, script, succeeded
+
+
+def test_translations_stand_in_the_order_of_the_corpus(corpus: Path, runs: list[Path]):
+    for each in runs:
+        assert (each / "test.src").read_bytes() == (corpus / "test.de").read_bytes()
+        assert (each / "test.ref").read_bytes() == (corpus / "test.en").read_bytes()
+        hypotheses, references = lines(each / "test.hyp"), lines(each / "test.ref")
+        assert len(hypotheses) == len(references)
+        assert not any("\u2581" in hypothesis for hypothesis in hypotheses)
+        in_order, reversed_order = (
+            CHRF().corpus_score(order, [references]).score for order in (hypotheses, hypotheses[::-1])
+        )
+        assert in_order > reversed_order + 1
+
+
+def test_a_translated_split_is_not_translated_again(corpus: Path, runs: list[Path]):
+    before = {file: file.stat().st_mtime_ns for file in runs[0].iterdir()}
+    assert "BLEU" in succeeded(script("score", corpus, runs[0])).stdout
+    assert before == {file: file.stat().st_mtime_ns for file in runs[0].iterdir()}
+
+
+def test_a_missing_checkpoint_and_a_failure_of_fairseq_are_named(corpus: Path, tmp_path: Path):
+    sentence = refusal("score", corpus, tmp_path)
+    assert sentence.startswith(f"score.py: '{tmp_path / 'checkpoint_best.pt'}' is missing")
+
+    (tmp_path / "checkpoint_best.pt").write_bytes(b"no checkpoint")
+    broken = script("score", corpus, tmp_path)
+    assert broken.returncode == 1
+    assert "UnpicklingError" in broken.stderr
+    assert (
+        broken.stderr.splitlines()[-1]
+        == f"fairseq-generate failed with status 1; see '{tmp_path / 'test.log'}'."
+    )

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recipes.translation.train_log import read_progress
+from tests.recipes.translation.scripts import compared, script, succeeded
+
+
+@pytest.mark.parametrize("epoch", [2, 5])
+def test_an_epoch_killed_between_its_checkpoint_and_its_training_figures_counts(
+    epoch: int, runs: list[Path], tmp_path: Path
+):
+    killed = tmp_path / "killed"
+    shutil.copytree(runs[1], killed)
+    log = killed / "log"
+    whole = log.read_text().splitlines(keepends=True)
+    trained = [line for line in whole if "| train |" in line]
+    lost = trained.pop(epoch - 1)
+    log.write_text("".join(line for line in whole if line != lost))
+    seconds = [float(re.search(r'"train_train_wall": "(\d+)"', line)[1]) for line in trained]
+    assert len(seconds) == 4
+
+    undisturbed, cut_off = compared(tmp_path, [runs[1], killed])["systems"]
+    assert cut_off["epochs"] == undisturbed["epochs"] == 5
+    assert cut_off["best_valid_loss"] == undisturbed["best_valid_loss"]
+    assert cut_off["last_valid_loss"] == undisturbed["last_valid_loss"]
+    assert (cut_off["last_train_loss"] == undisturbed["last_train_loss"]) == (epoch != 5)
+    assert cut_off["training_seconds"] == pytest.approx(5 * np.mean(seconds))
+    succeeded(script("curves", tmp_path / "curves.png", killed))
+
+
+def test_progress_is_the_last_epoch_and_its_figures(runs: list[Path], tmp_path: Path):
+    log = tmp_path / "log"
+    log.touch()
+    assert read_progress(log) == (0, {})
+    whole = (runs[1] / "log").read_text()
+    log.write_text(whole)
+    epochs, figures = read_progress(log)
+    assert epochs == 5 and {"loss", "valid_loss", "sharpness"} <= figures.keys()
+    log.write_text(whole[: whole.index("| valid |")])
+    epochs, figures = read_progress(log)
+    assert 0 < epochs <= 1 and "valid_loss" not in figures
