@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def transformer() -> nn.Module:
-    """A Transformer of the paper's Section 5.3, with fresh weights."""
+    """Return a Transformer of the paper's Section 5.3, with fresh weights."""
     dictionaries = []
     for size in VOCABULARIES:
         dictionary = Dictionary()
@@ -98,7 +98,7 @@ def transformer() -> nn.Module:
 
 
 def contestants(model: nn.Module, args: Namespace) -> dict[str, Callable[[], None]]:
-    """Functions that perturb the weights of *model* and take it back, given that they have gradients."""
+    """Return functions that perturb the weights of *model*, which have gradients, and restore them."""
     perturbation = Perturbation(model.named_parameters(), rho=RHO)
 
     def ours() -> None:
@@ -136,14 +136,14 @@ def measure(
     device: str,
     rounds: int,
 ) -> dict[str, list[float]]:
-    """Seconds of each function in each round; one round before them warms up."""
+    """Return the seconds of each function in each round. One round before them warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     weights = [parameter.data for parameter in model.parameters()]
     order = random.Random(0)
     for _ in tqdm(range(rounds + 1), unit="round", disable=None):
         for name in order.sample(list(functions), len(functions)):
-            # Some of them change the gradients, and one leaves the weights in other memory. It should be the
-            # same for all, as some of it is a sixth slower.
+            # Give all functions the same memory: some of it is a sixth slower. Some functions change the
+            # gradients, and one leaves the weights in other memory.
             for parameter, weight, gradient in zip(model.parameters(), weights, gradients):
                 parameter.data, parameter.grad = weight, gradient.clone()
             if device == "cuda":

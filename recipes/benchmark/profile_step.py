@@ -126,7 +126,7 @@ def mark_stages(trainer: Trainer) -> None:
 
 
 def stage_rows(profiler: profile, updates: int) -> list[dict[str, Any]]:
-    """What each stage takes of an update, in milliseconds and as a share of the whole."""
+    """Return what each stage takes of an update, in milliseconds and as a share of the whole."""
     ms: Counter[str] = Counter()
     for event in profiler.events():
         if event.name in (UPDATE, *STAGES) and event.device_type == torch.autograd.DeviceType.CPU:
@@ -138,7 +138,7 @@ def stage_rows(profiler: profile, updates: int) -> list[dict[str, Any]]:
 
 
 def operator_rows(profiler: profile, updates: int, cuda: bool) -> list[dict[str, Any]]:
-    """The operators of torch, those first that take the most time by themselves, on the GPU if *cuda*."""
+    """Return torch's operators, the slowest first; the time is that on the GPU if *cuda*."""
     rows = []
     for event in profiler.key_averages():
         # older torch has another name

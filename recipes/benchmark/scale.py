@@ -19,16 +19,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm import tqdm
 
-from fairseq_asam.files import whole, write_json
+from fairseq_asam.files import write_json
 from recipes.benchmark.trainers import (
     Model,
     Stopwatch,
@@ -42,6 +39,7 @@ from recipes.benchmark.trainers import (
     update_seconds,
     write_corpus,
 )
+from recipes.reporter import write_figure
 
 HEAD = 64  # numbers in an attention head
 VOCABULARY = 3000
@@ -88,8 +86,7 @@ def main() -> None:
     print("{device}, torch {torch}\n".format(**setting))
     print(report(result))
     write_json(args.out / "scale.json", result)
-    with whole(args.out / "scale.png") as file:
-        draw(result).savefig(file, format="png", dpi=150)
+    write_figure(args.out / "scale.png", draw(result))
 
 
 def model_of(width: int) -> Model:
@@ -151,7 +148,7 @@ def line(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def report(result: dict[str, Any]) -> str:
-    """The figures as two tables, and what they say of the overhead."""
+    """Return the figures as two tables, and what they say of the overhead."""
     lines = []
     for which in ("size", "batch"):
         lines += [
@@ -177,9 +174,10 @@ def report(result: dict[str, Any]) -> str:
     )
 
 
-def draw(result: dict[str, Any]) -> plt.Figure:
+def draw(result: dict[str, Any]) -> Figure:
     """Return a figure of four panels: the ratio and the overhead, over weights and over tokens."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex="col", layout="constrained")
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharex="col")
     millions = [row["weights"] / 1e6 for row in result["size"]]
     tokens = [row["target_tokens"] for row in result["batch"]]
     style = {"marker": "o", "color": "C0"}

@@ -182,7 +182,7 @@ def peaks(
 
 
 def peak_bytes(cfg: Any, threads: int, updates: int) -> int:
-    """The most memory that this process, or what it has on the GPU, takes while it makes some updates."""
+    """Return the most memory that this process takes, on the GPU if it uses one, in some updates."""
     torch.set_num_threads(threads)
     trainer, batches = trainer_and_batches(cfg)
     trainer.cuda_env = None  # with it, fairseq resets torch's peak after each update

@@ -1,14 +1,12 @@
 """fairseq's Trainer in this process, on random sentences: what the benchmarks of a training step share."""
-# ruff: noqa: E402
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import functools
-import logging
+import shlex
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,35 +15,32 @@ from typing import Any
 
 import torch
 
-logging.basicConfig(level=logging.WARNING)  # fairseq has much to say at every start
-warnings.simplefilter("ignore")  # and calls much that others have deprecated
-from fairseq import options, tasks
+from recipes import setups  # before fairseq, to quieten it
+
+# isort: split
+from fairseq import tasks
 from fairseq.data import Dictionary, indexed_dataset
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 
-import fairseq_asam.tasks  # noqa: F401  registers the optimizers, as --user-dir does
 from fairseq_asam.optim import OPTIMIZERS
 
 LONGEST_SENTENCE = 100  # tokens
 BATCHES = 40  # that a corpus makes
-# Those of recipes/translation/train.sh: the paper's (Section 5.3), else those of fairseq's recipe.
-FLAGS = (
-    "--task translation --source-lang de --target-lang en --seed 1 --no-save --num-workers 0 "
-    "--required-batch-size-multiple 1 --lr 5e-4 --lr-scheduler inverse_sqrt --warmup-updates 4000 "
-    "--criterion label_smoothed_cross_entropy --label-smoothing 0.1 --share-decoder-input-output-embed "
-    "--clip-norm 0 --weight-decay 1e-4"
-)
+# Training as in Section 5.3 of the paper, on sentences in memory.
+FLAGS = f"{setups.TRAINING} --task translation --source-lang de --target-lang en --no-save --num-workers 0"
 
 
 @dataclass(frozen=True)
 class Model:
     """A model and the sentences that it is trained on.
 
-    `vocabularies` are the sizes of the source and the target dictionary, `length` is the mean number of
-    tokens in a sentence, `flags` are fairseq-train's, and `max_tokens` of the batches and `rounds` of the
-    timing are defaults.
+    Attributes:
+        vocabularies: Sizes of the source and the target dictionary.
+        length: The mean number of tokens in a sentence.
+        max_tokens: In a batch, by default.
+        flags: Those of fairseq-train that describe the model.
+        rounds: Of the timing, by default.
     """
 
     vocabularies: tuple[int, int]
@@ -57,19 +52,9 @@ class Model:
 
 MODELS = {
     # On IWSLT'14, as fairseq prepares it.
-    "transformer_iwslt_de_en": Model(
-        (8848, 6632), 24.0, 1000, "--arch transformer_iwslt_de_en --dropout 0.3"
-    ),
+    "transformer_iwslt_de_en": Model((8848, 6632), 24.0, 1000, setups.SETUPS["iwslt14"].model),
     # On the embedded corpus, as recipes/quickstart.sh trains it.
-    "quickstart": Model(
-        (4000, 4000),
-        10.0,
-        500,
-        "--arch transformer --encoder-layers 1 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 "
-        "--encoder-attention-heads 4 --decoder-layers 1 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 "
-        "--decoder-attention-heads 4 --dropout 0.1",
-        rounds=30,
-    ),
+    "quickstart": Model((4000, 4000), 10.0, 500, setups.SETUPS["quickstart"].model, rounds=30),
 }
 
 
@@ -99,7 +84,7 @@ def check_max_tokens(parser: argparse.ArgumentParser, option: str, max_tokens: i
 
 
 def machine(device: str, threads: int) -> str:
-    """The machine in words."""
+    """Return the machine in words."""
     return torch.cuda.get_device_name() if device == "cuda" else f"{threads} CPU thread(s)"
 
 
@@ -132,27 +117,30 @@ def configuration(
     max_tokens: int,
     device: str,
 ) -> Any:
-    """The configuration of fairseq-train for *optimizer*, which is what follows --optimizer there. What
-    fairseq does not accept ends the program as an error of *parser*."""
-    fairseq_parser = options.get_training_parser()
-    fairseq_parser.error = lambda message: parser.error(f"'--optimizer {optimizer}': {message}")
-    arguments = [str(data), *FLAGS.split(), *model.flags.split(), "--max-tokens", str(max_tokens)]
+    """Return the configuration of fairseq-train for *optimizer*, which is what follows --optimizer there.
+
+    A flag that fairseq refuses ends the program as an error of *parser*.
+    """
+    arguments = [str(data), *shlex.split(f"{FLAGS} {model.flags}"), "--max-tokens", str(max_tokens)]
     arguments += ["--cpu"] if device == "cpu" else []
-    # Before the optimizer's own flags: those of the last win.
-    arguments += ["--adam-betas", "(0.9, 0.98)", "--optimizer", *optimizer.split()]
-    return convert_namespace_to_omegaconf(options.parse_args_and_arch(fairseq_parser, arguments))
+    arguments += ["--optimizer", *optimizer.split()]  # last, so that its own flags win
+    return setups.configuration(
+        arguments, lambda message: parser.error(f"'--optimizer {optimizer}': {message}")
+    )
 
 
 def passes(cfg: Any) -> float:
-    """How many forward and backward passes an update of *cfg* costs, on average over the updates."""
+    """Return how many forward and backward passes an update of *cfg* costs, on average."""
     if cfg.optimizer._name not in OPTIMIZERS:
         return 1.0
     return 1.0 + cfg.optimizer.ascent_fraction / cfg.optimizer.ascent_interval
 
 
 def trainer_and_batches(cfg: Any) -> tuple[Trainer, list[dict[str, Any]]]:
-    """A Trainer with fresh weights, and the batches of an epoch, as fairseq-train makes them. They are the
-    same for every optimizer."""
+    """Return a Trainer with fresh weights, and the batches of an epoch, as fairseq-train makes them.
+
+    They are the same for every optimizer.
+    """
     torch.manual_seed(cfg.common.seed)
     task = tasks.setup_task(cfg.task)
     trainer = Trainer(cfg, task, task.build_model(cfg.model), task.build_criterion(cfg.criterion))
