@@ -1,4 +1,4 @@
-"""Files, written whole or not at all."""
+"""Writes files whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from typing import Any
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside *path*; what was written there becomes *path* if the block succeeds, and
-    is deleted if it does not. Folders that are missing are made."""
+    """Yield a temporary path beside *path*. What the block writes there becomes *path* if it succeeds.
+
+    If the block raises, the temporary file is deleted. Missing folders are made.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
@@ -24,6 +26,6 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """Write *value*, all of whose numbers must be finite, to *path*."""
+    """Write *value* to *path*. All numbers in it must be finite."""
     with whole(path) as file:
         file.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n", "utf-8")

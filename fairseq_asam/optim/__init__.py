@@ -1,17 +1,15 @@
-"""The fairseq optimizers ``asam``, ``sam`` and their kin; importing this package registers them."""
+"""The fairseq optimizers ``asam``, ``sam`` and their kin. Importing this package registers them."""
 
-from .sharpness_aware import (
-    OPTIMIZERS,
+from .optimizers import (
+    SHARPNESS_AWARE,
     SharpnessAwareOptimizer,
-    model_parameters,
     sharpness_aware_optimizer,
-    validate_config,
 )
+from .options import validate_config
 
 __all__ = [
-    "OPTIMIZERS",
+    "SHARPNESS_AWARE",
     "SharpnessAwareOptimizer",
-    "model_parameters",
     "sharpness_aware_optimizer",
     "validate_config",
 ]

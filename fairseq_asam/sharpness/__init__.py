@@ -1,4 +1,4 @@
-"""The mathematics of sharpness-aware training. Imports torch and nothing else."""
+"""The mathematics of sharpness-aware training. It imports torch and nothing else."""
 
 from .measure import Region, Sharpness, measure
 from .normalization import NORMALIZATIONS

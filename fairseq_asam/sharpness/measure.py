@@ -24,18 +24,20 @@ from .shards import (
     shards_of,
 )
 
-#: A loss without arguments, at the weights as they are: a tensor, or the terms of a mean one after another,
-#: each a pair of a tensor, the summed loss of a batch, and the number of things summed over.
+#: A function without arguments that returns the loss at the present weights: a tensor, or the terms of a
+#: mean. A term is a pair: a tensor, the loss summed over a batch, and the number of things summed.
 Loss = Callable[[], "Tensor | Iterable[tuple[Tensor, float]]"]
 
 
 @dataclass(frozen=True)
 class Region:
-    """The maximization region ||T^-1 epsilon||_p <= rho, with the options of
-    :class:`~fairseq_asam.Perturbation`. ``normalization="none"`` makes sharpness of adaptive sharpness.
+    """The maximization region ||T^-1 epsilon||_p <= rho.
+
+    The options are those of :class:`~fairseq_asam.Perturbation`. With ``normalization="none"``, adaptive
+    sharpness is sharpness.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value is out of its range.
     """
 
     rho: float
@@ -50,14 +52,15 @@ class Region:
 
 @dataclass(frozen=True)
 class Sharpness:
-    """What :func:`measure` found in *region*.
+    """What :func:`measure` found in a region.
 
     Attributes:
+        region: the region.
         value: the largest finite L(w + epsilon) - L(w) seen, in the unit of the loss; ``inf`` if no loss
             seen was finite.
         loss: L(w).
-        non_finite: how many of the points seen had a loss, or a gradient to ascend, that is not finite.
-        epsilon: by name, the displacement from w at which *value* was seen; ``None`` unless asked for.
+        non_finite: how many of the points seen have a loss, or a gradient to ascend, that is not finite.
+        epsilon: the displacement from w at which *value* was seen, by name; ``None`` unless asked for.
     """
 
     region: Region
@@ -76,7 +79,7 @@ def measure(
     seed: int = 0,
     keep_epsilon: bool = False,
 ) -> list[Sharpness]:
-    """Return max L(w + epsilon) - L(w) over each of *regions*, where w is what *weights* are now.
+    """Return max L(w + epsilon) - L(w) over each region, where w are the present weights.
 
     A whole data set is measured batch by batch::
 
@@ -86,42 +89,46 @@ def measure(
 
         adaptive, plain = measure(loss, model, [Region(0.5), Region(0.05, normalization="none")])
 
-    With one step, epsilon is that of training: the maximum of the linearized loss. With more, it is found by
-    projected steepest ascent in T^-1 epsilon, with T fixed at w, whose region is a ball (p = 2) or a cube
-    (p = inf). The first ascent starts from w, and so with the epsilon of training, the others from uniformly
-    random points of the region; a step that does not raise the loss is taken back and made smaller. The
-    largest loss seen counts.
+    With one step, epsilon is that of training: the maximum of the linearized loss. With more steps, it is
+    found by projected steepest ascent in T^-1 epsilon, with T fixed at w; in these coordinates the region is
+    a ball (p = 2) or a cube (p = inf). The first ascent starts from w, so that its first step is the epsilon
+    of training. The others start from uniformly random points of the region. A step that does not raise the
+    loss is undone, and the next one is shorter. The largest loss seen counts.
 
     The loss must be a function of the weights alone: the same batches in each call, no dropout. A module is
     in evaluation mode meanwhile; give ``model.named_parameters()`` to leave its mode alone. Weights,
-    gradients and mode are afterwards what they were, also after an exception. The weights that the loss does
-    not depend on are no part of the region.
+    gradients and mode are restored, also after an exception. Weights on which the loss does not depend are
+    not moved.
 
     With weights in shards, give the module. All processes call this together, each with its own batches; the
     loss is the mean over all of them.
 
     Args:
-        loss: see :data:`Loss`. It is called once with and *len(regions)* times without a gradient if
-            *steps* is 1, and else at most 1 + len(regions) * restarts * (steps + 1) times with one.
+        loss: see :data:`Loss`. With one step, it is called once with a gradient and *len(regions)* times
+            without; with more, at most 1 + len(regions) * restarts * (steps + 1) times, each with a gradient.
         weights: a module, or pairs of name and parameter as :class:`~fairseq_asam.Perturbation` takes them.
-        steps: ascent steps in a region; more than one need p = 2 or p = inf.
-        restarts: ascents in a region; more than one need more than one step.
+        regions: where to look.
+        steps: ascent steps in a region; more than one needs p = 2 or p = inf.
+        restarts: ascents in a region; more than one needs more than one step.
         seed: of the random points.
         keep_epsilon: return epsilon too.
 
+    Returns:
+        The sharpness in each region.
+
     Raises:
-        ValueError: a value out of its range; the loss or its gradient at w is not finite; all that
+        ValueError: a value is out of its range; the loss or its gradient at w is not finite; all that
             :class:`~fairseq_asam.Perturbation` raises.
     """
     validate_ascents(regions, steps, restarts)
     modules = list(weights.modules()) if isinstance(weights, nn.Module) else []
     reshard(modules)
     named = list(weights.named_parameters() if isinstance(weights, nn.Module) else weights)
-    Perturbation(named, 0.0)  # refuses what cannot be perturbed
+    Perturbation(named, 0.0)  # raises if something cannot be perturbed
     parameters: dict[Tensor, str] = {}
     for name, parameter in named:
         if parameter.requires_grad and parameter.numel():
-            parameters.setdefault(parameter, name)  # a shared one comes twice
+            parameters.setdefault(parameter, name)  # a shared parameter comes twice
     sharded = modules if any(map(is_sharded, parameters)) else []
     if any(map(is_sharded, parameters)) and not modules:
         raise ValueError(
@@ -155,10 +162,10 @@ def measure(
 
 
 def validate_ascents(regions: Iterable[Region], steps: int, restarts: int) -> None:
-    """Check that :func:`measure` can search *regions* so.
+    """Check the arguments of :func:`measure`.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: it cannot search a region with so many steps and restarts.
     """
     if steps < 1 or restarts < 1:
         raise ValueError(f"steps is {steps} and restarts is {restarts}, but both must be at least 1")
@@ -170,7 +177,7 @@ def validate_ascents(regions: Iterable[Region], steps: int, restarts: int) -> No
 
 
 class _Search:
-    """The points of a region that were seen, and the best of them."""
+    """A search for the largest loss in a region: the number of points seen, and the best of them."""
 
     def __init__(
         self,
@@ -191,7 +198,7 @@ class _Search:
         return math.inf if self.seen == self.non_finite else self.best - self.at_w
 
     def see(self, displacement: Displacement, with_gradient: bool) -> float:
-        """Return the loss where *displacement* leads; NaN if it or its gradient is not finite."""
+        """Return the loss after *displacement*; NaN if it or its gradient is not finite."""
         with displacement:
             loss = evaluate(self.loss, self.parameters if with_gradient else (), self.sharded)
             if math.isfinite(loss) and loss > self.best:
@@ -205,7 +212,7 @@ class _Search:
         return math.nan
 
     def one_step(self, region: Region) -> None:
-        """See the point that a step of training would see. Expects the gradients at w in ``.grad``."""
+        """See the w + epsilon of training. The gradients at w must be in ``.grad``."""
         named = [(name, parameter) for parameter, name in self.parameters.items()]
         self.see(Perturbation(named, **asdict(region)), with_gradient=False)
 
@@ -213,7 +220,7 @@ class _Search:
     def projected_ascent(
         self, region: Region, gradients: list[Tensor], steps: int, restarts: int, seed: int
     ) -> None:
-        """See the points of *restarts* ascents, the first of which begins at w, where *gradients* are."""
+        """See the points of *restarts* ascents. The first one begins at w, where the loss has *gradients*."""
         ball = _Ball(self.parameters, region)
         generator = torch.Generator().manual_seed(seed)
         self.best = self.at_w
@@ -238,7 +245,12 @@ class _Search:
 
 
 class Displaced(Displacement):
-    """The weights moved by a given epsilon, of which this process has its part."""
+    """Moves the weights by a given epsilon.
+
+    Args:
+        weights: those to move.
+        epsilon: this process's part of the displacement of each.
+    """
 
     def __init__(self, weights: Iterable[Tensor], epsilon: list[Tensor]):
         super().__init__()
@@ -253,8 +265,10 @@ class Displaced(Displacement):
 
 
 class _Ball:
-    """A region in the coordinates T^-1 epsilon: a ball (p = 2) or a cube (p = inf), with T fixed at w. Points
-    are lists of this process's part of the coordinates of each weight."""
+    """A region in the coordinates T^-1 epsilon, with T fixed at w: a ball (p = 2) or a cube (p = inf).
+
+    A point is a list with this process's part of the coordinates of each weight.
+    """
 
     def __init__(self, parameters: dict[Tensor, str], region: Region):
         self.rho, self.p = region.rho, region.p
@@ -274,10 +288,11 @@ class _Ball:
             self.diagonals += operators[parameter].diagonal([weight], region.eta) or [one]
 
     def centre(self) -> list[Tensor]:
+        """Return the point of w."""
         return [torch.zeros_like(weight) for weight in self.weights]
 
     def random_point(self, generator: torch.Generator) -> list[Tensor]:
-        """A point of the uniform distribution over the ball."""
+        """Draw a point uniformly from the region."""
         draw = torch.rand if math.isinf(self.p) else torch.randn
         point = [_part_of(draw(p.shape, generator=generator, dtype=p.dtype), p) for p in self.parameters]
         if math.isinf(self.p):
@@ -287,7 +302,11 @@ class _Ball:
         return list(torch._foreach_mul(point, radius / self._norm(point)))
 
     def steepest(self, gradients: list[Tensor]) -> list[Tensor]:
-        """The direction of length 1 in which the loss rises most, from its gradient with respect to w."""
+        """Return the direction of length 1 in which the loss rises most.
+
+        Args:
+            gradients: of the loss with respect to the weights.
+        """
         normalized = list(torch._foreach_mul(gradients, self.diagonals))
         if math.isinf(self.p):
             return list(torch._foreach_sign(normalized))
@@ -295,23 +314,28 @@ class _Ball:
         return list(torch._foreach_mul(normalized, 1 / norm if norm > 0 else 0.0))
 
     def project(self, point: list[Tensor]) -> list[Tensor]:
+        """Return the nearest point of the region."""
         if math.isinf(self.p):
             return [coordinates.clamp(-self.rho, self.rho) for coordinates in point]
         norm = self._norm(point)
         return list(torch._foreach_mul(point, self.rho / norm)) if norm > self.rho else point
 
     def epsilon(self, point: list[Tensor]) -> list[Tensor]:
+        """Return the displacement of the weights at *point*."""
         return list(torch._foreach_mul(point, self.diagonals))
 
     def _norm(self, point: list[Tensor]) -> float:
-        """The l2 norm of all coordinates together."""
+        """Return the l2 norm of all coordinates together."""
         return _norm(point, self.parameters)
 
 
 def evaluate(loss: Loss, gradient_of: Iterable[Tensor] = (), sharded: Sequence[nn.Module] = ()) -> float:
-    """Return the mean loss. A positive multiple of its gradient is then in ``.grad`` of *gradient_of*.
+    """Return the mean loss.
 
-    With the modules *sharded*, the mean is over the terms of all processes.
+    Args:
+        loss: see :data:`Loss`.
+        gradient_of: parameters whose ``.grad`` is set to a positive multiple of the gradient.
+        sharded: modules with weights in shards. With any, the mean is over the terms of all processes.
 
     Raises:
         ValueError: the loss has no terms.
@@ -325,7 +349,7 @@ def evaluate(loss: Loss, gradient_of: Iterable[Tensor] = (), sharded: Sequence[n
         terms = loss()
         for term, number in [(terms, 1)] if isinstance(terms, Tensor) else terms:
             if parameters:
-                # fully_shard computes with other tensors than its parameters
+                # fully_shard computes with tensors that are not its parameters
                 term.backward(inputs=None if sharded else parameters)
             total += term.item()
             count += number
@@ -342,7 +366,7 @@ def evaluate(loss: Loss, gradient_of: Iterable[Tensor] = (), sharded: Sequence[n
 
 
 def _gradients(parameters: dict[Tensor, str]) -> list[Tensor]:
-    """This process's part of each gradient."""
+    """Return this process's part of each gradient; zeros where there is none."""
     return [
         torch.zeros_like(local(p.detach())) if p.grad is None else local_gradient(p, name)
         for p, name in parameters.items()
@@ -354,7 +378,7 @@ def _are_finite(parts: list[Tensor], parameters: Iterable[Tensor]) -> bool:
 
 
 def _norm(parts: list[Tensor], parameters: Iterable[Tensor], order: float = 2.0) -> float:
-    """The norm of all tensors together of which this process has *parts*, as it has of *parameters*."""
+    """Return the norm of all tensors together, of which *parts* are sharded like *parameters*."""
     norms: dict[Shards | None, list[Tensor]] = {}
     for parameter, part in zip(parameters, parts):
         norm = torch.linalg.vector_norm(part, order) if part.numel() else part.new_zeros(())
@@ -364,13 +388,13 @@ def _norm(parts: list[Tensor], parameters: Iterable[Tensor], order: float = 2.0)
 
 
 def _part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The part of *tensor* that this process has of *parameter*, on its device."""
+    """Return this process's part of *tensor*, sharded like *parameter* and on its device."""
     tensor = tensor.to(parameter.device)
     if not is_sharded(parameter):
         return tensor
     from torch.distributed.tensor import distribute_tensor  # slow to import
 
-    # Every process has drawn the whole, so that nothing has to be sent.
+    # Every process has drawn the same whole tensor, so nothing has to be sent.
     return distribute_tensor(
         tensor, parameter.device_mesh, parameter.placements, src_data_rank=None
     ).to_local()
@@ -378,7 +402,7 @@ def _part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _as_it_was(modules: Iterable[nn.Module], parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Put back the modes and gradients of now."""
+    """Restore modes and gradients after the block."""
     modes = [(module, module.training) for module in modules]
     gradients = [(parameter, parameter.grad) for parameter in parameters]
     try:

@@ -1,4 +1,4 @@
-"""What a forward pass changes in its modules: buffers, such as the statistics of batch normalization."""
+"""The buffers that a forward pass changes, such as the statistics of batch normalization."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from torch.nn.parameter import is_lazy
 
 
 class ModuleState:
-    """The buffers of *modules*, and of all modules within them, as they are when this is made.
+    """A snapshot of the buffers of modules.
+
+    Args:
+        modules: those whose buffers, and whose submodules' buffers, are saved as they are now.
 
     Attributes:
-        modules: all of these.
+        modules: all of these, submodules too.
     """
 
     def __init__(self, modules: Iterable[nn.Module] = ()):
@@ -27,19 +30,19 @@ class ModuleState:
 
     @torch.no_grad()
     def add(self, module: nn.Module) -> None:
-        """Keep the buffers of *module* too, as they are now, unless they are kept already."""
+        """Save the buffers of *module* too, as they are now, unless they are saved already."""
         if module in self.modules:
             return
         for part in module.modules():
             if part not in self.modules:
                 self.modules.add(part)
                 for name, buffer in part.named_buffers(recurse=False):
-                    if not is_lazy(buffer):  # has no values before the first forward pass
+                    if not is_lazy(buffer):  # a lazy buffer has no values before the first forward pass
                         self._buffers.append((part, name, buffer, buffer.clone()))
 
     @torch.no_grad()
     def now(self) -> ModuleState:
-        """Return the state of the same buffers as it is now."""
+        """Return a snapshot of the same buffers as they are now."""
         state = ModuleState()
         for module, name, _, _ in self._buffers:
             buffer = getattr(module, name)
@@ -48,7 +51,7 @@ class ModuleState:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the buffers back: the same tensors, with the values that they had."""
+        """Restore the buffers: the same tensors, with the values that they had."""
         for module, name, buffer, copy in self._buffers:
             buffer.copy_(copy)
             if getattr(module, name) is not buffer:
@@ -56,10 +59,10 @@ class ModuleState:
 
     @contextlib.contextmanager
     def adding_what_runs(self) -> Iterator[None]:
-        """Within the block, keep the buffers of every module that runs, as they are before it does.
+        """Within the block, save the buffers of every module before it runs.
 
-        Modules that ``torch.compile`` traces are kept with the compiled module around them; one compiled in
-        place (``module.compile()``) escapes.
+        A module within a compiled one (``torch.compile``) is saved with that. A module that is compiled in
+        place (``module.compile()``) is missed.
         """
 
         def add(module: nn.Module, inputs: object) -> None:

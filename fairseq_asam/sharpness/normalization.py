@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# torch has no public functions for these two that write into memory of ours.
-# tests/sharpness/test_normalization.py holds them against a plain computation.
+# torch.nn.functional.mse_loss cannot write into given memory, and new memory costs more than the arithmetic.
+# Hence these private names. test_the_flat_form_is_that_of_the_diagonal fails if torch changes them.
 _squared_error = torch.ops.aten.mse_loss.out
 _squared_error_gradient = torch.ops.aten.mse_loss_backward.grad_input
 _NO_REDUCTION = 0
@@ -21,34 +21,46 @@ class NormalizationOperator:
     """A diagonal matrix T_w + eta I for each weight.
 
     Attributes:
-        has_flat_form: whether a flat piece of a weight has the same T alone as within its weight, and the
-            class has :meth:`flat_norm` and :meth:`flat_square`, which cost fewer passes over memory.
+        has_flat_form: whether the class has :meth:`flat_norm` and :meth:`flat_square`, which take fewer
+            passes over memory. It needs a T that is the same for a flat slice alone as within its weight.
     """
 
     has_flat_form = False
 
     def applied_to(self, weight: Tensor) -> NormalizationOperator:
-        """Return the operator that applies to *weight*: this one, unless a subclass chooses by its shape."""
+        """Return the operator for *weight*: this one, unless a subclass chooses another by its shape."""
         return self
 
     def diagonal(self, weights: list[Tensor], eta: float) -> list[Tensor] | None:
-        """Return the diagonal for each of *weights*, in a shape that broadcasts to that of the weight, in
-        new memory; ``None`` where it is 1 everywhere."""
+        """Return the diagonal for each weight, or ``None`` if T = 1.
+
+        It is in new memory, and its shape broadcasts to that of the weight.
+        """
         raise NotImplementedError
 
     def summed_dims(self, weight: Tensor) -> tuple[int, ...]:
-        """Return the dimensions of *weight* over which T is an l2 norm. Where these are in shards, squares
-        are added up over the processes."""
+        """Return the dimensions of *weight* over which T is an l2 norm.
+
+        If they are in shards, the squares are summed over the processes.
+        """
         return ()
 
     def flat_norm(self, gradient: Tensor, weights: list[Tensor], minus_eta: Tensor, memory: Tensor) -> Tensor:
-        """Return ||T g||_2 of a flat *gradient* and of flat *weights*, one after another. *memory* is scratch
-        space of the gradient's size."""
+        """Return ||T g||_2.
+
+        Args:
+            gradient: g, flat.
+            weights: flat; joined, they are as long as the gradient.
+            minus_eta: -eta, a scalar tensor.
+            memory: scratch memory of the gradient's size.
+        """
         raise NotImplementedError
 
     def flat_square(self, weights: list[Tensor], minus_eta: Tensor, memory: Tensor) -> Tensor | None:
-        """Return T^2 of flat *weights*, one after another, in *memory*, which may be that of the only one;
-        ``None`` where it is 1 everywhere."""
+        """Return T^2 of the flat *weights*, joined into one vector, or ``None`` if T = 1.
+
+        The result is in *memory*, which may be that of a single weight.
+        """
         raise NotImplementedError
 
 
@@ -77,7 +89,8 @@ class ElementWise(NormalizationOperator):
         torch._foreach_add_(diagonals, eta)
         return diagonals
 
-    # T^2 is the squared error between |w| and -eta, and 2 T g its gradient. torch computes each in one pass.
+    # T^2 = (|w| + eta)^2 is the squared error between |w| and -eta, and 2 T g is its gradient times g. torch
+    # computes each in one pass over memory.
 
     def flat_norm(self, gradient: Tensor, weights: list[Tensor], minus_eta: Tensor, memory: Tensor) -> Tensor:
         magnitude = torch.abs(strung(weights, memory), out=memory)
@@ -115,8 +128,8 @@ class FilterWise(_NormOverDims):
 class LayerWise(_NormOverDims):
     """T = ||w||_2 + eta for all of a weight with two or more dimensions, and element-wise elsewhere.
 
-    The paper does not have it. Scaling a whole layer leaves its adaptive sharpness alone, and weights that
-    are zero or small move as far as the others of their layer.
+    It is not in the paper. Scaling a whole layer does not change adaptive sharpness, and small weights move
+    as far as the others of their layer.
     """
 
     def applied_to(self, weight: Tensor) -> NormalizationOperator:
@@ -144,8 +157,8 @@ def operator_of(name: str, weight: Tensor, normalization: str, normalize_bias: b
         name: as ``model.named_parameters()`` has it.
         weight: the parameter, of which the shape counts.
         normalization: a key of :data:`NORMALIZATIONS`.
-        normalize_bias: if not, a bias keeps T = 1 (Section 3: adding a constant to a layer's output then
-            leaves adaptive sharpness alone).
+        normalize_bias: whether a bias is normalized; otherwise its T is 1 (Section 3: adaptive sharpness then
+            does not change when a constant is added to a layer's output).
     """
     if is_bias(name) and not normalize_bias:
         return IDENTITY
@@ -153,11 +166,14 @@ def operator_of(name: str, weight: Tensor, normalization: str, normalize_bias: b
 
 
 def is_bias(name: str) -> bool:
-    """Return whether the parameter called *name* is a bias: whether ``bias`` is a word of its own name, as in
-    ``fc.bias``, ``lstm.bias_ih_l0`` and ``attention.in_proj_bias``, but not in ``bias_net.weight``."""
+    """Return whether the parameter called *name* is a bias.
+
+    It is if ``bias`` is a word of the name's last part: ``fc.bias``, ``lstm.bias_ih_l0`` and
+    ``attention.in_proj_bias`` are biases, and ``bias_net.weight`` is not.
+    """
     return "bias" in name.rsplit(".", 1)[-1].split("_")
 
 
 def strung(tensors: list[Tensor], memory: Tensor) -> Tensor:
-    """Return the flat *tensors* one after another, in *memory* if they are more than one."""
+    """Return the flat *tensors* joined into one vector, in *memory* if they are more than one."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, out=memory)

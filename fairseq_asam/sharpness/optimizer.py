@@ -13,7 +13,7 @@ from .perturbation import Perturbation
 from .shards import is_sharded, local, reshard
 from .two_passes import TwoPasses
 
-# Set on a gradient that a step leaves behind: its version then.
+# Attribute of a gradient that a step leaves behind. It holds the version that the gradient had then.
 _LEFT_AT = "_left_by_sharpness_aware_at_version"
 
 
@@ -30,11 +30,11 @@ class SharpnessAware(torch.optim.Optimizer):
 
         loss = optimizer.step(closure)
 
-    Both passes are those of :class:`~fairseq_asam.TwoPasses`. Parameter groups, state and state dict are
-    those of *base*: learning-rate schedulers work on either, and a checkpoint of one loads into the other.
+    :class:`~fairseq_asam.TwoPasses` makes the passes. Parameter groups, state and state dict are those of
+    *base*: learning-rate schedulers work on either, and a checkpoint of one loads into the other.
 
     *base* may be a ``ZeroRedundancyOptimizer``: call its ``consolidate_state_dict()`` before
-    :meth:`state_dict`. It may also be around this one, which then still needs the whole model::
+    :meth:`state_dict`. It may also wrap this one, which then still needs the whole model::
 
         def optimizer_class(parameters, **defaults):
             return SharpnessAware(torch.optim.Adam(parameters, **defaults), model, rho=0.5)
@@ -42,22 +42,22 @@ class SharpnessAware(torch.optim.Optimizer):
         optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class, lr=1e-3)
 
     Args:
-        base: the optimizer that makes the step. It must not call the closure itself (LBFGS does). If it
-            maximizes, epsilon goes down the objective.
+        base: the optimizer that makes the step. It must not call the closure itself, as LBFGS does. If it
+            maximizes, epsilon goes down the gradient of the objective.
         weights: a module, or pairs of name and parameter as :class:`~fairseq_asam.Perturbation` takes them.
-            Give the module if the model is compiled: otherwise a hook has to look for the modules that run.
+            Give the module if the model is compiled: with pairs, a hook has to find the modules that run.
         rho, **options: of :class:`~fairseq_asam.Perturbation`.
 
     Attributes:
-        base: the optimizer given.
-        perturbation: the :class:`~fairseq_asam.Perturbation`, whose ``rho`` may change between steps.
+        base: the base optimizer.
+        perturbation: the :class:`~fairseq_asam.Perturbation`. Its ``rho`` may change between steps.
 
     Raises:
-        TypeError: *base* is no optimizer.
+        TypeError: *base* is not an optimizer.
         ValueError: *base* cannot make the step; all that :class:`~fairseq_asam.Perturbation` raises.
     """
 
-    # torch.amp.GradScaler then tells of itself in `found_inf`.
+    # A torch.amp.GradScaler then sets `found_inf` before it calls step(), which refuses it.
     _step_supports_amp_scaling = True
 
     def __init__(
@@ -72,7 +72,7 @@ class SharpnessAware(torch.optim.Optimizer):
                 f"base is a {type(base).__name__}, but it must be an optimizer: pass one, such as "
                 "torch.optim.Adam(model.parameters())"
             )
-        # ZeroRedundancyOptimizer has the optimizer of its part in `optim`.
+        # ZeroRedundancyOptimizer keeps the optimizer of its part of the weights in `optim`.
         if isinstance(getattr(base, "optim", base), torch.optim.LBFGS):
             raise ValueError("LBFGS evaluates the closure at points of its own: use another base optimizer")
         if getattr(base, "_overlap_with_ddp", False):
@@ -86,11 +86,11 @@ class SharpnessAware(torch.optim.Optimizer):
             reshard(weights.modules())
             modules, weights = [weights], weights.named_parameters()
         self._passes = TwoPasses(Perturbation(weights, rho, **options), modules, _parameters(base))
-        # No super().__init__(): it would build groups and a state beside those of the base.
+        # Do not call super().__init__(): it would make groups and a state beside those of the base.
         self.__setstate__({})
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch's own leaves out all but the state and the groups, which are the base's.
+        # torch's own would return only the state and the groups, which are the base's.
         return dict(vars(self))
 
     defaults = property(lambda self: self.base.defaults)
@@ -100,7 +100,7 @@ class SharpnessAware(torch.optim.Optimizer):
 
     @property
     def sharpness(self) -> Tensor | float | None:
-        """L(w + epsilon) - L(w) of the last step, in the type of the closure's loss; ``None`` before it."""
+        """L(w + epsilon) - L(w) of the last step, of the same type as the closure's loss; ``None`` before."""
         return self._passes.sharpness
 
     # torch declares a closure that returns a float; one that returns a tensor is as common.
@@ -109,21 +109,22 @@ class SharpnessAware(torch.optim.Optimizer):
     ) -> Tensor | float | None:
         """Step at w with the gradient at w + epsilon.
 
+        If this or the closure raises, no step is made and the weights are w.
+
         Args:
             closure: clears the gradients, computes the loss, calls ``backward()`` and returns the loss. It
-                runs twice. It may leave the gradients uncleared if none are there before the step.
+                runs twice. It need not clear the gradients if there are none before the step. It may be left
+                out if all gradients are 0, because epsilon is 0 then: torch's distributed checkpoints make
+                such a step to initialize the state.
 
         Returns:
-            The loss at w. Without a closure, ``None``: that is allowed where all gradients are 0, as torch's
-            distributed checkpoints step to initialize the state, for epsilon is 0 then.
+            The loss at w; ``None`` without a closure.
 
         Raises:
             TypeError: there is no closure, or it returned no loss.
-            RuntimeError: the closure made no gradient, or neither made nor cleared one that was there before,
-                or a GradScaler calls the step, or *base* is in a ``Join`` context.
+            RuntimeError: the closure made no gradient; it neither made nor cleared a gradient that was there
+                before; a GradScaler calls the step; *base* is in a ``Join`` context.
             ValueError: the base optimizer maximizes with some weights and minimizes with others.
-
-            The weights are w then, and no step is made; nor is one if the closure raises.
         """
         self._refuse_gradient_scaler()
         self._refuse_join()
@@ -160,8 +161,10 @@ class SharpnessAware(torch.optim.Optimizer):
         self.base.zero_grad(set_to_none)
 
     def _parameter_with_foreign_gradient(self) -> Tensor | None:
-        """Return a parameter that has a gradient which the last step did not leave, if there is one: the
-        caller called ``backward()`` itself."""
+        """Return a parameter whose gradient the last step did not leave, or ``None``.
+
+        If there is one, the caller has called ``backward()`` outside of the closure.
+        """
         foreign = [
             p
             for p in self._passes.parameters
@@ -194,7 +197,7 @@ class SharpnessAware(torch.optim.Optimizer):
         return maximize.pop()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: the perturbation would not know the names of the new parameters."""
+        """Raise NotImplementedError: the perturbation would not know the names of the new parameters."""
         raise NotImplementedError("add the group to the base optimizer and make a new SharpnessAware of it")
 
     def state_dict(self) -> dict[str, Any]:
@@ -216,10 +219,10 @@ def _is_nonzero(gradient: Tensor) -> bool:
 
 
 def _first(closure: Callable[[], Any], foreign: Tensor | None) -> Any:
-    """Run *closure* at w. Refuse it if it leaves the gradient of *foreign* uncleared."""
+    """Run *closure* at w, and raise if it does not clear the gradient of *foreign*."""
     if foreign is None:
         return closure()
-    # NaN stays NaN when a gradient is added to it.
+    # Put NaN there: it stays NaN when a gradient is added, and goes when the closure clears it.
     foreign.grad = probe = torch.full_like(foreign, math.nan)
     result = closure()
     if foreign.grad is probe and local(probe).isnan().any():

@@ -1,4 +1,4 @@
-"""The perturbation epsilon(w): the ascent step of SAM and ASAM, and the way back."""
+"""The perturbation epsilon(w): the ascent step of SAM and ASAM, and its exact undoing."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from .blocks import Ascent, Block, Blocks
+from .kernels import Ascent, Block, Blocks
 from .normalization import NORMALIZATIONS, NormalizationOperator, operator_of
 from .shards import Agreement, Shards, is_sharded, local, local_gradient, norm_over, shards_of
 
 
 class Displacement:
-    """Context manager that moves weights, and back on exit.
+    """Context manager that moves weights on entry and restores them on exit.
 
     On exit every weight is bit for bit what it was, in the same storage, whatever happened inside the block.
-    A subclass says where to in :meth:`_move`.
+    A subclass says in :meth:`_move` where the weights go.
 
     Raises:
-        RuntimeError: on entry, the weights are displaced already; inside the block, an optimizer is to step
-            with them.
+        RuntimeError: on entry, the weights are displaced already; inside the block, an optimizer is about to
+            step with them.
     """
 
     def __init__(self):
         self._moved: list[Tensor] = []
         self._saved: list[Tensor] = []
-        # Each weight and its storage on entry (None in shards, which keep theirs); None outside of the block.
+        # Each weight and its storage on entry; None instead of the storage for shards, which keep theirs.
+        # The list is None outside of the block.
         self._places: list[tuple[Tensor, Tensor | None]] | None = None
         self._guard: RemovableHandle | None = None
 
@@ -43,7 +44,7 @@ class Displacement:
             self._places = []
             self._guard = register_optimizer_step_pre_hook(self._refuse_to_step)
             self._move()
-            # Autocast keeps half-precision copies of the weights, which are those of w.
+            # Autocast keeps half-precision copies of the weights. Those made at w are wrong at w + epsilon.
             torch.clear_autocast_cache()
         except BaseException:
             self.__exit__()
@@ -53,13 +54,15 @@ class Displacement:
     def __exit__(self, *exception: object) -> None:
         try:
             self._restore()
-        except BaseException:  # a KeyboardInterrupt half way
+        except BaseException:  # such as a KeyboardInterrupt half way: restore the rest
             self._restore()
             raise
 
     def _move(self) -> None:
-        """Move the weights, each list of them after a call of :meth:`_save`; tell :meth:`_remember_places`
-        of them before."""
+        """Move the weights.
+
+        First call :meth:`_remember_places` with all of them, and :meth:`_save` with a list before it moves.
+        """
         raise NotImplementedError
 
     def _remember_places(self, weights: Iterable[Tensor]) -> None:
@@ -76,7 +79,8 @@ class Displacement:
             torch._foreach_copy_(self._moved[::-1], self._saved[: len(self._moved)][::-1])
         for weight, place in self._places or ():
             if place is not None and weight.data_ptr() != place.data_ptr():
-                weight.data = place  # as after quantization noise, which puts weights into new memory
+                # Something put the weight into new memory, as quantization noise does.
+                weight.data = place
         torch.clear_autocast_cache()
         if self._guard is not None:
             self._guard.remove()
@@ -92,7 +96,7 @@ class Displacement:
 
 
 class Perturbation(Displacement):
-    """Context manager that moves the weights from w to w + epsilon(w, g), and back on exit.
+    """Context manager that moves the weights from w to w + epsilon(w, g) on entry and restores w on exit.
 
     The gradients g are those in ``.grad`` on entry::
 
@@ -110,43 +114,42 @@ class Perturbation(Displacement):
     parameters together.
 
     On exit every weight is bit for bit what it was, in the same storage, whatever happened inside the
-    block. A parameter without a gradient on entry is not perturbed, and a zero gradient perturbs
-    nothing. A gradient whose norm is not finite perturbs nothing either; :attr:`norm` tells. What both passes
-    should see alike, such as dropout masks and batch normalization, :class:`~fairseq_asam.TwoPasses` takes
-    care of.
+    block. A parameter without a gradient on entry is not perturbed. If the gradient is zero or its norm is
+    not finite, nothing is perturbed; look at :attr:`norm`. :class:`~fairseq_asam.TwoPasses` also gives both
+    passes the same dropout masks and batch-normalization statistics.
 
-    Weights may be in shards (``DTensor``, as of ``fully_shard`` and tensor parallelism). Each process
-    perturbs its own part, and the norm is over all shards: the processes have to enter the block together.
+    Weights may be in shards (``DTensor``, as with ``fully_shard`` and tensor parallelism). Each process
+    perturbs its own part, and the norm is over all shards. All processes must enter the block together.
 
-    All options but *masters* are attributes too, which may be set between blocks.
+    All options but *masters* are also attributes that may be set between blocks.
 
     Args:
         named_parameters: pairs of name and parameter, as from ``model.named_parameters()``. The names
-            decide what is a bias. A parameter that requires no gradient is left alone for as long.
+            decide what is a bias. A parameter is left alone while it requires no gradient.
         rho: radius of the maximization region, >= 0. The paper: 0.05 to 0.1 for SAM and 0.5 to 1.0 for
             ASAM on images (Section 5.2), 0.1 and 0.2 on translation (Section 5.3).
         eta: added to the normalization operator for stability, >= 0. Unused for ``none`` and biases.
         p: order of the norm that bounds the region, 1 < p <= inf.
         normalization: a key of :data:`~fairseq_asam.NORMALIZATIONS`; ``none`` is SAM.
-        normalize_bias: normalize biases like other weights (Section 5.2, Figure 4; default: T = 1).
+        normalize_bias: normalize biases like other weights (Section 5.2, Figure 4); otherwise their T is 1.
         masters: the float32 master copy of each half-precision parameter. Epsilon is far below the
-            resolution of half precision; added to the master and rounded once, it survives on average.
+            resolution of half precision. Added to the master and rounded once, it survives on average.
             Masters are read and never changed.
-        maximize: the gradients are those of an objective to maximize: epsilon goes down it.
+        maximize: the objective is to be maximized, so epsilon goes down its gradient.
 
     Attributes:
-        parameters: those given, without duplicates and those that are not real numbers.
-        norm: ||T g||_q of the last entry, a tensor without dimensions on the device of the parameters,
-            ``None`` before the first entry.
+        parameters: those given, without duplicates and without those that are not real.
+        norm: ||T g||_q of the last entry, a scalar tensor on the device of the parameters; ``None`` before
+            the first entry.
 
     Raises:
-        ValueError: a value out of its range; a parameter that is not a leaf, is complex and requires a
-            gradient, or is of FullyShardedDataParallel (FSDP1); no parameter requires a gradient; on entry,
-            a sparse gradient, or one that is whole of a weight in shards.
+        ValueError: a value is out of its range; a parameter is not a leaf, is complex and requires a
+            gradient, or is one of FullyShardedDataParallel (FSDP1); no parameter requires a gradient; on
+            entry, a gradient is sparse, or is whole while its weight is in shards.
         TypeError: *named_parameters* are not pairs of name and tensor.
         RuntimeError: on entry, no parameter has a gradient, the weights are perturbed already, or processes
-            that share out weights have gradients of different ones; inside the block, an optimizer is to step
-            with the weights.
+            that share weights have gradients of different ones; inside the block, an optimizer is about to
+            step with the weights.
     """
 
     def __init__(
@@ -200,7 +203,7 @@ class Perturbation(Displacement):
         super().__setattr__(name, value)
 
     def _refuse(self, given: Iterable[Tensor]) -> None:
-        """Raise ValueError if a parameter of *given* cannot be perturbed."""
+        """Raise a ValueError if a parameter of *given* cannot be perturbed."""
         for parameter in given:
             name = self._names.get(parameter) or self._not_real[parameter]
             if parameter.is_complex():
@@ -208,7 +211,7 @@ class Perturbation(Displacement):
                     f"{name} has dtype {parameter.dtype}, but the paper defines epsilon for real weights: "
                     "train its real and imaginary parts as two parameters, or do not pass it"
                 )
-            # torch has no public sign of FSDP1. tests/sharpness/test_shards.py tells if this one goes.
+            # torch has no public sign of FSDP1. test_fsdp1_is_refused_and_told_of_fsdp2 fails if this goes.
             if getattr(parameter, "_fsdp_flattened", False):
                 raise ValueError(
                     f"{name} is in shards of FullyShardedDataParallel (FSDP1), which hides the shapes of "
@@ -219,7 +222,8 @@ class Perturbation(Displacement):
         try:
             gradients = self._gradients()
         except (ValueError, RuntimeError):
-            if self._shards:  # the others wait for this process, and this one has its own reason to give
+            if self._shards:
+                # Take part in the sums that other processes wait for, and raise our own error, not theirs.
                 with contextlib.suppress(RuntimeError):
                     self._blocks_and_norm({}, dual(self.p))
             raise
@@ -227,7 +231,7 @@ class Perturbation(Displacement):
         self._perturb(gradients)
 
     def _gradients(self) -> dict[Tensor, Tensor]:
-        """Return the gradient of each parameter that has one, this process's part."""
+        """Return this process's part of the gradient of each parameter that has one."""
         present = [p for p in (*self._names, *self._not_real) if p.requires_grad and p.grad is not None]
         if not present:
             what = "no parameter has a gradient"
@@ -252,12 +256,12 @@ class Perturbation(Displacement):
         blocks = self._blocks_and_norm(gradients, q)
         inverse = 1.0 / self.norm
         usable = torch.isfinite(self.norm) & torch.isfinite(inverse)
-        on_cpu = self.norm.device.type == "cpu"  # elsewhere, to look at a value would stall the device
+        on_cpu = self.norm.device.type == "cpu"  # on other devices, reading a value would stall them
         if self.rho == 0.0 or (on_cpu and not usable):
             return
         rho = -self.rho if self.maximize else self.rho
         ascent = Ascent(rho, q, torch.where(usable, inverse, 0.0), usable)
-        # Backwards, and forwards in _restore: a CPU has in its cache what it touched last.
+        # Go backwards here and forwards in _restore: what a CPU touched last is still in its cache.
         for block, of_block in reversed(blocks):
             self._save(block.weights, block.copies)
             block.move(of_block, ascent)
@@ -268,7 +272,7 @@ class Perturbation(Displacement):
         blocks = self._blocks.with_gradients(
             gradients, self._operator_of, self.eta, self.p, self.normalization, self.normalize_bias
         )
-        # Powers other than squares soon leave the range of float32: take them in units of the largest.
+        # Powers other than squares soon leave the range of float32. Take them in units of the largest number.
         unit = None if q in (1.0, 2.0) else self._norm(blocks, math.inf)
         self.norm = self._norm(blocks, q, unit, [self._names[p] for p in gradients])
         return blocks
@@ -280,9 +284,15 @@ class Perturbation(Displacement):
         unit: Tensor | None = None,
         names: Iterable[str] = (),
     ) -> Tensor:
-        """Return ||T g||_order over all *blocks* and their gradients, those of weights called *names*. *unit*
-        keeps powers of it in range."""
-        # Each process takes part in every sum, also if it has no gradient of a weight of such shards.
+        """Return ||T g||_order over all *blocks*.
+
+        Args:
+            blocks: each with its gradients.
+            order: of the norm.
+            unit: the norm is computed in multiples of it, to keep powers in range.
+            names: of the weights that have a gradient.
+        """
+        # Each process takes part in every sum, even if none of the weights in such shards has a gradient.
         norms: dict[Shards | None, list[Tensor]] = {shards: [] for shards in self._shards}
         for block, of_block in blocks:
             norms.setdefault(block.shards, []).extend(block.norms(of_block, order, unit))
@@ -290,8 +300,10 @@ class Perturbation(Displacement):
         return norm if unit is None else norm * unit
 
     def _over(self, shards: Shards | None, norms: list[Tensor], order: float, names: Iterable[str]) -> Tensor:
-        """Return the norm of *norms*, over all processes of *shards* if there are any. The sum that it takes
-        also tells whether all of these have gradients of the same weights."""
+        """Return the norm of *norms*, over all processes of *shards* if there are any.
+
+        The sum over processes also shows whether all of them have gradients of the same weights.
+        """
         some = local(self.parameters[0])
         if shards is not None and not norms:
             norms = [some.new_zeros((), dtype=torch.promote_types(some.dtype, torch.float32))]
@@ -322,8 +334,11 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def validate(**options: Any) -> None:
-    """Raise ValueError, in one sentence, if one of *options*, called as the arguments of
-    :class:`Perturbation`, is out of the range stated there."""
+    """Check options of :class:`Perturbation`, given by name.
+
+    Raises:
+        ValueError: one is out of its range.
+    """
     for name, value in options.items():
         is_allowed, what_is = _CHECKS[name]
         if not is_allowed(value):

@@ -1,4 +1,4 @@
-"""Random numbers that two passes have in common."""
+"""The same random numbers in two passes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 
 class RandomState:
-    """The random numbers that follow from the moment at which this is made.
+    """A snapshot of the random generators: :meth:`restore` lets the same random numbers follow again.
 
-    It keeps the states of the generators of Python, torch and numpy. It also keeps the seeds of generators
-    that ``numpy.random.default_rng()`` makes afterwards on this thread, until the next RandomState is made:
-    fairseq's wav2vec draws its masks from such fresh generators. :meth:`release` ends that.
+    It saves the states of the generators of Python, torch and numpy. It also records the seeds of generators
+    that ``numpy.random.default_rng()`` makes on this thread, until the next RandomState is made or
+    :meth:`release` is called: fairseq's wav2vec draws its masks from such fresh generators.
     """
 
-    # The one that keeps the seeds now, and numpy's own function, which ours stands for meanwhile.
+    # The object that records seeds now, and numpy's own default_rng, which ours replaces meanwhile.
     _current: RandomState | None = None
     _default_rng: Any = None
 
@@ -26,14 +26,14 @@ class RandomState:
         self._python, self._torch = random.getstate(), torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
         self._numpy = None
-        if "numpy" in sys.modules:  # which torch does without, and so do we
+        if "numpy" in sys.modules:  # torch works without numpy, and so does this package
             self._numpy = sys.modules["numpy"].random.get_state()
         self._thread = threading.get_ident()
         self._seeds: list[int] = []
         self._begin()
 
     def restore(self) -> None:
-        """Go back to that moment: all random numbers follow once more."""
+        """Put all generators back, so that the same random numbers follow again."""
         random.setstate(self._python)
         torch.set_rng_state(self._torch)
         if self._cuda is not None:
@@ -44,7 +44,7 @@ class RandomState:
 
     @classmethod
     def release(cls) -> None:
-        """Let ``numpy.random.default_rng()`` be numpy's own again."""
+        """Give numpy its own ``default_rng()`` back."""
         cls._current = None
         if "numpy" in sys.modules and sys.modules["numpy"].random.default_rng is _default_rng:
             sys.modules["numpy"].random.default_rng = cls._default_rng
@@ -66,7 +66,7 @@ class RandomState:
 
 def _default_rng(seed: Any = None) -> Any:
     current = RandomState._current
-    # Threads that load data draw in an order of their own.
+    # Leave other threads alone: those that load data draw at any time.
     if seed is None and current is not None and threading.get_ident() == current._thread:
         seed = current._seed()
     return RandomState._default_rng(seed)

@@ -7,18 +7,20 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-#: ``all``; ``normalization-layers``, the gains and biases of layer, batch and other normalizations alone
-#: (SAM-ON, Mueller et al., arXiv 2306.04226, found this better than all on images);
-#: ``all-but-embeddings``.
+#: The selections. ``normalization-layers`` are the gains and biases of layer, batch and other normalizations
+#: (SAM-ON, Mueller et al., arXiv 2306.04226, finds them better than all weights on images).
 SELECTIONS = ("all", "normalization-layers", "all-but-embeddings")
 
 
 def selected_parameters(module: nn.Module, selection: str = "all") -> Iterator[tuple[str, Tensor]]:
-    """Yield name and parameter of those parameters of *module* that *selection*, one of
-    :data:`SELECTIONS`, names.
+    """Yield name and parameter of the selected parameters of *module*.
 
-    A normalization layer is a module whose class, or a class that it extends, is called so (LayerNorm,
-    BatchNorm2d, RMSNorm ...). A parameter shared with an embedding is an embedding.
+    A normalization layer is a module whose class, or a class that it extends, has such a name: LayerNorm,
+    BatchNorm2d, RMSNorm. A parameter shared with an embedding counts as one.
+
+    Args:
+        module: has the parameters.
+        selection: one of :data:`SELECTIONS`.
 
     Raises:
         ValueError: *selection* is not one of :data:`SELECTIONS`.

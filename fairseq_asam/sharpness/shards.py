@@ -1,8 +1,7 @@
-"""Weights in shards (``DTensor``, as of ``fully_shard`` and tensor parallelism): the local part of each, and
-sums over all parts.
+"""Weights in shards (``DTensor``, as with ``fully_shard`` and tensor parallelism).
 
-A process perturbs its own part of a weight. What it needs of the others are sums: of the powers of T g for
-the norm, and of squared weights for an operator that takes norms across shards.
+Each process perturbs its own part of a weight. From the other processes it only needs sums: of the powers of
+T g for the norm, and of squared weights for an operator that takes norms across shards.
 """
 
 from __future__ import annotations
@@ -23,7 +22,12 @@ if TYPE_CHECKING:
 
 
 class Shards(NamedTuple):
-    """The processes that share out a weight: those along *dims* of the device *mesh*."""
+    """The processes that share a weight, each with a part of it.
+
+    Attributes:
+        mesh: the device mesh.
+        dims: the dimensions of the mesh along which the processes are.
+    """
 
     mesh: Any
     dims: tuple[int, ...]
@@ -53,19 +57,24 @@ class Shards(NamedTuple):
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Return whether *tensor* is a ``DTensor``, one part of which this process has."""
-    # By name, since to import the class takes seconds, and older versions of torch keep it elsewhere.
+    """Return whether *tensor* is a ``DTensor``, of which this process has one part."""
+    # Look for its name: importing the class takes seconds, and older versions of torch keep it elsewhere.
     kind = type(tensor)
     return kind not in (Tensor, nn.Parameter) and any(base.__name__ == "DTensor" for base in kind.__mro__)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this process's part of *tensor*, in the same memory; a tensor that is whole, as it is."""
+    """Return this process's part of *tensor*, in the same memory. A whole tensor is returned as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def shards_of(weight: Tensor, tensor_dims: Iterable[int] | None = None) -> Shards | None:
-    """Return who shares out *weight*, along *tensor_dims* if given; ``None`` if nobody does."""
+    """Return the processes that share *weight*; ``None`` if this process has all of it.
+
+    Args:
+        weight: the weight.
+        tensor_dims: only count processes that share along these dimensions of the weight.
+    """
     if not is_sharded(weight):
         return None
     along = [getattr(placement, "dim", None) for placement in weight.placements]  # replicas have none
@@ -78,7 +87,7 @@ def local_gradient(weight: Tensor, name: str) -> Tensor:
     """Return this process's part of the gradient of *weight*.
 
     Raises:
-        ValueError: the gradient is whole and the weight is not, or the other way round.
+        ValueError: the gradient is whole and the weight in shards, or the other way round.
     """
     gradient = weight.grad
     if is_sharded(weight) != is_sharded(gradient):
@@ -93,8 +102,13 @@ def local_gradient(weight: Tensor, name: str) -> Tensor:
 
 
 def norm_over(shards: Shards | None, norms: list[Tensor], order: float) -> Tensor:
-    """Return the norm of vectors one after another, from the norms of each on this process; with *shards*,
-    over all of its processes."""
+    """Return the norm of several vectors together.
+
+    Args:
+        shards: the processes that share the vectors; ``None`` if this process has all of them.
+        norms: the norm of this process's part of each.
+        order: of the norm.
+    """
     norm = norms[0]
     if len(norms) > 1:
         norm = torch.linalg.vector_norm(torch.stack([each.to(norm) for each in norms]), order)
@@ -106,13 +120,13 @@ def norm_over(shards: Shards | None, norms: list[Tensor], order: float) -> Tenso
 
 
 def diagonals_over_shards(operators: dict[Tensor, NormalizationOperator], eta: float) -> dict[Tensor, Tensor]:
-    """Return the diagonal of T for the weights whose norms are over several processes.
+    """Return the diagonal of T for the weights whose T is a norm over several processes.
 
-    Every process of these is to call this for the same weights, also if its own part is empty. There is one
-    reduction for all weights that are shared out alike.
+    All these processes must call this for the same weights, even if their own part is empty. There is one
+    reduction for all weights that are shared alike.
 
     Args:
-        operators: the operator of each weight; those of whole weights do not matter.
+        operators: the operator of each weight. Whole weights are left out.
         eta: stability term.
     """
     groups: dict[Shards, list[Tensor]] = {}
@@ -134,8 +148,10 @@ def diagonals_over_shards(operators: dict[Tensor, NormalizationOperator], eta: f
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:
-    """Free the whole weights that ``fully_shard`` keeps beside the shards, where it has gathered them: they
-    are not what the shards are now."""
+    """Free the whole weights that ``fully_shard`` has gathered.
+
+    It would use them in the next pass, although the shards have changed.
+    """
     module = sys.modules.get("torch.distributed.fsdp")
     for each in modules if hasattr(module, "FSDPModule") else ():
         if isinstance(each, module.FSDPModule):
@@ -145,8 +161,8 @@ def reshard(modules: Iterable[nn.Module]) -> None:
 class Agreement:
     """Checks that all processes have gradients of the same weights.
 
-    They would otherwise add up norms of different weights. What each has goes along with the sum that is
-    taken anyway.
+    Otherwise they would add up norms of different weights. The check costs no message of its own: each
+    process adds a fingerprint to the sum of the norms.
     """
 
     def __init__(self):
@@ -155,7 +171,7 @@ class Agreement:
         self._look = True
 
     def fingerprint(self, present: list[str], device: torch.device) -> Tensor:
-        """Return two numbers that tell of the names *present*, to be summed over processes."""
+        """Return two numbers that identify the names *present*, to be summed over processes."""
         self._look = present != self._present or device.type == "cpu"
         if present != self._present or self._fingerprint is None or self._fingerprint.device != device:
             number = hash_of(present)
@@ -164,15 +180,22 @@ class Agreement:
         return self._fingerprint
 
     def check(self, total: Tensor, processes: int) -> None:
-        """Check the sum of the two numbers. Only looks where that does not stall the device: on a CPU, and
-        when this process's weights with a gradient changed since the last update.
+        """Check the sum of the two numbers over all processes.
+
+        Reading it stalls an accelerator. There it is only read after this process has got gradients of other
+        weights than before.
+
+        Args:
+            total: the sum.
+            processes: how many there are.
 
         Raises:
-            RuntimeError: some process has gradients of other weights.
+            RuntimeError: the processes have gradients of different weights.
         """
         if not self._look:
             return
         first, second = total.tolist()
+        # n sum x_i^2 = (sum x_i)^2 only if all x_i are the same.
         if processes * second != first**2:
             raise RuntimeError(
                 "the processes that share out the weights have gradients of different weights "
@@ -181,8 +204,10 @@ class Agreement:
 
 
 def hash_of(names: list[str]) -> int:
-    """Return a number below 2^16 for *names*, the same on every process: the sum of its square over many
-    processes is exact in float64."""
+    """Return a number below 2^16 for *names*, the same on every process.
+
+    It is so small that the sum of its square over many processes is exact in float64.
+    """
     number = 1
     for character in "\n".join(names).encode():
         number = (number * 31 + character) % 65521

@@ -18,7 +18,7 @@ Evaluate = Callable[[], Any]
 
 
 class TwoPasses:
-    """Makes the passes of an update; afterwards ``.grad`` holds the gradient at w + epsilon::
+    """Makes both passes of an update. Afterwards ``.grad`` holds the gradient at w + epsilon::
 
         two_passes = TwoPasses(Perturbation(model.named_parameters(), rho=0.5), [model])
 
@@ -31,31 +31,31 @@ class TwoPasses:
         optimizer.step()
         optimizer.zero_grad()
 
-    Algorithm 1 maximizes and then descends one function, L_B. Hence both passes see the same:
+    Algorithm 1 maximizes and then descends one function, L_B. Hence both passes have the same
 
-    - random numbers: the same dropout masks, among others;
-    - state of the model: both start from the buffers of before. Afterwards the buffers are those that the
-      pass at w left, so that the statistics of batch normalization are those of w.
+    - random numbers, and so the same dropout masks;
+    - buffers to start from. Afterwards the buffers are those that the pass at w left, so the statistics of
+      batch normalization are those of w.
 
-    Gradients that were there before, as of earlier micro-batches, are set aside meanwhile, and the gradient
-    at w + epsilon is added to them. If a pass raises, weights and buffers are what they were at w.
+    Gradients from before, as of earlier micro-batches, are set aside during the update, and the gradient at
+    w + epsilon is added to them. If a pass raises, weights and buffers are what they were at w.
 
     For one epsilon over several micro-batches (gradient accumulation), call :meth:`at_w` for each and then
-    :meth:`at_w_plus_epsilon` once. For an epsilon of each (m-sharpness), call this object for each.
+    :meth:`at_w_plus_epsilon` once. For one epsilon per micro-batch (m-sharpness), call this object for each.
 
     Args:
         perturbation: of the weights.
-        modules: whose buffers and gradients are taken care of. By default the buffers are those of every
-            module that runs in the pass at w, and the gradients those of *parameters* and of the weights of
+        modules: the modules whose buffers and gradients it saves and restores. By default it saves the
+            buffers of every module that runs at w, and the gradients of *parameters* and of the weights of
             *perturbation*.
-        parameters: others that get a gradient.
-        fresh_masks: let the second pass draw random numbers of its own.
+        parameters: further parameters that get a gradient.
+        fresh_masks: let the pass at w + epsilon draw random numbers of its own.
         buffers_of_both: let both passes change the buffers, as the code of the paper's authors does.
 
     Attributes:
-        parameters: all whose gradients are taken care of.
-        sharpness: L(w + epsilon) - L(w) of the last update, a tensor without dimensions or a float. Losses
-            of several micro-batches are added up. ``None`` before the first update.
+        parameters: all parameters whose gradients are saved and restored.
+        sharpness: L(w + epsilon) - L(w) of the last update, a scalar tensor or a float. Losses of several
+            micro-batches are added up. ``None`` before the first update.
 
     Raises:
         ValueError: the modules have weights in shards, and *perturbation* has others than these.
@@ -88,8 +88,10 @@ class TwoPasses:
         self.reset()
 
     def __call__(self, evaluate: Evaluate, again: Evaluate | None = None) -> Any:
-        """Make both passes over one batch; return what the pass at w did. Takes and raises what
-        :meth:`at_w` does."""
+        """Make both passes over one batch, and return what the pass at w returned.
+
+        Arguments and exceptions are those of :meth:`at_w` and :meth:`at_w_plus_epsilon`.
+        """
         at_w = self.at_w(evaluate, again)
         self.at_w_plus_epsilon()
         return at_w
@@ -99,7 +101,7 @@ class TwoPasses:
 
         Args:
             evaluate: runs forward and backward, and returns the loss or a tuple that begins with it.
-            again: what runs at w + epsilon; *evaluate* by default.
+            again: the same at w + epsilon; *evaluate* by default.
 
         Raises:
             TypeError: *evaluate* returned no loss.
@@ -120,7 +122,7 @@ class TwoPasses:
         return result
 
     def at_w_plus_epsilon(self) -> list[Any]:
-        """Make the pass at w + epsilon for each pass at w since the last call, and return what each returned.
+        """Make a pass at w + epsilon for each pass at w since the last call, and return what each returned.
 
         Raises:
             TypeError: a pass returned no loss.
@@ -150,15 +152,15 @@ class TwoPasses:
         return results
 
     def marked(self, loss: Tensor) -> Tensor:
-        """Return *loss*, as NaN in the pass at w + epsilon if the gradient at w is not finite.
+        """Return *loss*, but NaN in the pass at w + epsilon if the gradient at w is not finite.
 
-        There is no epsilon then. Trainers and gradient scalers that look for gradients that are not finite
-        skip the update. Call it on the loss before ``backward()``.
+        There is no epsilon then, and a NaN in the gradient makes trainers and gradient scalers skip the
+        update. Call it before ``backward()``.
         """
         return loss * (1.0 + 0.0 * self.perturbation.norm).to(loss) if self._perturbed else loss
 
     def reset(self) -> None:
-        """Forget the passes at w that no pass at w + epsilon has followed."""
+        """Forget the passes at w whose pass at w + epsilon has not been made."""
         self._passes, self._earlier, self._before = [], [], None
         self._perturbed = False
         RandomState.release()
@@ -169,13 +171,14 @@ class TwoPasses:
 
 
 class _Pass(NamedTuple):
-    """A pass to make at w + epsilon, and what is known of the one at w."""
+    """A pass to make at w + epsilon, with the random state and the loss of its pass at w."""
 
     evaluate: Evaluate
     random_state: RandomState | None
     loss: Tensor | float
 
     def repeat(self) -> Any:
+        """Make the pass, with the random numbers of the one at w."""
         if self.random_state is not None:
             self.random_state.restore()
         return self.evaluate()

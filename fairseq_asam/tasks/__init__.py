@@ -1,4 +1,8 @@
-"""What fairseq imports of a ``--user-dir``. A program of your own imports it by name."""
+"""fairseq_asam as a fairseq plugin: importing this package changes fairseq and registers the optimizers.
+
+fairseq imports the folder ``tasks`` of a ``--user-dir``, so the name is not ours to choose. A program of your
+own, or a second ``--user-dir``, imports ``fairseq_asam.tasks``.
+"""
 
 from . import checkpoints, hooks
 

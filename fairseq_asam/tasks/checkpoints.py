@@ -1,4 +1,4 @@
-"""Lets fairseq load its own checkpoints with newer torch, and go on from them as if never stopped."""
+"""Lets fairseq load its own checkpoints with newer torch, and resume runs exactly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fairseq.file_io import PathManager
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 from fairseq.tasks import FairseqTask
 
-from .sharpness_aware import SharpnessAwareTask
+from .train_step import SharpnessAwareTask
 
 
 def _of_numpy_1(function):
@@ -28,9 +28,9 @@ def _of_numpy_1(function):
     return renamed
 
 
-# torch >= 2.6 loads nothing but tensors and types known to be safe. A fairseq checkpoint holds its arguments
-# as a Namespace, numpy scalars and arrays where a meter made some (those of --eval-bleu are arrays), and the
-# dictionaries of tasks of speech and of HuBERT. None of these runs code of its own when it is loaded.
+# torch >= 2.6 loads only tensors and types that are named safe. A fairseq checkpoint also holds its arguments
+# as a Namespace, numpy scalars and arrays that meters made (those of --eval-bleu are arrays), and the
+# dictionaries of HuBERT and of speech tasks. None of these runs code of its own when it is loaded.
 _multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
 _DTYPES = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
 SAFE_TYPES = [
@@ -38,7 +38,7 @@ SAFE_TYPES = [
     Dictionary,
     _multiarray.scalar,
     _multiarray._reconstruct,
-    # numpy 2 has another name for them than the checkpoints that were saved with numpy 1
+    # Checkpoints saved with numpy 1 name these two by another module than numpy 2 does.
     _of_numpy_1(_multiarray.scalar),
     _of_numpy_1(_multiarray._reconstruct),
     np.ndarray,
@@ -51,9 +51,9 @@ if hasattr(torch.serialization, "add_safe_globals"):
 
 
 def _resume_with_the_same_batches(get_batch_iterator):
-    # fairseq makes its batches once, seeded with the number of the epoch in which it does, and reuses
-    # them in later epochs. A run resumed in epoch 5 would train on other batches than one that began
-    # with epoch 1. With a plain optimizer it stays so, as in a fairseq without this plugin.
+    # fairseq makes its batches once, seeded with the number of that epoch, and reuses them in later epochs.
+    # So a run resumed in epoch 5 trains on other batches than one that began with epoch 1. Change that for
+    # our optimizers only: the plugin leaves runs with others alone.
     @functools.wraps(get_batch_iterator)
     def from_first_epoch(self, dataset, *args, epoch=1, disable_iterator_cache=False, **kwargs):
         reused = (
@@ -73,8 +73,8 @@ def _resume_with_the_same_batches(get_batch_iterator):
 
 
 def _copy_at_once(copy):
-    # fairseq writes the first of its checkpoint files at once or not at all, but copies it to the others
-    # byte by byte: killed meanwhile, it would leave a checkpoint_last.pt that cannot be loaded.
+    # fairseq renames its first checkpoint file into place, but copies it to the others byte by byte. Killed
+    # during a copy, it would leave a checkpoint_last.pt that cannot be loaded.
     @functools.wraps(copy)
     def copy_at_once(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
         if not overwrite or not PathManager.supports_rename(dst_path):
@@ -87,8 +87,8 @@ def _copy_at_once(copy):
 
 
 def _save_from_the_start(obj: Any, f: IO[bytes]) -> None:
-    # fairseq tries to save three times, but goes on in the file where the last attempt broke off: a disk
-    # that was full for a moment would leave a checkpoint that cannot be loaded.
+    # fairseq tries to save three times, but each attempt writes on where the last one broke off. If the disk
+    # was full for a moment, the checkpoint could not be loaded.
     for pause in (2.5, 2.5, None):
         if f.seekable():
             f.seek(0)
@@ -102,16 +102,16 @@ def _save_from_the_start(obj: Any, f: IO[bytes]) -> None:
 
 
 def _broadcast_object(obj: Any, src_rank: int, group: Any, dist_device: torch.device) -> Any:
-    # With several workers, the first one loads the checkpoint and sends it to the others. fairseq has these
-    # unpack it with torch.load, which from torch 2.6 on refuses the configuration in it.
+    # With several workers, the first one loads the checkpoint and sends it to the others. In fairseq they
+    # read it with torch.load, which since torch 2.6 refuses the configuration in it.
     objects = [obj]
     torch.distributed.broadcast_object_list(objects, src_rank, group, dist_device)
     return objects[0]
 
 
 def _without_fast_path(init):
-    # The fast path for inference calls a private function of torch, and torch 2 refuses padding there. This
-    # sets an attribute, since TorchScript could not compile a property.
+    # The fast path for inference calls a private function of torch, which refuses padding since torch 2. Set
+    # an attribute: TorchScript could not compile a property.
     @functools.wraps(init)
     def init_without_fast_path(self, *args, **kwargs):
         init(self, *args, **kwargs)

@@ -8,26 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: What logging outputs count, rather than sum over sentences.
+#: Logging outputs that are counts, not sums of losses.
 COUNTS = ("ntokens", "nsentences", "sample_size")
 
-# Fields with a column for each token or frame of the source, of the target, and of neither.
+# Fields with a column for each token or frame of the source or of the target, and fields with other columns.
 SOURCE = {"src_tokens", "durations", "pitches", "energies"}
 TARGET = {"target", "prev_output_tokens"}
 NEITHER = {"speaker", "tgt_speaker"}
 
 
 def random_part(sample: dict[str, Any], fraction: float, padding: int | None) -> dict[str, Any]:
-    """Return a batch of round(*fraction* n) of the n sentences of *sample*, at least one, in their order.
+    """Return a batch of some random sentences of *sample*, in their order.
 
-    They are drawn with torch's generator, which fairseq seeds with the number of the update. Every tensor
-    must have a row for each sentence; lists of n are taken to hold an item for each. The part is as narrow
-    as its longest source and target, and its ``ntokens`` are counted again: it is the batch that the
-    dataset would have made of these sentences. A batch that consists of batches, as those of multilingual
-    tasks do, gets a part of each.
+    It is the batch that the dataset would have made of these sentences: padded to the longest of them, with
+    its own ``ntokens``. Every tensor must have a row for each of the n sentences, and a list of length n
+    counts as a list with an item for each. If the batch consists of batches, as in multilingual tasks, a part
+    of each is drawn. Torch's generator draws, which fairseq seeds with the number of the update.
+
+    Args:
+        sample: the batch.
+        fraction: of the sentences; round(fraction n) are drawn, at least one.
+        padding: index of the padding symbol, if there is one.
 
     Raises:
-        SystemExit: the batch is of a form in which sentences cannot be told apart; in one sentence.
+        SystemExit: the sentences of the batch cannot be told apart.
     """
     if "nsentences" not in sample:
         batches = {k: v for k, v in sample.items() if isinstance(v, dict) and "nsentences" in v}
@@ -48,8 +52,13 @@ def random_part(sample: dict[str, Any], fraction: float, padding: int | None) ->
 
 
 def extrapolate_(part: dict[str, Any], whole: dict[str, Any], scale: float) -> None:
-    """Scale the sums in *part*, the logging outputs of a part of a batch, in place to what is expected of the
-    whole batch, whose counts are taken from *whole*."""
+    """Extrapolate the logging outputs of a part of a batch to the whole batch, in place.
+
+    Args:
+        part: the logging outputs to change: its sums are scaled, its counts replaced.
+        whole: logging outputs of the whole batch, which has the counts.
+        scale: the factor for sums.
+    """
     for key, value in part.items():
         if key in COUNTS:
             part[key] = whole.get(key, value)
@@ -79,8 +88,10 @@ def _has_rows(value: Any, n: int) -> bool:
 
 
 def _fit_(part: dict[str, Any], whole: dict[str, Any], n: int, rows: Tensor, padding: int | None) -> None:
-    """Narrow the fields of *part*, *rows* of the *n* of *whole*, in place and count its tokens; likewise in
-    the targets of further tasks that it may hold."""
+    """Cut needless padding from *part* and count its tokens, in place.
+
+    *part* has the *rows* of the *n* in *whole*. It may hold targets of further tasks, treated alike.
+    """
     for key, value in part.items():
         if isinstance(value, dict) and key != "net_input":
             _fit_(value, whole[key], n, rows, padding)
@@ -113,10 +124,19 @@ def _narrow_(
     fields: set[str],
     padded: Any,
 ) -> None:
-    """Cut the *fields* of *part* in place to the longest of its *rows*, from the end at which *padded* has
-    its padding, if all of them are as wide in *whole* as the longest there.
+    """Cut *fields* of *part* to the length of its longest row, in place.
 
-    Nothing is cut if another field, which might belong to them, is as wide."""
+    Nothing is cut unless all of them are as wide in *whole* as its longest row, nor if an unknown field is
+    just as wide: it might belong to them.
+
+    Args:
+        part: the batch to change.
+        whole: the batch from which it has *rows*.
+        lengths: of all rows of *whole*.
+        rows: numbers of the rows of *part*.
+        fields: names of what has a column for each token or frame.
+        padded: a tensor of *whole* that shows at which end the padding is.
+    """
     width, longest = int(lengths.max()), int(lengths[rows.to(lengths.device)].max())
     start = _start_of_longest(padded, lengths, longest)
     if longest == width or start is None:
@@ -136,8 +156,13 @@ def _narrow_(
 
 
 def _start_of_longest(padded: Any, lengths: Tensor, longest: int) -> int | None:
-    """Return the first column of *padded*, which has rows of these *lengths*, that rows up to *longest* need,
-    or None if there is no telling."""
+    """Return the first column that rows of at most *longest* tokens need; ``None`` if that is unclear.
+
+    Args:
+        padded: a tensor with padding at one end of its rows.
+        lengths: of its rows.
+        longest: the length to keep.
+    """
     if not isinstance(padded, Tensor) or padded.dim() < 2:
         return None
     if padded.dim() > 2 or padded.is_floating_point():  # speech

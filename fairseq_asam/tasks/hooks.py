@@ -1,4 +1,4 @@
-"""Where the plugin meets fairseq: what it puts in place of fairseq's own when it is imported."""
+"""Replaces functions of fairseq when it is imported: refusals at start-up, updates, --help."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from fairseq.optim import OPTIMIZER_REGISTRY
 from fairseq.trainer import Trainer
 from omegaconf import DictConfig
 
-from fairseq_asam.optim import OPTIMIZERS, sharpness_aware_optimizer, validate_config
+from fairseq_asam.optim import SHARPNESS_AWARE, sharpness_aware_optimizer, validate_config
 
-from .sharpness_aware import SharpnessAwareTask, with_sharpness_awareness
+from .train_step import SharpnessAwareTask, with_sharpness_awareness
 
 
 def check_configuration(cfg: Any) -> None:
-    """Raise ValueError, in one sentence, if *cfg*, a whole fairseq configuration, asks a sharpness-aware
-    optimizer for something that it cannot do, or names data that are not there."""
+    """Check a whole fairseq configuration whose optimizer is sharpness-aware.
+
+    Raises:
+        ValueError: it asks for something that the optimizer cannot do, or names data that do not exist.
+    """
     validate_config(cfg.optimizer)
-    data = getattr(cfg.task, "data", None)  # some tasks have no such option, and some can do without
+    data = getattr(cfg.task, "data", None)  # some tasks have no such option, and some need no data
     for path in utils.split_paths(data or ""):
         if path and not PathManager.exists(path):
             raise ValueError(f"there is no data in {path}: name the data of --task {cfg.task._name}")
@@ -97,7 +100,7 @@ def check_configuration(cfg: Any) -> None:
 
 
 def _quantization_noise(model: Any) -> float:
-    """The value of ``--quant-noise-pq``, which has another place in structured configurations."""
+    """Return the value of ``--quant-noise-pq``. Structured configurations have it in another place."""
     pq = getattr(model, "quant_noise_pq", None) or getattr(getattr(model, "quant_noise", None), "pq", None)
     return pq or 0.0
 
@@ -113,7 +116,7 @@ def _refusals_as_a_sentence() -> Iterator[None]:
 def _checked_setup_task(setup_task):
     @functools.wraps(setup_task)
     def checked(cfg, **kwargs):
-        # The configuration of a checkpoint has been trained with, perhaps on data that are not here.
+        # Do not check the configuration of a checkpoint: its data may be on another machine.
         whole = None if kwargs.get("from_checkpoint") else _sharpness_aware_configuration(cfg)
         if whole is not None:
             with _refusals_as_a_sentence():
@@ -124,12 +127,12 @@ def _checked_setup_task(setup_task):
 
 
 def _sharpness_aware_configuration(task: Any) -> Any:
-    """The whole configuration of which *task* is a part, or ``None`` if its optimizer is none of ours."""
+    """Return the whole configuration that *task* belongs to; ``None`` if its optimizer is not one of ours."""
     if isinstance(task, Namespace):
-        ours = getattr(task, "optimizer", None) in OPTIMIZERS
+        ours = getattr(task, "optimizer", None) in SHARPNESS_AWARE
         return convert_namespace_to_omegaconf(task) if ours else None
     whole = task._get_root() if isinstance(task, DictConfig) else None
-    return whole if getattr(getattr(whole, "optimizer", None), "_name", None) in OPTIMIZERS else None
+    return whole if getattr(getattr(whole, "optimizer", None), "_name", None) in SHARPNESS_AWARE else None
 
 
 def _make_task_sharpness_aware(trainer: Trainer) -> None:
@@ -138,10 +141,10 @@ def _make_task_sharpness_aware(trainer: Trainer) -> None:
 
 
 def _sharpness_aware_get_train_iterator(get_train_iterator):
-    # The task is to know before it makes its batches.
+    # Change the task before it makes its batches: see checkpoints.py.
     @functools.wraps(get_train_iterator)
     def sharpness_aware_get_train_iterator(self, *args, **kwargs):
-        if self.cfg.optimizer._name in OPTIMIZERS:
+        if self.cfg.optimizer._name in SHARPNESS_AWARE:
             _make_task_sharpness_aware(self)
         return get_train_iterator(self, *args, **kwargs)
 
@@ -155,9 +158,9 @@ def _sharpness_aware_train_step(train_step):
         if asam is not None:
             _make_task_sharpness_aware(self)
             with _refusals_as_a_sentence():
-                asam.two_passes(self.model, self.criterion, self.optimizer)
-            asam.begin_update(self.get_num_updates())
-            self.task.begin_update(len(samples))
+                asam.begin_update(
+                    self.model, self.criterion, self.optimizer, self.get_num_updates(), len(samples)
+                )
         return train_step(self, samples, raise_oom)
 
     return sharpness_aware_train_step
@@ -173,12 +176,12 @@ def _no_sync_until_left(self: LegacyDistributedDataParallel) -> Iterator[None]:
 
 
 def _with_help_for_optimizers(parse_args_and_arch):
-    # fairseq answers --help before it has added the options of the optimizer.
+    # fairseq answers --help before it adds the options of the optimizer, so add them first.
     @functools.wraps(parse_args_and_arch)
     def with_help(parser, input_args=None, **kwargs):
         arguments = sys.argv[1:] if input_args is None else input_args
         if {"-h", "--help"} & set(arguments):
-            for name in OPTIMIZERS:
+            for name in SHARPNESS_AWARE:
                 if name in arguments:
                     OPTIMIZER_REGISTRY[name].add_args(parser.add_argument_group(f"--optimizer {name}"))
         return parse_args_and_arch(parser, input_args, **kwargs)
@@ -188,9 +191,9 @@ def _with_help_for_optimizers(parse_args_and_arch):
 
 tasks.setup_task = _checked_setup_task(tasks.setup_task)
 options.parse_args_and_arch = _with_help_for_optimizers(options.parse_args_and_arch)
-# fairseq has too many tasks, too many of which name their own class, for a registry of subclasses to
-# reach them all. The Trainer meets every one.
+# Change tasks in the Trainer, which meets every one. Subclasses made in advance would not reach them all:
+# many tasks name their own class.
 Trainer.get_train_iterator = _sharpness_aware_get_train_iterator(Trainer.get_train_iterator)
 Trainer.train_step = _sharpness_aware_train_step(Trainer.train_step)
-# fairseq's own stays in force after an exception, such as running out of memory.
+# fairseq's own no_sync stays in force after an exception, such as running out of memory.
 LegacyDistributedDataParallel.no_sync = _no_sync_until_left

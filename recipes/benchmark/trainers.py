@@ -23,7 +23,7 @@ from fairseq.data import Dictionary, indexed_dataset
 from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 
-from fairseq_asam.optim import OPTIMIZERS
+from fairseq_asam.optim import SHARPNESS_AWARE
 
 LONGEST_SENTENCE = 100  # tokens
 BATCHES = 40  # that a corpus makes
@@ -131,7 +131,7 @@ def configuration(
 
 def passes(cfg: Any) -> float:
     """Return how many forward and backward passes an update of *cfg* costs, on average."""
-    if cfg.optimizer._name not in OPTIMIZERS:
+    if cfg.optimizer._name not in SHARPNESS_AWARE:
         return 1.0
     return 1.0 + cfg.optimizer.ascent_fraction / cfg.optimizer.ascent_interval
 

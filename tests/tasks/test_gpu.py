@@ -8,7 +8,7 @@ import torch
 from fairseq_cli.train import cli_main
 from torch import nn
 
-import fairseq_asam.optim.sharpness_aware as plugin
+import fairseq_asam.optim.optimizers as plugin
 from fairseq_asam import NORMALIZATIONS, Perturbation
 from tests.commands import checkpoint, recipe
 from tests.training import configuration, mean_sharpness, trainer_and_batches

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-import fairseq_asam.optim.sharpness_aware as plugin
+import fairseq_asam.optim.optimizers as plugin
 from tests.training import configuration, mean_sharpness, trainer_and_batches
 
 # With a million weights, |epsilon_i| is typically rho / 1000 of |w_i|: below half a unit in the last place

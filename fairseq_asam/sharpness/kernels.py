@@ -1,6 +1,6 @@
 """The arithmetic of a perturbation, in blocks of weights, and the memory that it keeps between steps.
 
-tests/sharpness/reference.py has the same mathematics in 15 lines, to which these blocks are held.
+``tests/sharpness/plain_epsilon.py`` has the same mathematics in 15 lines, and tests compare the two.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from .normalization import NormalizationOperator, strung
 from .shards import Shards, diagonals_over_shards, is_sharded, local, shards_of
 
-# Elements that are processed together. On a CPU a block and its temporaries should stay in the cache; on an
-# accelerator the number of launches counts, and this bounds the temporary memory.
+# Elements of a block. A CPU is fast while a block and its temporaries stay in its cache. An accelerator is
+# fast with few launches; there the limit bounds the temporary memory.
 _CPU_BLOCK = 2**19
 _ACCELERATOR_BLOCK = 2**24
 # A CPU takes about as long to start an operation as to run it on this many elements.
@@ -26,13 +26,13 @@ _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 class Ascent(NamedTuple):
-    """What epsilon depends on beside T and g.
+    """What epsilon depends on beside T and g, the same for all blocks.
 
     Attributes:
         rho: radius of the region, negative to go down.
         q: order of the norm of T g.
-        inverse: 1 / ||T g||_q, a tensor without dimensions; 0 where the norm is zero or not finite.
-        usable: whether there is an epsilon, a tensor without dimensions.
+        inverse: 1 / ||T g||_q, a scalar tensor; 0 if the norm is zero or not finite.
+        usable: whether the norm is neither zero nor infinite nor NaN, a scalar tensor.
     """
 
     rho: float
@@ -42,10 +42,11 @@ class Ascent(NamedTuple):
 
 
 class Block:
-    """Weights, or flat slices of them, that are processed together: of one device, dtype and operator, and
-    shared out in the same way.
+    """Weights, or flat slices of them, that are processed together.
 
-    Holds the backup copy of each, its float32 master if it has one, and its index among all slices."""
+    They have the same device, dtype, operator and shards. The block holds the backup copy of each, its
+    float32 master if it has one, and its index among all slices.
+    """
 
     def __init__(
         self, operator: NormalizationOperator, eta: float, dtype: torch.dtype, shards: Shards | None = None
@@ -56,11 +57,12 @@ class Block:
         self.weights: list[Tensor] = []
         self.copies: list[Tensor] = []
         self.masters: list[Tensor] = []
-        #: The diagonals, where it takes other processes to compute them.
+        # Set from outside if the diagonals depend on other processes.
         self.diagonals: list[Tensor] | None = None
         self.size = 0
 
     def append(self, number: int, weight: Tensor, copy: Tensor, *master: Tensor) -> None:
+        """Add the slice with this *number*: a part of a weight, of its copy and of its master, if any."""
         self.numbers.append(number)
         self.weights.append(weight)
         self.copies.append(copy)
@@ -68,7 +70,13 @@ class Block:
         self.size += weight.numel()
 
     def norms(self, gradients: list[Tensor], order: float, unit: Tensor | None) -> list[Tensor]:
-        """Return norms whose norm is ||T g||_order over the block; with *unit*, in multiples of it."""
+        """Return norms whose common norm is ||T g||_order of the block.
+
+        Args:
+            gradients: of each slice.
+            order: of the norm.
+            unit: if given, the norms are in multiples of it, so that powers stay in the range of float32.
+        """
         normalized = self._normalized(gradients, self._diagonals())
         if unit is not None:
             divisor = torch.where(unit > 0, unit, 1.0).to(normalized[0].device)
@@ -76,7 +84,7 @@ class Block:
         return list(torch._foreach_norm(normalized, order))
 
     def move(self, gradients: list[Tensor], ascent: Ascent) -> None:
-        """Add epsilon to the weights, which have been copied before."""
+        """Add epsilon to the weights. Their copies hold w already."""
         diagonals = self._diagonals()
         normalized = self._normalized(gradients, diagonals)
         epsilon = torch._foreach_mul(normalized, ascent.inverse.to(normalized[0].device))
@@ -85,7 +93,7 @@ class Block:
         if ascent.usable.device.type != "cpu":
             bits = [e.view(_BITS[e.dtype]) for e in epsilon]
             torch._foreach_mul_(bits, ascent.usable.to(bits[0]))
-        if ascent.q == 1.0:
+        if ascent.q == 1.0:  # |T g|^0 = 1; epsilon holds T g / ||T g||, or 0
             torch._foreach_sign_(epsilon)
         elif ascent.q != 2.0:
             powers = torch._foreach_pow(torch._foreach_abs(epsilon), ascent.q - 1.0)
@@ -93,35 +101,41 @@ class Block:
         if diagonals is not None:
             torch._foreach_mul_(epsilon, diagonals)
         if self.masters:
+            # Add in float32 and round once: most of epsilon is below the resolution of half precision.
             torch._foreach_mul_(epsilon, ascent.rho)
             torch._foreach_copy_(self.weights, torch._foreach_add(self.masters, epsilon))
         else:
             torch._foreach_add_(self.weights, epsilon, alpha=ascent.rho)
 
     def _diagonals(self) -> list[Tensor] | None:
-        """Return the diagonal of T for each weight, in at least float32; ``None`` where T = 1."""
+        """Return the diagonal of T for each slice, in at least float32; ``None`` if T = 1."""
         if self.diagonals is not None:
             return self.diagonals
         weights = [weight.to(self.working_dtype) for weight in self.masters or self.weights]
         return self.operator.diagonal(weights, self.eta)
 
     def _normalized(self, gradients: list[Tensor], diagonals: list[Tensor] | None) -> list[Tensor]:
-        """Return T g, in at least float32; g itself where *diagonals*, those of T, are ``None``."""
+        """Return T g, in at least float32; g itself if T = 1, when *diagonals* is ``None``."""
         gradients = [gradient.to(self.working_dtype) for gradient in gradients]
         return gradients if diagonals is None else list(torch._foreach_mul(gradients, diagonals))
 
 
 class FlatBlock(Block):
-    """A block with as few passes over memory and as few operations as possible.
+    """A block for the common case on a CPU: few passes over memory, few operations.
 
-    It is on a CPU, in full precision, without masters, for p = 2, and its operator has a flat form. It holds
-    one flat slice of a weight, or many small weights, which it strings together first."""
+    It needs full precision, no masters, p = 2 and an operator with a flat form. It holds one flat slice of a
+    large weight, or many small weights: these it joins into one vector first, since starting an operation
+    takes longer than running it on a small weight.
+    """
 
     def use(self, scratch: Tensor, gradient: Tensor) -> None:
-        """Compute in *scratch* and *gradient*, flat memory of at least the block's size. All blocks share it,
-        so that it stays in the cache."""
+        """Compute in *scratch* and *gradient*, flat memory of at least the block's size.
+
+        All blocks share this memory, so that it stays in the cache.
+        """
         self._scratch, self._gradient = scratch[: self.size], gradient[: self.size]
         self._parts = self._scratch.split([weight.numel() for weight in self.weights])
+        # The flat forms take -eta as a tensor. Make it once: a new tensor in each step costs time.
         self._minus_eta = torch.tensor(-self.eta, dtype=scratch.dtype)
 
     def norms(self, gradients: list[Tensor], order: float, unit: Tensor | None) -> list[Tensor]:
@@ -129,11 +143,12 @@ class FlatBlock(Block):
         return [self.operator.flat_norm(gradient, self.weights, self._minus_eta, self._scratch)]
 
     def move(self, gradients: list[Tensor], ascent: Ascent) -> None:
+        # With p = 2, epsilon = rho / ||T g|| * T^2 g.
         scale = ascent.rho * ascent.inverse.item()
-        if scale == 0.0:  # 0 * inf and 0 * NaN are NaN
+        if scale == 0.0:  # leave the weights alone, because 0 * inf and 0 * NaN are NaN
             return
         alone = len(self.weights) == 1
-        # Compute within a weight that is alone: there is a copy of it, and less has to be in the cache.
+        # A single weight has a copy, so T^2 may overwrite it: less memory has to be in the cache.
         memory = self.weights[0] if alone else self._scratch
         square = self.operator.flat_square(self.weights, self._minus_eta, memory)
         if square is None:
@@ -146,8 +161,9 @@ class FlatBlock(Block):
 
 
 class Blocks:
-    """The weights of a perturbation in blocks, and what is kept between steps: on a CPU, new memory in each
-    step costs more than all of the arithmetic.
+    """The weights of a perturbation in blocks, and the memory that is kept between steps.
+
+    On a CPU, new memory in each step costs more than all of the arithmetic.
 
     Args:
         weights: those that may get a gradient.
@@ -157,11 +173,14 @@ class Blocks:
     def __init__(self, weights: list[Tensor], masters: Mapping[Tensor, Tensor]):
         self._weights, self._masters = weights, masters
         self._copies: dict[Tensor, Tensor] = {}
+        # What the blocks were planned for. They are planned again when it changes.
         self._forms: list[tuple] = []
+        # Elements of a slice of each weight; None for a weight that is not cut.
         self._limits: dict[Tensor, int | None] = {}
         self._blocks: list[Block] = []
-        self._alone: dict[Tensor, Block] = {}
+        # Weights whose T is a norm over several processes: their operators, and the block of each.
         self._over_shards: dict[Tensor, NormalizationOperator] = {}
+        self._alone: dict[Tensor, Block] = {}
 
     def with_gradients(
         self,
@@ -171,16 +190,17 @@ class Blocks:
         p: float,
         *settings: Hashable,
     ) -> list[tuple[Block, list[Tensor]]]:
-        """Return weights in blocks, each block with its gradients.
+        """Return the weights in blocks, each block with its gradients.
 
-        The blocks of the last step serve again unless an argument changed or a tensor has another place or
-        form. The gradients are new, and not kept.
+        The blocks of the last step serve again unless an argument has changed, or the memory or form of a
+        tensor. Gradients are not kept.
 
         Args:
-            gradients: of each weight that has one, this process's part.
-            operator_of, eta, p: the normalization operator of a weight, its stability term, and the order of
-                the norm that bounds the region.
-            settings: those on which *operator_of* depends.
+            gradients: this process's part of the gradient of each weight that has one.
+            operator_of: returns the normalization operator of a weight.
+            eta: stability term.
+            p: order of the norm that bounds the region.
+            settings: what *operator_of* depends on.
         """
         present = [w for w in gradients if local(w).numel() > 0]
         forms: list[tuple] = [(eta, p, *settings)]
@@ -190,9 +210,10 @@ class Blocks:
             forms.append((*form, g.stride(), g.dtype))
         forms += [(m.data_ptr(), m.stride()) for m in map(self._masters.get, present) if m is not None]
         if forms != self._forms:
-            self._forms = []
+            self._forms = []  # plan again next time if an exception interrupts this plan
             self._plan(present, gradients, operator_of, eta, p)
             self._forms = forms
+        # Every process takes part, whether or not it has a gradient: the others wait for it.
         for weight, diagonal in diagonals_over_shards(self._over_shards, eta).items():
             if weight in self._alone:
                 self._alone[weight].diagonals = [diagonal]
@@ -207,7 +228,11 @@ class Blocks:
         eta: float,
         p: float,
     ) -> None:
-        """Cut *parameters* into slices, and put these into blocks."""
+        """Cut *parameters* into slices, and put these into blocks.
+
+        On a CPU, each slice of a large weight has a block of its own, and small weights share fast blocks. On
+        an accelerator, whatever can share a block does.
+        """
         self._limits, self._blocks, self._alone = {}, [], {}
         self._over_shards = {w: operator_of(w) for w in self._weights if is_sharded(w)}
         open_blocks: dict[tuple, Block] = {}
@@ -225,6 +250,7 @@ class Blocks:
             self._limits[parameter] = size if flat else None
             fast = flat and on_cpu and p == 2.0 and not masters
             fast = fast and dtype == gradients[parameter].dtype in (torch.float32, torch.float64)
+            # T comes from other processes, so the block has to know whose it is.
             over_shards = shards_of(parameter, operator.summed_dims(parameter)) is not None
             alone = over_shards or (on_cpu and not (fast and part.numel() <= _SMALL))
             key = (part.device, dtype, operator, len(tensors), fast, shards)
@@ -246,8 +272,10 @@ class Blocks:
                 block.use(*memory[dtype])
 
     def _copy_of(self, parameter: Tensor) -> Tensor:
-        """Return memory for a copy of this process's part of *parameter*, new if that has changed its form
-        since the last step."""
+        """Return memory for a copy of this process's part of *parameter*.
+
+        It is that of the last step unless the part has another form now.
+        """
         copy, part = self._copies.get(parameter), local(parameter)
         form = (part.shape, part.stride(), part.dtype, part.device)
         if copy is None or (copy.shape, copy.stride(), copy.dtype, copy.device) != form:
@@ -259,8 +287,8 @@ def _memory_for(weight: Tensor) -> Tensor:
     """Return memory for a copy of *weight*."""
     if weight.device.type != "cpu" or not weight.is_contiguous():
         return torch.empty_like(weight, requires_grad=False)
-    # Begin half a page away from the weight: a CPU that copies between two addresses with the same offset in
-    # their pages takes one for the other and waits.
+    # Give the copy another offset within its memory page than the weight has, by half a page. With the same
+    # offset a CPU takes a read for one of what it has just written (4K aliasing), and waits.
     itemsize = weight.element_size()
     memory = torch.empty(weight.numel() + _PAGE // itemsize, dtype=weight.dtype)
     start = (weight.data_ptr() + _PAGE // 2 - memory.data_ptr()) % _PAGE // itemsize
@@ -268,7 +296,7 @@ def _memory_for(weight: Tensor) -> Tensor:
 
 
 def _slices(tensor: Tensor, limit: int | None) -> tuple[Tensor, ...]:
-    """Return flat slices of *tensor* of at most *limit* elements; without a limit, the tensor itself."""
+    """Return flat slices of *tensor* with at most *limit* elements; without a limit, the tensor as it is."""
     if limit is None:
         return (tensor,)
     flat = tensor.view(-1)

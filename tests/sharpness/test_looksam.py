@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fairseq_asam.sharpness.reuse import add_component_, orthogonal_component_
+from fairseq_asam.sharpness.looksam import add_component_, orthogonal_component_
 
 SHAPES = [(7, 5), (3,), (2, 3, 4)]
 

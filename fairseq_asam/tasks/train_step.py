@@ -28,13 +28,11 @@ PERTURBED = "perturbed_"
 
 
 class SharpnessAwareTask(FairseqTask):
-    """What goes in front of a task's class while an optimizer of :mod:`fairseq_asam.optim` trains it."""
+    """A task whose ``train_step`` makes both passes of an update.
 
-    def begin_update(self, num_micro_batches: int) -> None:
-        """Called before the first of *num_micro_batches* calls to :meth:`train_step`."""
-        self._num_micro_batches = num_micro_batches
-        self._calls = 0
-        self._micro_batches: list[_MicroBatch] = []
+    It goes in front of the class of any fairseq task that is trained with an optimizer of
+    :mod:`fairseq_asam.optim`.
+    """
 
     def train_step(
         self,
@@ -48,14 +46,15 @@ class SharpnessAwareTask(FairseqTask):
     ) -> tuple[Tensor, int, dict[str, Any]]:
         """Make the passes at w and w + epsilon; see :meth:`fairseq.tasks.FairseqTask.train_step`.
 
-        The loss and the logging outputs returned are those at w; ``.grad`` holds what the passes at
-        w + epsilon have accumulated. With ``--ascent-scope update`` these follow the pass at w of the
-        update's last micro-batch, with which the sample size of all of them is returned. With
-        ``--ascent-fraction`` the logging outputs at w are extrapolated to the whole batch if they are sums;
-        the means of a criterion such as those of text-to-speech are those of the part.
+        The loss and the logging outputs returned are those at w. ``.grad`` accumulates the gradients of the
+        passes at w + epsilon. With ``--ascent-scope update``, these passes follow the pass at w of the last
+        micro-batch, and that call returns the sample size of all micro-batches. With ``--ascent-fraction``,
+        logging outputs at w that are sums are extrapolated to the whole batch. Means, as of the criteria of
+        text-to-speech, are those of the part.
         """
         asam = sharpness_aware_optimizer(optimizer)
-        cfg = asam.sharpness_config
+        cfg, update = asam.sharpness_config, asam.update
+        update.next_micro_batch()
         step = functools.partial(
             super().train_step,
             model=model,
@@ -65,52 +64,48 @@ class SharpnessAwareTask(FairseqTask):
             ignore_grad=ignore_grad,
             **kwargs,
         )
-        if not asam.ascends:
+        if not update.ascends:
             return step(sample)
-        two_passes = asam.two_passes(model, criterion, optimizer)
+        two_passes, is_last = update.two_passes, update.is_at_last
         per_update = cfg.ascent_scope == "update"
-        self._calls += 1
-        is_last = self._calls == self._num_micro_batches
-        padding, are_sums = (
-            getattr(criterion, "padding_idx", None),
-            self.logging_outputs_can_be_summed(criterion),
-        )
+        padding = getattr(criterion, "padding_idx", None)
+        are_sums = self.logging_outputs_can_be_summed(criterion)
         this = _MicroBatch(step, sample, cfg.ascent_fraction, padding, are_sums)
 
         def again() -> tuple[Tensor, int, dict[str, Any]]:
-            # With the last pass the gradients are complete, and workers add them up.
+            # Workers add up their gradients in the last pass, when these are complete.
             alone = _no_sync(model, criterion, apply=per_update and not is_last)
             with _marked_backward(optimizer, two_passes), _no_new_update(model), alone:
                 return this.repeat()
+
+        def end_passes_at_w() -> None:
+            if per_update:
+                _all_reduce(asam, model, criterion)
+            if asam.looksam is not None:
+                asam.looksam.add_gradients_at_w(optimizer)
 
         try:
             with _no_sync(model, criterion, apply=not per_update):
                 loss = two_passes.at_w(this.run, again)[0]
             if per_update:
-                self._micro_batches.append(this)
+                update.waiting.append(this)
                 if not is_last:
                     return loss, 0, this.logging_output
-                _all_reduce(asam, model, criterion)
-            asam.note_gradient(optimizer)
+            end_passes_at_w()
             sample_size = sum(size for _, size, _ in two_passes.at_w_plus_epsilon())
         except RuntimeError:
-            # After running out of memory in one worker of several, fairseq goes on with the gradients of
-            # the others, which wait for this one, and with the logging outputs that it has.
+            # After one of several workers has run out of memory, fairseq goes on with the gradients of the
+            # others and with the logging outputs that it has. The others wait for this worker's gradients.
             if is_last and this.logging_output is None:
                 for parameter in two_passes.parameters:
                     parameter.grad = None
-                if per_update:
-                    _all_reduce(asam, model, criterion)
-            if is_last and not asam.has_noted_gradient:
-                asam.note_gradient(optimizer)
-            for earlier in self._micro_batches:
+                end_passes_at_w()
+            for earlier in update.waiting:
                 earlier.note(earlier.logging_output)
-            self._micro_batches = []
-            asam.ascended = True
+            update.waiting = []
             raise
         if is_last:
-            self._calls, self._micro_batches = 0, []
-        asam.ascended = True
+            update.waiting = []
         return loss, sample_size, this.logging_output
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Module) -> None:
@@ -135,8 +130,10 @@ class SharpnessAwareTask(FairseqTask):
 
 
 def _leave_out_unmeasured() -> None:
-    """Remove the meter of ``sharpness`` where it was reset and has measured nothing since: fairseq would log
-    None, or null."""
+    """Remove the meter of ``sharpness`` if it has measured nothing since it was reset.
+
+    fairseq would log None, or null.
+    """
     for meters in metrics.get_active_aggregators():
         if "sharpness" in meters and meters["sharpness"].val is None:
             del meters["sharpness"]
@@ -144,13 +141,23 @@ def _leave_out_unmeasured() -> None:
 
 
 def with_sharpness_awareness(task: type[FairseqTask]) -> type[FairseqTask]:
-    """Return the class *task* with :class:`SharpnessAwareTask` in front of it, under the same name, under
-    which fairseq files a task's state in checkpoints."""
+    """Return the class *task* with :class:`SharpnessAwareTask` in front of it.
+
+    The name stays the same, because fairseq saves a task's state under it.
+    """
     return type(task.__name__, (SharpnessAwareTask, task), {"__doc__": task.__doc__})
 
 
 class _MicroBatch:
-    """A micro-batch: perhaps a part of it at w, and the whole of it at w + epsilon."""
+    """The two passes of a micro-batch: over all or a part of it at w, over all of it at w + epsilon.
+
+    Args:
+        step: makes a pass over a batch, and returns loss, sample size and logging output.
+        sample: the micro-batch.
+        fraction: of its sentences, for the pass at w.
+        padding: index of the padding symbol, if there is one.
+        outputs_are_sums: whether the logging outputs are sums over sentences.
+    """
 
     def __init__(
         self,
@@ -166,8 +173,8 @@ class _MicroBatch:
 
     def run(self) -> tuple[Tensor, int, dict[str, Any]]:
         """Make the pass at w."""
-        # Draw within this pass: the pass at w + epsilon starts from the random numbers of before, as an
-        # update of the base optimizer does.
+        # Draw the part within this pass: the pass at w + epsilon then starts from the same random numbers as
+        # an update of the base optimizer.
         part = self.sample
         if self.fraction < 1.0:
             part = random_part(self.sample, self.fraction, self.padding)
@@ -185,20 +192,20 @@ class _MicroBatch:
         return results
 
     def note(self, perturbed: dict[str, Any]) -> None:
-        """Note the logging outputs at w + epsilon beside those at w, which the Trainer has by now."""
+        """Add the logging outputs at w + epsilon to those at w, which the Trainer already has."""
         marked = {PERTURBED + k: v for k, v in perturbed.items() if not k.startswith(PERTURBED)}
         self.logging_output.update(marked)
 
 
 def _all_reduce(optimizer: FairseqOptimizer, *modules: Module) -> None:
-    """Average gradients over workers where that does not happen in the backward pass (legacy_ddp)."""
+    """Average gradients over workers, if the backward pass does not do so (legacy_ddp)."""
     for module in modules:
         optimizer.all_reduce_grads(module)
 
 
 @contextlib.contextmanager
 def _no_sync(*modules: Module, apply: bool) -> Iterator[None]:
-    """If it is to *apply*, keep gradients on this worker, whatever data-parallel wrapper *modules* have."""
+    """Keep gradients on this worker, whatever data-parallel wrapper *modules* have, if *apply* is true."""
     with contextlib.ExitStack() as stack:
         for module in modules if apply else ():
             no_sync: Any = getattr(module, "no_sync", contextlib.nullcontext)
@@ -207,21 +214,25 @@ def _no_sync(*modules: Module, apply: bool) -> Iterator[None]:
 
 
 def _marked_backward(optimizer: FairseqOptimizer, two_passes: TwoPasses) -> contextlib.AbstractContextManager:
-    """Make the gradients NaN if those at w are not finite: fairseq then skips the update on every worker, or
-    ends the run, as it does with any gradient that is not finite."""
+    """Make the gradients NaN if those at w are not finite.
+
+    fairseq then skips the update on every worker or ends the run, as with any gradient that is not finite.
+    """
     backward = optimizer.backward
     return _instead(optimizer, backward=lambda loss: backward(two_passes.marked(loss)))
 
 
 def _no_new_update(model: Module) -> contextlib.AbstractContextManager:
-    """Keep the *model* from taking the repeated pass for one of a new update: some models step a moving
-    average of their weights whenever a task tells them the number of the update."""
+    """Keep *model* from taking the pass at w + epsilon for a new update.
+
+    Some models step a moving average of their weights whenever a task tells them the number of the update.
+    """
     return _instead(model, set_num_updates=lambda num_updates: None)
 
 
 @contextlib.contextmanager
 def _instead(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Give *owner* other *attributes* for the time of the block."""
+    """Replace *attributes* of *owner* within the block."""
     own = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
     for name, value in attributes.items():
         setattr(owner, name, value)

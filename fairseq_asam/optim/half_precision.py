@@ -1,0 +1,33 @@
+"""The float32 masters of half-precision weights, as ``--fp16`` and bfloat16 keep them."""
+
+from __future__ import annotations
+
+from fairseq.optim import FairseqOptimizer, FP16Optimizer
+from torch import Tensor
+
+
+def model_parameters(optimizer: FairseqOptimizer) -> list[Tensor]:
+    """Return the model's parameters that *optimizer* trains; with half precision, these are no masters."""
+    return optimizer.fp16_params if isinstance(optimizer, FP16Optimizer) else list(optimizer.params)
+
+
+def master_weights(optimizer: FairseqOptimizer) -> dict[Tensor, Tensor]:
+    """Return the float32 master of each half-precision parameter; none in full precision."""
+    if not isinstance(optimizer, FP16Optimizer):
+        return {}
+    masters = [master.detach() for master in optimizer.fp32_optimizer.params]
+    return dict(zip(optimizer.fp16_params, as_model_parameters(optimizer, masters)))
+
+
+def as_model_parameters(optimizer: FairseqOptimizer, tensors: list[Tensor]) -> list[Tensor]:
+    """Return views of *tensors*, one per parameter of the model and in its shape.
+
+    Args:
+        optimizer: the optimizer that fairseq's Trainer has.
+        tensors: one per parameter that the base optimizer steps. ``--fp16`` makes one flat buffer of these.
+    """
+    if not isinstance(optimizer, FP16Optimizer) or not optimizer.has_flat_params:
+        return tensors
+    (flat,) = tensors
+    parts = flat.split([p.numel() for p in optimizer.fp16_params])
+    return [part.view_as(p) for part, p in zip(parts, optimizer.fp16_params)]

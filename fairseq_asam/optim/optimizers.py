@@ -1,0 +1,199 @@
+"""``--optimizer asam`` and ``sam``: fairseq optimizers that step with the gradient at w + epsilon.
+
+:mod:`fairseq_asam.tasks.train_step` makes the passes at w and at w + epsilon.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from dataclasses import dataclass, field
+from typing import Any
+
+from fairseq.dataclass.utils import gen_parser_from_dataclass
+from fairseq.optim import (
+    OPTIMIZER_DATACLASS_REGISTRY,
+    OPTIMIZER_REGISTRY,
+    FairseqOptimizer,
+    register_optimizer,
+)
+from torch.nn import Module
+
+from fairseq_asam.sharpness import SELECTIONS, Perturbation, TwoPasses, selected_parameters
+
+from .half_precision import master_weights
+from .looksam import LookSAM, drop_components
+from .options import ASAMConfig, SAMConfig, region, validate_config
+
+
+@dataclass
+class Update:
+    """One update, from its first micro-batch to its step.
+
+    Attributes:
+        two_passes: makes the passes.
+        num_micro_batches: how many micro-batches the update has on this worker.
+        ascends: whether it makes both passes; otherwise one, and LookSAM reuses what an earlier update found.
+        micro_batch: the number of the present micro-batch, from 1 on; 0 before the first.
+        waiting: the micro-batches whose pass at w + epsilon is still to be made.
+    """
+
+    two_passes: TwoPasses
+    num_micro_batches: int
+    ascends: bool
+    micro_batch: int = 0
+    waiting: list[Any] = field(default_factory=list)
+
+    def next_micro_batch(self) -> None:
+        """Go to the next micro-batch. After the last one comes the first: fairseq's search for the layer of a
+        NaN repeats an update."""
+        self.micro_batch = self.micro_batch % self.num_micro_batches + 1
+
+    @property
+    def is_at_last(self) -> bool:
+        """Whether the present micro-batch is the last one."""
+        return self.micro_batch == self.num_micro_batches
+
+
+class SharpnessAwareOptimizer(FairseqOptimizer):
+    """What ``asam`` and ``sam`` add to the fairseq optimizer that they extend.
+
+    fairseq's Trainer calls :meth:`begin_update`, then the task's ``train_step`` for each micro-batch, and
+    then :meth:`clip_grad_norm` and :meth:`step`.
+
+    Attributes:
+        looksam: what ``--ascent-interval`` keeps and reuses; ``None`` without.
+        update: the present one; ``None`` after the step.
+    """
+
+    sharpness_options: type
+
+    def __init__(self, cfg, params):
+        validate_config(cfg)
+        super().__init__(cfg, params)
+        self.sharpness_config = cfg
+        self.looksam: LookSAM | None = None
+        if cfg.ascent_interval > 1:
+            per_worker = cfg.ascent_scope == "micro-batch"
+            self.looksam = LookSAM(self.optimizer, cfg.ascent_interval, cfg.ascent_reuse, per_worker)
+        self.update: Update | None = None
+        self._two_passes: TwoPasses | None = None
+
+    @classmethod
+    def add_args(cls, parser: ArgumentParser) -> None:
+        """Add the options of the base optimizer, and then ours."""
+        super().add_args(parser)
+        gen_parser_from_dataclass(parser, cls.sharpness_options())
+
+    def two_passes(self, model: Module, criterion: Module, optimizer: FairseqOptimizer) -> TwoPasses:
+        """Return what makes the passes. The first call makes it: fairseq builds a new optimizer when the
+        parameters change.
+
+        Args:
+            model, criterion: have the weights to perturb.
+            optimizer: the one that fairseq's Trainer has: this one, or the one around it.
+
+        Raises:
+            ValueError: the model has no weights of the kind that ``--perturbed-weights`` names.
+        """
+        if self._two_passes is None:
+            cfg = self.sharpness_config
+            selection = str(cfg.perturbed_weights)
+            selected = [pair for part in (model, criterion) for pair in selected_parameters(part, selection)]
+            if not any(weight.requires_grad for _, weight in selected):
+                raise ValueError(
+                    f"--perturbed-weights is {selection}, but the model trains no such weights: choose "
+                    f"{' or '.join(name for name in SELECTIONS if name != selection)}"
+                )
+            perturbation = Perturbation(
+                selected,
+                **region(cfg),
+                normalize_bias=getattr(cfg, "normalize_bias", False),
+                masters=master_weights(optimizer),
+            )
+            self._two_passes = TwoPasses(perturbation, [model, criterion], fresh_masks=cfg.fresh_masks)
+        return self._two_passes
+
+    def begin_update(
+        self,
+        model: Module,
+        criterion: Module,
+        optimizer: FairseqOptimizer,
+        num_updates: int,
+        num_micro_batches: int,
+    ) -> None:
+        """Begin the update after *num_updates*, whatever became of the last one.
+
+        Args:
+            model, criterion, optimizer: see :meth:`two_passes`, also for what is raised.
+            num_updates: updates before this one.
+            num_micro_batches: the calls of the task's ``train_step`` that follow.
+        """
+        two_passes = self.two_passes(model, criterion, optimizer)
+        two_passes.reset()
+        ascends = self.looksam is None or self.looksam.begin_update(num_updates)
+        self.update = Update(two_passes, num_micro_batches, ascends)
+
+    def clip_grad_norm(self, max_norm, aggregate_norm_fn=None):
+        """Clip the norm of the gradient. An update without a pass at w + epsilon first adds the component of
+        an earlier one."""
+        if self.looksam is not None and self.update is not None:
+            if self.update.ascends:
+                self.looksam.find_component()
+            else:
+                self.looksam.add_component()
+        return super().clip_grad_norm(max_norm, aggregate_norm_fn)
+
+    def step(self, *args, **kwargs):
+        """Step at w, once per update.
+
+        Raises:
+            RuntimeError: no update has begun since the last step, or some of its passes are missing.
+        """
+        if self.update is None or not self.update.is_at_last:
+            raise RuntimeError(
+                f"--optimizer {self.sharpness_config._name} was to step without a pass at w + epsilon, which "
+                "would be a plain step of its base optimizer: train with fairseq's Trainer, which this "
+                "plugin extends"
+            )
+        self.update = None
+        super().step(*args, **kwargs)
+        if self.looksam is not None:
+            self.looksam.store_component()
+
+    def load_state_dict(self, state_dict, optimizer_overrides=None):
+        """Load a state of this optimizer or its base."""
+        if self.looksam is None:
+            # Drop them here: with --zero-sharding, the optimizer's own state is only a part of it.
+            drop_components(state_dict)
+        super().load_state_dict(state_dict, optimizer_overrides)
+
+
+def sharpness_aware_optimizer(optimizer: FairseqOptimizer) -> SharpnessAwareOptimizer | None:
+    """Return the sharpness-aware optimizer that *optimizer* is or wraps; ``None`` if there is none."""
+    optimizer = getattr(optimizer, "fp32_optimizer", optimizer)
+    return optimizer if isinstance(optimizer, SharpnessAwareOptimizer) else None
+
+
+def _register(name: str, options: type, base_name: str) -> None:
+    base, base_config = OPTIMIZER_REGISTRY[base_name], OPTIMIZER_DATACLASS_REGISTRY.get(base_name)
+    namespace = {"__doc__": base.__doc__, "sharpness_options": options}
+    optimizer = type(f"{name}_{base.__name__}", (SharpnessAwareOptimizer, base), namespace)
+    # Older optimizers of fairseq have no dataclass, and take the parsed arguments as they are.
+    config: type | None = None
+    if base_config is not None:
+        config = dataclass(type(f"{options.__name__}_{base_config.__name__}", (options, base_config), {}))
+    register_optimizer(name, dataclass=config)(optimizer)
+    # fairseq resumes only into an optimizer whose class has the name that is in the checkpoint. The state is
+    # the base's own, so a run may go on with or without sharpness awareness.
+    optimizer.__name__ = base.__name__
+    SHARPNESS_AWARE.append(name)
+
+
+#: The values of ``--optimizer`` that this package adds: ``asam`` and ``sam`` extend Adam, ``asam_sgd`` and
+#: so on the optimizer they name.
+SHARPNESS_AWARE: list[str] = []
+for _options, _name in ((ASAMConfig, "asam"), (SAMConfig, "sam")):
+    _register(_name, _options, "adam")
+    # composite and cpu_adam are missing: they keep parameters or steps where step() cannot reach them.
+    for _base in ("adadelta", "adafactor", "adagrad", "adamax", "lamb", "nag", "sgd"):
+        _register(f"{_name}_{_base}", _options, _base)
