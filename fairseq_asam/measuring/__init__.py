@@ -1,2 +1,1 @@
-"""Measures sharpness from the command line: of fairseq checkpoints here, of image runs in
-:mod:`fairseq_asam.vision`."""
+"""Measures the sharpness of fairseq checkpoints from the command line."""

@@ -1,5 +1,8 @@
-"""What the commands that measure sharpness, of fairseq checkpoints and of image runs, have in common: their
-options, progress bar, table and JSON."""
+"""What the commands that measure sharpness share: their options, progress bar, table and JSON.
+
+This package measures fairseq checkpoints with them, :mod:`fairseq_asam.vision` image runs. Hence this module
+imports neither fairseq nor torchvision.
+"""
 
 from __future__ import annotations
 
@@ -22,33 +25,50 @@ from fairseq_asam.sharpness.normalization import IDENTITY
 BatchLoss = Callable[[], Iterable[tuple[Tensor, float]]]
 
 
-def add_region_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says which regions are searched, and how."""
-    add = parser.add_argument
-    add("--rho", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.5], help="radii of the regions")
-    add("--p-norm", type=float, nargs="+", default=[2.0], help="orders of the norm, 2 or inf")
-    adaptive = [name for name, operator in NORMALIZATIONS.items() if operator is not IDENTITY]
-    add("--normalization", choices=adaptive, default="element-wise", help="of adaptive sharpness")
-    add("--eta", type=float, default=0.01, help="stability term of the normalization")
-    add("--normalize-bias", action="store_true", help="normalize biases too")
-    add("--steps", type=int, default=1, help="1: the epsilon of training; more: projected gradient ascent")
-    add("--restarts", type=int, default=1, help="ascents, the first from w")
-    add("--json", type=Path, metavar="FILE", help="write the figures to FILE too")
+#: The arguments of ``add_argument`` for each option.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--gen-subset": {"default": "valid", "metavar": "SPLIT", "help": "split to measure on"},
+    "--max-tokens": {"type": int, "help": "size of a batch; none: as in the validation of training"},
+    "--user-dir": {"help": "folder of a task, model or criterion that fairseq does not have"},
+    "--batches": {"type": int, "help": "number of batches, drawn at random; none: the whole split"},
+    "--seed": {"type": int, "default": 1, "help": "decides random batches, points and directions"},
+    "--cpu": {"action": "store_true", "help": "use no GPU"},
+    "--rho": {"type": float, "nargs": "+", "default": [0.05, 0.1, 0.2, 0.5], "help": "radii of the regions"},
+    "--p-norm": {"type": float, "nargs": "+", "default": [2.0], "help": "norms that bound the regions"},
+    "--normalization": {
+        "choices": [name for name, operator in NORMALIZATIONS.items() if operator is not IDENTITY],
+        "default": "element-wise",
+        "help": "normalization operator T_w of adaptive sharpness",
+    },
+    "--eta": {"type": float, "default": 0.01, "help": "stability term of the normalization operator"},
+    "--normalize-bias": {"action": "store_true", "help": "normalize biases too"},
+    "--steps": {
+        "type": int,
+        "default": 1,
+        "help": "1: the epsilon of training; more: projected gradient ascent",
+    },
+    "--restarts": {"type": int, "default": 1, "help": "number of ascents, the first from w"},
+    "--json": {"type": Path, "metavar": "FILE", "help": "write the figures to FILE too"},
+}
+OF_CHECKPOINTS = ("--gen-subset", "--max-tokens", "--user-dir")
+OF_BATCHES = ("--batches", "--seed", "--cpu")
+OF_REGIONS = tuple(option for option in OPTIONS if option not in OF_CHECKPOINTS + OF_BATCHES)
 
 
-def add_batch_arguments(parser: argparse.ArgumentParser, batches: int | None = None) -> None:
-    """Add what says how much of the data is measured, and where; *batches* is the default of --batches."""
-    add = parser.add_argument
-    add("--batches", type=int, default=batches, help="random batches; none: the whole split")
-    add("--seed", type=int, default=1, help="of random batches, points and directions")
-    add("--cpu", action="store_true", help="leave a GPU alone")
+def add_shared_options(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> None:
+    """Add the options *names* of :data:`OPTIONS` to *parser*. *changes* replace arguments of each."""
+    for name in names:
+        keywords = {**OPTIONS[name], **changes}
+        if keywords.get("default") is not None:
+            keywords["help"] += " (default: %(default)s)"
+        parser.add_argument(name, **keywords)
 
 
 def regions_of(args: argparse.Namespace) -> list[Region]:
-    """Return the regions of sharpness and adaptive sharpness by turns, for each p and rho.
+    """Return two regions for each p and rho: that of sharpness, then that of adaptive sharpness.
 
     Raises:
-        ValueError: a value out of its range, also of --steps and --restarts; --json is a folder.
+        ValueError: a value is out of its range (also of --steps and --restarts), or --json is a folder.
     """
     if args.json and args.json.is_dir():
         raise ValueError(f"'{args.json}' is a folder: give --json the name of a file")
@@ -70,17 +90,21 @@ def regions_of(args: argparse.Namespace) -> list[Region]:
 def measure_watched(
     loss: BatchLoss, batches: int, model: nn.Module, regions: list[Region], args: argparse.Namespace
 ) -> list[Sharpness]:
-    """Return what :func:`~fairseq_asam.measure` does with the options in *args*, behind a progress bar.
-    *loss* is a mean over so many *batches*."""
+    """Call :func:`~fairseq_asam.measure` with the options in *args*, and show a progress bar.
+
+    Args:
+        loss: the mean over *batches* batches.
+    """
     passes = 1 + len(regions) * (args.restarts * (args.steps + 1) - 1 if args.steps > 1 else 1)
     bar = tqdm(total=passes * batches, unit="batch", desc="sharpness", disable=None)
     with bar, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's of what will change; what is not finite is counted
+        # torch announces changes of its own. Losses that are not finite need no warning: they are counted.
+        warnings.simplefilter("ignore")
         return measure(watched(loss, bar), model, regions, args.steps, args.restarts, args.seed)
 
 
 def watched(loss: BatchLoss, bar: tqdm) -> BatchLoss:
-    """Return *loss*, which then moves *bar* by one for each batch."""
+    """Return *loss* such that each batch of it moves *bar* by one."""
 
     def terms() -> Iterator[tuple[Tensor, float]]:
         for term in loss():
@@ -91,8 +115,12 @@ def watched(loss: BatchLoss, bar: tqdm) -> BatchLoss:
 
 
 def report(args: argparse.Namespace, measured: list[Sharpness], unit: str, facts: dict[str, Any]) -> None:
-    """Print the loss, in nats per *unit*, and the table of what was *measured* in :func:`regions_of`; write
-    them to --json, with *args* and *facts*."""
+    """Print the loss and the table. With --json, write both there, with *args* and *facts*.
+
+    Args:
+        measured: the sharpness in each of :func:`regions_of`.
+        unit: what the loss is a mean over.
+    """
     loss = measured[0].loss
     rows = [row(*pair) for pair in zip(measured[::2], measured[1::2])]
     ascent = "one ascent step" if args.steps == 1 else f"{args.steps} ascent steps, {args.restarts} restarts"
@@ -108,7 +136,7 @@ def report(args: argparse.Namespace, measured: list[Sharpness], unit: str, facts
 
 
 def row(plain: Sharpness, adaptive: Sharpness) -> dict[str, Any]:
-    """Return what was found with one rho and p as JSON knows it: ``None`` where no loss was finite."""
+    """Return the figures for one rho and p, for JSON. ``None`` says that no loss was finite."""
     return {
         "p": f"{plain.region.p:g}",
         "rho": plain.region.rho,

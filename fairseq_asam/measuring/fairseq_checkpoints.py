@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-logging.basicConfig(level=logging.WARNING)  # a model of fairseq's would set DEBUG, for all
-# fairseq and fairscale call what torch will remove.
+logging.basicConfig(level=logging.WARNING)  # before a model of fairseq sets DEBUG for all
+# fairseq and fairscale call functions that torch will remove.
 warnings.filterwarnings("ignore", message=r"`torch\.(jit\.script|cuda\.amp\.custom_)")
 from fairseq import checkpoint_utils, tasks, utils
 from fairseq.criterions import FairseqCriterion
@@ -25,10 +25,10 @@ from fairseq.models import BaseFairseqModel
 from fairseq.tasks import TASK_REGISTRY, FairseqTask
 from torch import Tensor
 
-import fairseq_asam.tasks  # noqa: F401  makes newer torch load fairseq's checkpoints
+import fairseq_asam.tasks  # noqa: F401  lets newer torch load the checkpoints of fairseq
 
-#: What a loss does without: initial embeddings and what BLEU needs, neither of which fairseq should look for,
-#: and activations that are computed anew, which torch cannot do for the gradient of some weights only.
+#: Options of training that a loss does not need. fairseq would look for files of embeddings and of BLEU, and
+#: torch cannot recompute activations when it takes the gradient of some weights only.
 UNNEEDED = {
     **{"encoder_embed_path": None, "decoder_embed_path": None, "eval_bleu": False},
     **{"checkpoint_activations": False, "offload_activations": False},
@@ -37,7 +37,7 @@ UNNEEDED = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model in evaluation mode with the task and the criterion that it was trained with."""
+    """A model in evaluation mode, with the task and the criterion of its training."""
 
     path: str
     cfg: Any
@@ -47,11 +47,16 @@ class Checkpoint:
 
 
 def load(path: str, data: str, user_dir: str | None = None, cpu: bool = False) -> Checkpoint:
-    """Load the fairseq checkpoint *path*, trained with or without this plugin, for *data*, a folder of
-    ``fairseq-preprocess``, onto the GPU if there is one and *cpu* is false.
+    """Load a fairseq checkpoint, trained with or without this plugin.
+
+    Args:
+        path: file of the checkpoint.
+        data: folder that ``fairseq-preprocess`` wrote.
+        user_dir: folder of a task, model or criterion that fairseq does not have.
+        cpu: use the CPU even if there is a GPU.
 
     Raises:
-        ValueError: one of them is not that, or they do not fit together; one sentence that says why.
+        ValueError: *path* is no checkpoint, *data* is no data set, or they do not fit together.
     """
     for file, what in ((path, "checkpoint"), (data, "data set")):
         if not os.path.exists(file):
@@ -95,7 +100,7 @@ def _task(cfg: Any, path: str, data: str) -> FairseqTask:
         )
     try:
         return tasks.setup_task(cfg.task)
-    except Exception as error:  # each task looks for its data in its own way
+    except Exception as error:  # each task fails in its own way when data is missing
         missing = getattr(error, "filename", None)
         reason = f"'{os.path.basename(missing)}' is missing" if missing else _first_line(error)
         raise ValueError(
@@ -104,21 +109,25 @@ def _task(cfg: Any, path: str, data: str) -> FairseqTask:
 
 
 class DatasetLoss:
-    """The mean loss of a checkpoint's criterion over *split*, batch by batch: call it as
-    :func:`~fairseq_asam.measure` does. The mean is over the criterion's sample size, in most tasks target
-    tokens, and in nats where fairseq logs bits.
+    """The loss of a checkpoint's criterion over a data set, for :func:`~fairseq_asam.measure`.
+
+    A call yields the loss and the sample size of each batch. The sample size of most tasks is the number of
+    target tokens. The loss is in nats, although fairseq logs bits.
 
     Args:
-        max_tokens: size of a batch; default: that of the checkpoint's validation.
-        batches: take so many batches, drawn at random with *seed*; default: the whole split.
+        checkpoint: what :func:`load` returned.
+        split: name of the data set, such as ``valid``.
+        max_tokens: size of a batch. ``None``: as in the validation of training.
+        batches: number of batches, drawn at random with *seed*. ``None``: all.
+        seed: decides which batches.
 
     Attributes:
-        batches: the indices of the sentences of each batch.
-        words: the number of target words that the model can choose from; 0 if it has none.
-        skipped: the number of sentences that are too long for the model, and left out.
+        batches: for each batch, the indices of its sentences.
+        words: size of the target dictionary, or 0 if the task has none.
+        skipped: number of sentences left out because they are too long for the model.
 
     Raises:
-        ValueError: there is no such split, or nothing in it; a value out of its range.
+        ValueError: there is no such split or no sentence in it, or a value is out of its range.
     """
 
     def __init__(
@@ -146,7 +155,7 @@ class DatasetLoss:
                 max_sentences=None if max_tokens else checkpoint.cfg.dataset.batch_size_valid,
                 max_positions=utils.resolve_max_positions(task.max_positions(), self.model.max_positions()),
                 ignore_invalid_inputs=True,
-                required_batch_size_multiple=1,  # fairseq drops a last batch that is not a multiple of this
+                required_batch_size_multiple=1,  # otherwise fairseq drops a last batch of another size
             )
         except AssertionError as error:
             raise ValueError(f"the size of a batch is {max_tokens} tokens, too few: {error}") from error

@@ -1,1 +1,1 @@
-"""Image classification (Sections 5.2 and 5.4 of the paper) on the core of this package."""
+"""Image classification (Sections 5.2 and 5.4 of the paper) with SGD, SAM or ASAM."""

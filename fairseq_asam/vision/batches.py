@@ -1,4 +1,4 @@
-"""Which images an update sees: decided by the seed, the epoch and the batch size alone."""
+"""The images of each update. Seed, epoch and batch size alone decide them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 
 def seed_of(*numbers: int) -> int:
-    """Return a seed for a generator, in [0, 2^32), for this combination of *numbers* >= 0."""
+    """Return a seed in [0, 2^32) for a generator, another for each combination of *numbers* >= 0."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class Batches:
     """The training batches of one process, as lists of (image number, seed of its augmentation).
 
-    The images of an epoch are shuffled; batch k is the k-th ``batch_size`` of them, and process r of w gets
-    the r-th w-th of it. Hence several processes see the batches that one would, and any m images that make
-    an epsilon are the same. The last, incomplete batch is dropped, another remainder in every epoch.
+    Each epoch shuffles the images, cuts them into batches and drops a last one that is incomplete. Each
+    process gets an equal, contiguous part of a batch. Several processes thus see the batches that one sees,
+    in the same groups of m images.
 
     Attributes:
-        epoch: the epoch that the next iteration is to be, from 1.
+        epoch: number of the epoch that the next iteration gives, from 1.
     """
 
     def __init__(self, images: int, batch_size: int, seed: int, process: int = 0, processes: int = 1):
@@ -47,8 +47,8 @@ class Batches:
 
 
 class Augmented(Dataset):
-    """A data set whose random augmentation, which is to draw from torch's generator, is decided by a seed:
-    its items are those of *dataset*, by (number, seed)."""
+    """The items of *dataset* by (number, seed). The seed decides what augmentation draws from torch's
+    generator."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -61,7 +61,7 @@ class Augmented(Dataset):
 
 
 def training_loader(dataset: Images, batches: Batches, workers: int, device: torch.device) -> DataLoader:
-    """Return a loader of *batches*, whose augmentation runs in so many worker processes."""
+    """Return a loader of *batches* with *workers* processes that augment images."""
     return _loader(Augmented(dataset), workers, device, batch_sampler=batches)
 
 
@@ -73,7 +73,7 @@ def evaluation_loader(
     processes: int = 1,
     batch_size: int = 256,
 ) -> DataLoader:
-    """Return a loader of every *processes*-th image from *process* on: all of them, over all processes."""
+    """Return a loader of every *processes*-th image from *process* on."""
     share = Subset(dataset, range(process, len(dataset), processes))
     return _loader(share, workers, device, batch_size=batch_size)
 
@@ -84,6 +84,6 @@ def _loader(dataset: Dataset, workers: int, device: torch.device, **options: Any
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # its own, so that it leaves the model's random numbers alone
+        generator=torch.Generator(),  # with the global one, it would change the model's random numbers
         **options,
     )

@@ -21,8 +21,8 @@ DIGITS_IN_TEST = 600
 
 @dataclass(frozen=True)
 class Data:
-    """What :func:`load` returns. Items of both data sets are (image, label): float32 of 3 x H x W,
-    normalized, and int."""
+    """The training and the test images. An item is (image, label): normalized float32 of 3 x H x W, and
+    int."""
 
     train: View
     test: View
@@ -30,7 +30,7 @@ class Data:
 
 
 class LabelledImages(Protocol):
-    """A data set as it was fetched, with the label of each image in ``targets``."""
+    """A data set as it was fetched. ``targets`` has the label of each image."""
 
     targets: list[int]
 
@@ -41,14 +41,14 @@ class LabelledImages(Protocol):
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A data set and what is done to its images.
+    """A data set, and the transforms of its images.
 
     Attributes:
         num_classes: labels are 0 to ``num_classes - 1``.
         fetch: returns the training and the test set, given a folder and whether to download.
-        mean, std: of each channel over the training images, in [0, 1]; normalization takes them out.
-        augmentations: name -> transforms of training images, applied in this order.
-        framing: what brings images that are not augmented to one size.
+        mean, std: of each channel of the training images, whose values are in [0, 1].
+        augmentations: name -> transforms of training images, in this order.
+        framing: transforms that bring images of other sets to one size.
     """
 
     num_classes: int
@@ -60,8 +60,8 @@ class DatasetSpec:
 
 
 class Digits(Dataset):
-    """The 1,797 handwritten digits of scikit-learn, enlarged from 8 x 8 to the shape of CIFAR, uint8. Which
-    of them are test images, :data:`DIGITS_IN_TEST` in the proportions of the classes, never changes."""
+    """The 1,797 handwritten digits of scikit-learn, enlarged from 8 x 8 to the shape of CIFAR, uint8. The
+    test images are always the same :data:`DIGITS_IN_TEST`, in the proportions of the classes."""
 
     def __init__(self, train: bool):
         images, labels = load_digits(return_X_y=True)
@@ -108,7 +108,7 @@ def _imagenet(root: Path | None, download: bool) -> tuple[LabelledImages, Labell
     except (RuntimeError, OSError) as error:
         raise FileNotFoundError(
             f"'{root}' has no ImageNet: get {archives} from image-net.org, which wants you to register, and "
-            "put them there; they are unpacked when first used"
+            "put them there; they are unpacked at the first use"
         ) from error
 
 
@@ -122,7 +122,7 @@ def _cifar_spec(cifar: type[CIFAR10], num_classes: int, mean: tuple, std: tuple)
 _IMAGENET_FRAMING = [v2.Resize(256), v2.CenterCrop(224)]
 _IMAGENET_STANDARD = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]
 
-#: The data sets by name; each has the augmentation ``standard`` (Section 5.2), and ``none``.
+#: The data sets by name. Each has the augmentations ``none`` and ``standard`` (Section 5.2).
 DATASETS: dict[str, DatasetSpec] = {
     "cifar10": _cifar_spec(CIFAR10, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": _cifar_spec(CIFAR100, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -143,7 +143,7 @@ DATASETS: dict[str, DatasetSpec] = {
         fetch=_digits,
         mean=(0.3054,) * 3,
         std=(0.3236,) * 3,
-        # no flip: the mirror image of a digit is none
+        # No flip: the mirror image of a digit is no digit.
         augmentations={"none": [], "standard": [v2.RandomCrop(32, padding=4)]},
         framing=[],
     ),
@@ -151,7 +151,7 @@ DATASETS: dict[str, DatasetSpec] = {
 
 
 class View(Dataset):
-    """Some images of a data set, by number, with labels and a transform of their own."""
+    """The images *numbers* of a data set, with other labels and a transform."""
 
     def __init__(
         self, images: LabelledImages, numbers: list[int], labels: list[int], transform: v2.Transform
@@ -166,7 +166,7 @@ class View(Dataset):
         return self.transform(image), self.labels[index]
 
 
-#: What images are loaded from: data sets whose length is known.
+#: The data sets that a loader takes.
 Images = Union[View, Subset]
 
 
@@ -180,23 +180,22 @@ def load(
     seed: int = 0,
     download: bool = False,
 ) -> Data:
-    """Return the training images, augmented, and the test images, neither augmented nor changed.
+    """Return the training images, augmented and with label noise, and the test images as they are.
 
     Args:
         name: one of :data:`DATASETS`.
         root: folder of the data; ``digits`` needs none.
-        label_noise: share of the training images, in [0, 1), that get a wrong label (Section 5.4): so many of
-            them, rounded, drawn with *seed*, and the label drawn uniformly from the other classes. This is
-            the symmetric noise of van Rooyen et al. (2015), who flip a binary label with that probability.
-        augmentation: ``none``, ``standard`` or, but for ``digits``, ``autoaugment``.
-        hold_out: evaluate on so many training images instead of the test set, and train on the others, so as
-            to choose rho without the test set. Drawn with *seed* in the proportions of the classes, they
-            keep their labels.
-        seed: of label noise and held-out images.
+        label_noise: share of the training images, in [0, 1), that get a wrong label, drawn uniformly from the
+            other classes (Section 5.4). This is the symmetric noise of van Rooyen et al. (2015), who flip a
+            binary label with that probability.
+        augmentation: ``none``, ``standard`` or ``autoaugment``, which ``digits`` does not have.
+        hold_out: number of training images to use as test images instead of the test set, so that rho can be
+            chosen without it. They have the proportions of the classes and no label noise.
+        seed: decides label noise and held-out images.
         download: fetch CIFAR if it is missing.
 
     Raises:
-        ValueError: a value that is not allowed.
+        ValueError: a value is not allowed.
         FileNotFoundError: the data is missing.
     """
     if name not in DATASETS:
@@ -231,7 +230,7 @@ def load(
 
 
 def with_noise(labels: list[int], share: float, num_classes: int, seed: int) -> list[int]:
-    """Return *labels* with wrong ones in place of a *share* of them, as :func:`load` explains."""
+    """Return *labels* with wrong ones in place of a *share* of them, see :func:`load`."""
     generator = torch.Generator().manual_seed(seed)
     noisy = torch.tensor(labels)
     chosen = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]

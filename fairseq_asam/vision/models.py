@@ -1,4 +1,4 @@
-"""The networks of the paper's Section 5.2 by name, and small ones for a CPU, with fresh weights."""
+"""The networks of Section 5.2 of the paper, and small ones for a CPU."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from pytorchcv.models.resnext_cifar import get_resnext_cifar
 from pytorchcv.models.wrn_cifar import get_wrn_cifar
 from torch import Tensor, nn
 
-# The probability that the last residual branch lives; it falls to this linearly from the first on (p_L of
-# Yamada et al. 2019).
+# Probability that the last residual branch lives (p_L of Yamada et al. 2019). It falls linearly to this.
 _LAST_LIFE = 0.5
 
 
 class ShakeDrop(nn.Module):
-    """ShakeDrop regularization (Yamada et al. 2019) of a residual branch, N x C x H x W in and out, which
-    lives with the probability *life*: else its output is multiplied by alpha, uniform in [-1, 1], and its
-    gradient by beta, uniform in [0, 1], one of each for an image."""
+    """ShakeDrop regularization (Yamada et al. 2019) of a residual branch, N x C x H x W.
+
+    The branch lives with the probability *life*. Otherwise each image's output is multiplied by an alpha that
+    is uniform in [-1, 1], and its gradient by a beta that is uniform in [0, 1].
+    """
 
     def __init__(self, life: float):
         super().__init__()
@@ -39,7 +40,7 @@ class ShakeDrop(nn.Module):
 
 
 def pyramidnet272(num_classes: int) -> nn.Module:
-    """PyramidNet-272 (alpha = 200, bottlenecks), with ShakeDrop at the end of every residual branch."""
+    """Return PyramidNet-272 (alpha = 200, bottlenecks) with ShakeDrop at the end of every residual branch."""
     model = get_pyramidnet_cifar(num_classes, blocks=272, alpha=200, bottleneck=True)
     units = [module for module in model.modules() if isinstance(module, PyrUnit)]
     for number, unit in enumerate(units, start=1):
@@ -48,8 +49,8 @@ def pyramidnet272(num_classes: int) -> nn.Module:
 
 
 def vgg19_bn(num_classes: int) -> nn.Module:
-    """VGG-19 with batch normalization, and one linear layer in place of the three that classify ImageNet: of
-    a 32 x 32 image the convolutions leave 512 numbers."""
+    """Return VGG-19 with batch normalization and one linear layer for the 512 numbers that the convolutions
+    leave of a 32 x 32 image. For ImageNet there are three."""
     model = torchvision.models.vgg19_bn()
     model.avgpool = nn.Identity()
     model.classifier = nn.Linear(512, num_classes)
@@ -57,8 +58,8 @@ def vgg19_bn(num_classes: int) -> nn.Module:
 
 
 def resnet8(num_classes: int) -> nn.Module:
-    """A ResNet for trials on a CPU: one block a stage, half as wide as the others, and its first convolution
-    halves the image."""
+    """Return a ResNet for a CPU: one block a stage, half the width, and a first convolution that halves the
+    image."""
     model = CIFARResNet([[8], [16], [32]], init_block_channels=8, bottleneck=False, num_classes=num_classes)
     model.features.init_block.conv.stride = (2, 2)
     model.features.final_pool = nn.AdaptiveAvgPool2d(1)
@@ -66,8 +67,8 @@ def resnet8(num_classes: int) -> nn.Module:
 
 
 def mlp(num_classes: int, dropout: float = 0.0) -> nn.Module:
-    """A network for trials on a CPU: two hidden layers of 128 with batch normalization and *dropout*, on
-    images of which it sees 8 x 8 pixels."""
+    """Return a network for a CPU: two hidden layers of 128 with batch normalization and *dropout*, which see
+    8 x 8 pixels of an image."""
     layers: list[nn.Module] = [nn.AvgPool2d(4), nn.Flatten()]
     for inputs in (3 * 8 * 8, 128):
         layers += [nn.Linear(inputs, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(dropout)]
@@ -75,8 +76,8 @@ def mlp(num_classes: int, dropout: float = 0.0) -> nn.Module:
 
 
 def wide_resnet(num_classes: int, blocks: int, width_factor: int, dropout: float = 0.0) -> nn.Module:
-    """A wide ResNet, with *dropout* between the two convolutions of each block (Zagoruyko and Komodakis 2016,
-    Section 2.4)."""
+    """Return a wide ResNet with *dropout* between the two convolutions of each block (Zagoruyko and Komodakis
+    2016, Section 2.4)."""
     model = get_wrn_cifar(num_classes, blocks=blocks, width_factor=width_factor)
     if dropout:
         for unit in [module for module in model.modules() if isinstance(module, PreResUnit)]:
@@ -84,9 +85,9 @@ def wide_resnet(num_classes: int, blocks: int, width_factor: int, dropout: float
     return model
 
 
-#: Name -> function of the number of classes. ``resnet50`` takes ImageNet's images, the others images of
-#: 32 x 32 pixels. ``densenet121`` is the ImageNet network all the same: its paper has no other of this depth.
-#: Where the shape changes, the shortcuts of the CIFAR ResNets are projections (option B of He et al. 2016).
+#: Name -> function of the number of classes. ``resnet50`` takes images of ImageNet, the others take 32 x 32
+#: pixels. So does ``densenet121``: it is made for ImageNet, but its paper has no other of this depth. Where
+#: the shape changes, the shortcuts of the CIFAR ResNets are projections (option B of He et al. 2016).
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "densenet121": lambda num_classes: torchvision.models.densenet121(num_classes=num_classes),
     "mlp": mlp,
@@ -108,10 +109,10 @@ WITH_DROPOUT = ("mlp", "wrn16_8", "wrn28_2", "wrn28_10")
 
 
 def build_model(name: str, num_classes: int, dropout: float | None = None) -> nn.Module:
-    """Return a new network; its weights are drawn from torch's global random number generator.
+    """Return a new network with weights from torch's global random number generator.
 
     Raises:
-        ValueError: no such model, or not one for so many classes or with dropout.
+        ValueError: there is no such model, or it does not take so many classes or dropout.
     """
     if name not in MODELS:
         raise ValueError(f"there is no model '{name}': choose one of {', '.join(sorted(MODELS))}")

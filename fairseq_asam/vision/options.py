@@ -1,12 +1,14 @@
-"""The options of a training run, and the paper's values for them."""
+"""The options of a training run, and the paper's values for them.
 
-from __future__ import annotations
+:class:`TrainOptions` is the only place that knows an option: its name, type, default, choices and help.
+"""
 
+import argparse
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional, get_args, get_type_hints
 
 from fairseq_asam.sharpness.normalization import IDENTITY, NORMALIZATIONS
 from fairseq_asam.sharpness.perturbation import validate
@@ -14,13 +16,22 @@ from fairseq_asam.sharpness.perturbation import validate
 from .data import DATASETS
 from .models import MODELS
 
-OPTIMIZERS = ("sgd", "sam", "asam")
-BATCH_NORM_STATISTICS = ("first", "both")
-MIXED_PRECISION = ("no", "bf16", "fp16")
+# No "from __future__ import annotations" here: the command line needs types, not their names.
 
-#: Section 5.2 of the paper. SGD trains for twice as many epochs, at the cost of as many gradients. Those of
-#: ``digits`` are ours.
+#: The values of Section 5.2 of the paper, and ours for ``digits``. The row of the data set replaces values of
+#: the row ``""``, and on CIFAR the row of ``pyramidnet272`` replaces values of both. SGD has no rho, operator
+#: and m. It trains for twice as many epochs, since its updates cost half as many gradients.
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "": {
+        "normalization": {"sam": "none", "asam": "element-wise"},
+        "batch_size": 128,
+        "lr": 0.1,
+        "weight_decay": 5e-4,
+        "m": 0,
+        "augmentation": "standard",
+        "cutmix": False,
+        "workers": 2,
+    },
     "cifar10": {"epochs": 200, "rho": {"sam": 0.05, "asam": 0.5}},
     "cifar100": {"epochs": 200, "rho": {"sam": 0.1, "asam": 1.0}},
     "imagenet": {
@@ -33,113 +44,111 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "workers": 8,
     },
     "digits": {"epochs": 10, "rho": {"sam": 0.05, "asam": 0.5}, "batch_size": 32, "workers": 0},
+    "pyramidnet272": {
+        "epochs": 900,
+        "rho": {"sam": 0.05, "asam": 1.0},
+        "batch_size": 256,
+        "lr": 0.05,
+        "m": 32,
+        "augmentation": "autoaugment",
+        "cutmix": True,
+    },
 }
-COMMON = {
-    "batch_size": 128,
-    "lr": 0.1,
-    "weight_decay": 5e-4,
-    "m": None,
-    "augmentation": "standard",
-    "cutmix": False,
-    "workers": 2,
-}
-#: Section 5.2: what PyramidNet-272 has instead on CIFAR.
-PYRAMIDNET = {
-    "epochs": 900,
-    "rho": {"sam": 0.05, "asam": 1.0},
-    "batch_size": 256,
-    "lr": 0.05,
-    "m": 32,
-    "augmentation": "autoaugment",
-    "cutmix": True,
-}
-#: Options that say where or how fast a run is made, but not what it computes.
+#: Options that say where a run is made or how fast, but not what it computes.
 PLACE = ("output", "data", "download", "workers")
+
+
+def _option(help: str, default: Any = dataclasses.MISSING, **of_argparse: Any) -> Any:
+    """Return a field that :func:`add_options` makes an option of the command line.
+
+    Args:
+        help: text of ``--help``, without the default.
+        default: ``None`` stands for the value in :data:`DEFAULTS`. Without a default, the option is required.
+        of_argparse: more arguments of ``add_argument``; ``flags``, if they are not the field's name;
+            ``heading``, above this option and the following ones in ``--help``.
+    """
+    return field(default=default, metadata={"help": help, **of_argparse})
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Options of :func:`~fairseq_asam.vision.train.train`; None stands for the data set's default, which
-    :meth:`resolved` puts in its place.
+    """The options of :func:`~fairseq_asam.vision.train.train`, explained by
+    ``python -m fairseq_asam.vision train --help``. ``None`` stands for a value in :data:`DEFAULTS`."""
 
-    Attributes:
-        dataset, model: of ``DATASETS`` and ``MODELS``.
-        optimizer: ``sgd``, ``sam`` or ``asam``; SGD with momentum is the base of all three.
-        output: folder of the run.
-        data: folder of the data set.
-        download: let torchvision download what is missing there.
-        rho, eta, p_norm, normalization, normalize_bias: of :class:`~fairseq_asam.Perturbation`.
-        m: images that have an epsilon of their own (m-sharpness); 0: one epsilon for the whole batch.
-        batch_norm_statistics: ``first``, those of the pass at w alone; ``both``, of the pass at w + epsilon
-            too, as in the paper's code.
-        batch_size: over all processes.
-        epochs, lr, momentum, weight_decay, label_smoothing: of the training. The learning rate falls from
-            *lr* along a cosine, by the epoch.
-        label_noise: share of training labels replaced (Table 6).
-        augmentation: ``none``, ``standard`` or ``autoaugment``.
-        cutmix: mix images of a batch (CutMix, Yun et al. 2019).
-        hold_out: evaluate on so many training images, not on the test set.
-        seed: decides weights, order, augmentation and label noise.
-        mixed_precision: ``no`` (float32), ``bf16`` or ``fp16``.
-        workers: processes that load images, for each training process.
-    """
+    dataset: str = _option("images and labels to learn", choices=DATASETS)
+    model: str = _option("network to train", choices=MODELS)
+    optimizer: str = _option("SGD with momentum, alone or within SAM or ASAM", choices=("sgd", "sam", "asam"))
+    output: Path = _option("folder of the run", metavar="RUN")  # noqa: RUF009
+    data: Optional[Path] = _option(  # noqa: RUF009
+        "folder of the data set (not needed for digits)", None, metavar="ROOT"
+    )
+    download: bool = _option("let torchvision download what is missing there", False)
+    workers: Optional[int] = _option("processes that load images", None)
 
-    dataset: str
-    model: str
-    optimizer: str
-    output: Path
-    data: Path | None = None
-    download: bool = False
-    rho: float | None = None
-    eta: float = 0.01
-    p_norm: float = 2.0
-    normalization: str | None = None
-    normalize_bias: bool = False
-    m: int | None = None
-    batch_norm_statistics: str = "first"
-    batch_size: int | None = None
-    epochs: int | None = None
-    lr: float | None = None
-    momentum: float = 0.9
-    weight_decay: float | None = None
-    label_smoothing: float = 0.1
-    label_noise: float = 0.0
-    augmentation: str | None = None
-    cutmix: bool | None = None
-    hold_out: int = 0
-    seed: int = 0
-    mixed_precision: str = "no"
-    workers: int | None = None
+    rho: Optional[float] = _option(
+        "radius (Equation 2, Equation 4)", None, heading="the maximization region (sam and asam)"
+    )
+    eta: float = _option("added to the normalization operator", 0.01)
+    p_norm: float = _option("norm that bounds the region, 1 < p <= inf", 2.0)
+    normalization: Optional[str] = _option("normalization operator T_w", None, choices=NORMALIZATIONS)
+    normalize_bias: bool = _option("normalize biases like other weights (Figure 4)", False)
+    m: Optional[int] = _option(
+        "images that have an epsilon of their own (m-sharpness); 0: the whole batch",
+        None,
+        flags=("--m", "--m-sharpness"),  # torchrun takes --m for one of its own
+        metavar="M",
+    )
+    batch_norm_statistics: str = _option(
+        "passes that update them: first, the one at w; both, as in the paper's code",
+        "first",
+        choices=("first", "both"),
+    )
 
-    def resolved(self) -> TrainOptions:
-        """Return these options with defaults filled in, and checked.
+    batch_size: Optional[int] = _option(
+        "images of an update, over all processes", None, heading="the training"
+    )
+    epochs: Optional[int] = _option("passes over the training images; sgd: twice as many", None)
+    lr: Optional[float] = _option("first learning rate; it falls along a cosine, by the epoch", None)
+    momentum: float = _option("momentum of SGD", 0.9)
+    weight_decay: Optional[float] = _option("coefficient lambda", None)
+    label_smoothing: float = _option("share of a label that all classes get", 0.1)
+    label_noise: float = _option("share of training labels to replace (Table 6)", 0.0)
+    augmentation: Optional[str] = _option(
+        "how to change training images at random", None, choices=("none", "standard", "autoaugment")
+    )
+    cutmix: Optional[bool] = _option("mix the images of a batch (Yun et al. 2019)", None)
+    hold_out: int = _option("evaluate on so many training images, not on the test set", 0)
+    seed: int = _option("decides weights, order, augmentation and label noise", 0)
+    mixed_precision: str = _option("no: float32 only", "no", choices=("no", "bf16", "fp16"))
+
+    def resolved(self) -> "TrainOptions":
+        """Return these options with values of :data:`DEFAULTS` in place of ``None``.
 
         Raises:
-            ValueError: in one sentence, the first value that cannot be.
+            ValueError: a value is not allowed.
         """
-        _one_of("dataset", self.dataset, DATASETS)
-        _one_of("model", self.model, MODELS)
-        _one_of("optimizer", self.optimizer, OPTIMIZERS)
-        defaults = {**COMMON, **DEFAULTS[self.dataset]}
+        for option in dataclasses.fields(self):
+            value, choices = getattr(self, option.name), option.metadata.get("choices")
+            if choices and value is not None and value not in choices:
+                raise ValueError(f"{option.name} is {value!r}, but it must be one of {', '.join(choices)}")
+        defaults = {**DEFAULTS[""], **DEFAULTS[self.dataset]}
         if self.model == "pyramidnet272" and self.dataset.startswith("cifar"):
-            defaults.update(PYRAMIDNET)
+            defaults.update(DEFAULTS["pyramidnet272"])
         if self.optimizer == "sgd":
-            defaults.update(epochs=2 * defaults["epochs"], m=None)
-        defaults["rho"] = defaults["rho"].get(self.optimizer, 0.0)
-        defaults["normalization"] = "element-wise" if self.optimizer == "asam" else "none"
+            defaults.update(rho=0.0, normalization="none", m=0, epochs=2 * defaults["epochs"])
+        else:
+            defaults.update({name: defaults[name][self.optimizer] for name in ("rho", "normalization")})
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        options = TrainOptions(**{**defaults, **given, "m": given.get("m", defaults["m"]) or None})
-        options._check()
-        return options
+        options = {**defaults, **given}
+        options["m"] = options["m"] or None
+        resolved = TrainOptions(**options)
+        resolved._check()
+        return resolved
 
     def _check(self) -> None:
-        _one_of("batch_norm_statistics", self.batch_norm_statistics, BATCH_NORM_STATISTICS)
-        _one_of("mixed_precision", self.mixed_precision, MIXED_PRECISION)
-        validate(rho=self.rho, eta=self.eta, p=self.p_norm, normalization=self.normalization)
+        validate(rho=self.rho, eta=self.eta, p=self.p_norm)
         if self.optimizer == "sgd" and (self.rho or self.m):
-            raise ValueError(
-                "sgd has no epsilon, and hence neither rho nor m: choose sam or asam to use them"
-            )
+            raise ValueError("sgd has no epsilon and takes neither rho nor m: choose sam or asam to use them")
         if self.optimizer != "asam" and NORMALIZATIONS[self.normalization] is not IDENTITY:
             raise ValueError(
                 f"{self.optimizer} has no normalization operator such as {self.normalization}: choose asam"
@@ -155,11 +164,7 @@ class TrainOptions:
             raise ValueError(f"m is {self.m}, but it must be at least 1, or 0 for one epsilon for the batch")
 
     def check_shares(self, processes: int) -> None:
-        """Check that so many processes can share a batch.
-
-        Raises:
-            ValueError: in one sentence, if they cannot, or not in groups of m.
-        """
+        """Raise ValueError if so many *processes* cannot share a batch, in groups of m images."""
         if self.batch_size % processes:
             raise ValueError(
                 f"batch_size is {self.batch_size}, which {processes} processes can't share: choose a multiple"
@@ -172,11 +177,49 @@ class TrainOptions:
             )
 
     def of_the_run(self) -> dict[str, Any]:
-        """Return the options that decide what is computed, as JSON has them: all but :data:`PLACE`."""
+        """Return the options that decide what is computed (all but :data:`PLACE`), ready for JSON."""
         options = {k: v for k, v in dataclasses.asdict(self).items() if k not in PLACE}
         return {**options, "p_norm": "inf" if self.p_norm == math.inf else self.p_norm}
 
 
-def _one_of(name: str, value: str, choices: Any) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}, but it must be one of {', '.join(choices)}")
+def add_options(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> None:
+    """Add the fields *names* of :class:`TrainOptions`, or all of them, to *parser*.
+
+    *changes* replace arguments of ``add_argument`` of each.
+    """
+    group: Any = parser
+    types = get_type_hints(TrainOptions)
+    for option in dataclasses.fields(TrainOptions):
+        if names and option.name not in names:
+            continue
+        keywords = {"default": option.default, **option.metadata, **changes}
+        heading = keywords.pop("heading", None)
+        if heading and not names:
+            group = parser.add_argument_group(heading)
+        flags = keywords.pop("flags", [f"--{option.name.replace('_', '-')}"])
+        kind, default = types[option.name], keywords["default"]
+        if kind is bool:
+            keywords["action"] = "store_true"
+        elif kind == Optional[bool]:
+            keywords["action"] = argparse.BooleanOptionalAction
+        else:
+            keywords["type"] = get_args(kind)[0] if get_args(kind) else kind
+        if default is dataclasses.MISSING:
+            keywords.update(default=None, required=True)
+        elif default is not False:
+            keywords["help"] += _stated_default(option.name, default)
+        group.add_argument(*flags, **keywords)
+
+
+def _stated_default(name: str, default: Any) -> str:
+    """Return the end of the help of the option *name*: its default, or those in :data:`DEFAULTS`."""
+    if default is None:
+        rows = {row: options[name] for row, options in DEFAULTS.items() if name in options}
+        default = "; ".join(
+            f"{row}: {_words(value)}" if row else _words(value) for row, value in rows.items()
+        )
+    return f" (default: {default})" if default != "" else ""
+
+
+def _words(value: Any) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: a checkpoint while it lasts, a result when it is finished."""
+"""The folder of a run: a checkpoint after every epoch, a result at the end."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 
-from fairseq_asam.files import whole
+from fairseq_asam.files import whole, write_json
 
 
 class RunFolder:
-    """The folder *path* of the run that *options*, a dict as JSON has it, describe.
+    """The folder *path* of the run with *options*, ready for JSON.
 
     Raises:
-        ValueError: *path* is no folder; on reading, it holds a run with other options, or something
-            unreadable.
+        ValueError: *path* is no folder. On reading: it holds a run with other options, or a broken file.
     """
 
     def __init__(self, path: Path, options: dict[str, Any]):
@@ -38,7 +37,7 @@ class RunFolder:
         return result
 
     def checkpoint(self) -> dict[str, Any] | None:
-        """Return what :meth:`save_checkpoint` saved last, on the CPU, or ``None`` before the first."""
+        """Return the last checkpoint, on the CPU, or ``None`` if there is none yet."""
         if not self.checkpoint_file.exists():
             return None
         try:
@@ -53,12 +52,11 @@ class RunFolder:
         return checkpoint
 
     def save_result(self, result: dict[str, Any]) -> None:
-        """Write result.json, at once or not at all. Numbers that are not finite become null."""
-        with whole(self.result_file) as file:
-            file.write_text(json.dumps(_finite(result), indent=1, allow_nan=False) + "\n")
+        """Write result.json. Numbers that are not finite become null."""
+        write_json(self.result_file, _finite(result))
 
     def save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write checkpoint.pt, at once or not at all."""
+        """Write checkpoint.pt, whole or not at all."""
         with whole(self.checkpoint_file) as file:
             torch.save({**checkpoint, "options": self.options}, file)
 

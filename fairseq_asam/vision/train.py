@@ -26,11 +26,11 @@ from .options import TrainOptions
 from .run_folder import RunFolder
 from .update import Measured, Update
 
-# Updates between two looks at what the device has measured.
+# Updates between two readings of the meter, each of which waits for the device.
 LOOK_EVERY = 20
 
-# The variables by which accelerate is told to share out a model.
-SHARE_OUT = {
+# The variables that tell accelerate to divide a model over processes.
+DIVIDES = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -38,43 +38,43 @@ SHARE_OUT = {
 
 
 def train(options: TrainOptions) -> dict[str, Any]:
-    """Make the run that *options* describe, or what is left of it, and return its result.
+    """Make the run with *options*, or the rest of it, and return its result.
 
     The result, also in ``result.json`` of the run's folder, is a dict of
 
-    - ``options``: all that decide what is computed, defaults filled in;
-    - ``epochs``: for each, ``epoch``, ``train_loss`` (label-smoothed, at w, of the augmented images),
-      ``train_accuracy``, ``sharpness`` (the mean of L(w + epsilon) - L(w); 0 for sgd), ``test_loss``,
-      ``test_accuracy``, ``test_top5_accuracy`` and ``seconds`` of its training;
-    - ``test_loss``, ``test_accuracy``, ``test_top5_accuracy`` after the last epoch, ``train_loss`` and
-      ``train_accuracy`` likewise: plain cross-entropy without label smoothing, in evaluation mode, of the
-      training images without augmentation, with the labels trained on;
+    - ``options``: those that decide what is computed;
+    - ``epochs``: a record of each, with ``epoch``, ``train_loss`` (at w, with label smoothing and augmented
+      images), ``train_accuracy``, ``sharpness`` (the mean of L(w + epsilon) - L(w); 0 for sgd),
+      ``test_loss``, ``test_accuracy``, ``test_top5_accuracy`` and ``seconds`` of training;
+    - ``train_loss``, ``train_accuracy``, ``test_loss``, ``test_accuracy``, ``test_top5_accuracy`` after the
+      last epoch: in evaluation mode, without label smoothing and augmentation, but with label noise;
     - ``generalization_gap``: test_loss - train_loss;
-    - ``max_test_accuracy``: over all epochs, which the paper's tables report;
-    - ``diverged``: whether the run ended early with a loss that is not finite;
+    - ``max_test_accuracy``: the best of all epochs, which the paper's tables report;
+    - ``diverged``: whether a loss that is not finite ended the run early;
     - ``seconds`` of all epochs and evaluations, and ``hardware``.
 
-    Accuracies are in [0, 1]; a number that is not finite is ``None`` in the file. With ``hold_out``,
-    "test" stands for the images held out.
+    Accuracies are in [0, 1]. A number that is not finite is ``None`` in the file. With ``hold_out``, the
+    held-out images take the place of the test images.
 
     Raises:
-        ValueError, FileNotFoundError: before the training, in one sentence, what cannot be.
+        ValueError: a value is not allowed, before training starts.
+        FileNotFoundError: the data set is missing.
     """
     return Run(options).finish()
 
 
 class Run:
-    """A training run, ready to go on from its last epoch; raises what :func:`train` does."""
+    """A training run, ready to go on after its last epoch. Raises what :func:`train` raises."""
 
     def __init__(self, options: TrainOptions):
         self.options = options = options.resolved()
-        _refuse_to_share_out()
+        _refuse_to_divide()
         has_gpu = torch.cuda.is_available()
         if options.mixed_precision == "fp16" and not has_gpu:
             raise ValueError("mixed_precision is fp16, which needs a GPU: choose no or bf16 on a CPU")
         self.accelerator = Accelerator(
             mixed_precision=options.mixed_precision,
-            cpu=not has_gpu,  # processes of torchrun would each train for themselves if this were not said
+            cpu=not has_gpu,  # without it, each process of torchrun would train alone
         )
         options.check_shares(self.accelerator.num_processes)
         self.folder = RunFolder(options.output, options.of_the_run())
@@ -124,7 +124,7 @@ class Run:
             "seed": options.seed,
             "download": options.download,
         }
-        with accelerator.local_main_process_first():  # which downloads or unpacks for the others
+        with accelerator.local_main_process_first():  # it downloads or unpacks for the others
             augmented = data.load(options.dataset, options.data, **loading, augmentation=options.augmentation)
             plain = data.load(options.dataset, options.data, **loading, augmentation="none")
         if len(augmented.train) < options.batch_size:
@@ -144,7 +144,7 @@ class Run:
     def _build_model(self) -> None:
         options = self.options
         set_seed(seed_of(options.seed))
-        # Convolutions are faster in this order of the dimensions.
+        # Convolutions are faster with channels last.
         self.model = models.build_model(options.model, self.num_classes).to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(
             self.model.parameters(),
@@ -177,7 +177,7 @@ class Run:
         """Train for an epoch, evaluate, and return the record."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.lr * (1 + math.cos(math.pi * (epoch - 1) / self.options.epochs)) / 2
-        # An epoch's random numbers come from its own seed, so that none of the past need be kept.
+        # Each epoch has its own seed, so that a checkpoint needs no state of random generators.
         set_seed(seed_of(self.options.seed, epoch, self.accelerator.process_index))
         self.batches.epoch = epoch
         self.model.train()
@@ -204,14 +204,14 @@ class Run:
         record = {"epoch": epoch, **{f"train_{k}": means[k] for k in ("loss", "accuracy")}}
         record["sharpness"] = means["sharpness"]
         record["seconds"] = time.perf_counter() - begin
-        # Batch-normalization statistics are process 0's, as they are in training (DistributedDataParallel).
+        # Evaluate with the batch-normalization statistics of process 0, as DistributedDataParallel trains.
         broadcast(list(self.model.buffers()))
         record.update({f"test_{k}": v for k, v in self._evaluate(self.evaluation).items()})
         return record
 
     @torch.inference_mode()
     def _evaluate(self, loader: DataLoader) -> dict[str, float]:
-        """Return plain cross-entropy, accuracy and top-5 accuracy over the images of all processes."""
+        """Return cross-entropy, accuracy and top-5 accuracy over the images of all processes."""
         self.model.eval()
         totals = torch.zeros(4, dtype=torch.float64, device=self.accelerator.device)
         for images, targets in loader:
@@ -289,9 +289,9 @@ class Run:
         return f"{self.accelerator.num_processes} x {name}, torch {torch.__version__}"
 
 
-def _refuse_to_share_out() -> None:
-    """Raise ValueError if accelerate is to share out the model: a run saves whole weights."""
-    for variable, name in SHARE_OUT.items():
+def _refuse_to_divide() -> None:
+    """Raise ValueError if accelerate is to divide the model: a run saves whole weights."""
+    for variable, name in DIVIDES.items():
         if os.environ.get(variable, "false").lower() == "true":
             raise ValueError(
                 f"accelerate is to use {name} ({variable} is {os.environ[variable]}), but every process of a "
@@ -300,21 +300,21 @@ def _refuse_to_share_out() -> None:
 
 
 class Meter:
-    """Means over the updates and processes of an epoch, kept on the device until they are asked for."""
+    """The means over the updates and processes of an epoch. They stay on the device until they are read."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self._totals = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
 
     def add(self, measured: Measured) -> None:
-        """Take in an update. A sharpness that is not finite, where fp16 overflowed, does not count."""
+        """Add an update. A sharpness that is not finite, as when fp16 overflows, does not count."""
         loss, accuracy, sharpness = measured
         finite = torch.isfinite(sharpness)
         one = torch.ones_like(loss)
         self._totals += torch.stack([one, loss, accuracy, sharpness.where(finite, 0.0), finite])
 
     def means(self) -> dict[str, float]:
-        """Return the means so far; all processes are to ask at once."""
+        """Return the means so far. All processes must call it together."""
         count, loss, accuracy, sharpness, finite = self.accelerator.reduce(self._totals, "sum").tolist()
         return {
             "loss": loss / max(count, 1),

@@ -15,8 +15,7 @@ from fairseq_asam import Perturbation, TwoPasses
 
 
 class Measured(NamedTuple):
-    """What an update saw of its batch, means over this process's images: tensors without dimensions, still
-    on the device, for to read one would stall it."""
+    """Means over the images of an update in this process, as tensors on the device: to read one waits."""
 
     loss: Tensor
     accuracy: Tensor
@@ -24,22 +23,21 @@ class Measured(NamedTuple):
 
 
 class Update:
-    """Makes an update with every call, given this process's images (N x C x H x W) and targets, class
-    numbers (N) or probabilities (N x classes).
+    """Makes an update with each call, by the passes of :class:`~fairseq_asam.TwoPasses`.
+
+    A call takes the images (N x C x H x W) and targets of this process. Targets are class numbers (N) or
+    probabilities (N x classes). If the gradient at w is not finite, there is no epsilon and the gradient of
+    the update is NaN. In fp16 the gradient scaler then skips the update and lowers its scale.
 
     Args:
         accelerator: spreads the batch over processes and casts to half precision.
-        model, optimizer: as the *accelerator* prepared them.
-        perturbation: of the model's weights; ``None`` makes plain updates of *optimizer*.
-        label_smoothing: of the training loss, at w and at w + epsilon.
-        m: take epsilon from each m images on their own (m-sharpness; Foret et al. 2021, Section 4.1), and
-            step with the mean of the gradients at the several w + epsilon. It divides N. ``None``: take it
-            from the gradient of the whole batch, over all processes.
-        statistics_at_w: keep the pass at w + epsilon out of the batch-normalization statistics.
-
-    The passes are those of :class:`~fairseq_asam.TwoPasses`. An update whose gradient at w is not finite has
-    no epsilon and is made with a gradient of NaN: in fp16, the gradient scaler skips it and lowers its scale;
-    otherwise NaN it remains.
+        model, optimizer: as *accelerator* prepared them.
+        perturbation: moves the weights of *model*. ``None``: make plain updates of *optimizer*.
+        label_smoothing: of the training loss, in both passes.
+        m: number of images with an epsilon of their own (m-sharpness; Foret et al. 2021, Section 4.1), which
+            divides N. The step uses the mean of the gradients at each w + epsilon. ``None``: one epsilon from
+            the gradient of the whole batch, over all processes.
+        statistics_at_w: do not update batch-normalization statistics in the pass at w + epsilon.
     """
 
     def __init__(
@@ -76,7 +74,7 @@ class Update:
         return measured
 
     def _make_two_passes(self, images: Tensor, targets: Tensor, weight: float, is_last: bool) -> Measured:
-        """Add the gradient at w + epsilon, times *weight*, to ``.grad``."""
+        """Add *weight* times the gradient at w + epsilon to ``.grad``."""
 
         def evaluate(alone: bool) -> tuple[Tensor, Tensor]:
             with self.accelerator.no_sync(self.model) if alone else contextlib.nullcontext():
@@ -89,7 +87,7 @@ class Update:
         return Measured(loss, accuracy, torch.as_tensor(self._two_passes.sharpness))
 
     def _pass(self, images: Tensor, targets: Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Forward and backward; return the mean loss and the accuracy."""
+        """Run forward and backward, and return the mean loss and the accuracy."""
         outputs = self.model(images)
         loss = F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
         marked = loss if self._two_passes is None else self._two_passes.marked(loss)

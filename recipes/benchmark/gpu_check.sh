@@ -12,4 +12,4 @@ fi
 recipes/environment.sh test
 .venv/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit(
     f"gpu_check.sh: torch {torch.__version__} finds no GPU: install a CUDA build of it into .venv.")'
-exec .venv/bin/python -m pytest tests/tasks/test_gpu.py tests/vision/test_vision_gpu.py -m gpu -v -rA "$@"
+exec .venv/bin/python -m pytest tests/tasks/test_gpu.py tests/vision/test_gpu.py -m gpu -v -rA "$@"

@@ -25,8 +25,7 @@ from tqdm import tqdm
 
 from fairseq_asam import Region, measure
 from fairseq_asam.files import write_json
-from fairseq_asam.measuring.__main__ import add_data_arguments
-from fairseq_asam.measuring.command_line import watched
+from fairseq_asam.measuring.command_line import OF_CHECKPOINTS, add_shared_options, watched
 from fairseq_asam.measuring.fairseq_checkpoints import DatasetLoss, load
 from fairseq_asam.sharpness.measure import Displaced, Loss, evaluate
 from recipes.reporter import write_figure
@@ -128,11 +127,14 @@ def main() -> None:
         description="Draw the loss around checkpoints, along epsilon and a random direction.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add_data_arguments(parser, batches=4)
+    parser.add_argument("data", metavar="DATA", help="folder that fairseq-preprocess wrote")
+    add_shared_options(parser, *OF_CHECKPOINTS)
+    add_shared_options(parser, "--batches", default=4)
+    add_shared_options(parser, "--seed", "--cpu")
     parser.add_argument("out", type=Path, metavar="OUT.png", help="the picture; the numbers go to OUT.json")
     parser.add_argument("--path", nargs="+", required=True, metavar="CHECKPOINT", help="fairseq checkpoints")
-    parser.add_argument("--rho", type=float, default=1.0, help="radius of the region of epsilon")
-    parser.add_argument("--eta", type=float, default=0.01, help="stability term of the normalization")
+    add_shared_options(parser, "--rho", nargs=None, default=1.0, help="radius of the region of epsilon")
+    add_shared_options(parser, "--eta")
     parser.add_argument(
         "--radius", type=float, default=0.5, help="of the random direction, in lengths of filters"
     )

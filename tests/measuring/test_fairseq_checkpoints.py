@@ -257,8 +257,8 @@ def test_a_loss_worse_than_guessing_is_pointed_out(command, adam, data, tmp_path
 @pytest.mark.parametrize(
     "module, flags, message",
     [
-        ("sharpness", ["--path", "none.pt"], "sharpness: the checkpoint 'none.pt' does not exist."),
-        ("sharpness", ["--path", "none.pt", "--rho", "-1"], "sharpness: rho is -1.0, but"),
+        ("sharpness", ["--path", "none.pt"], "measuring: the checkpoint 'none.pt' does not exist."),
+        ("sharpness", ["--path", "none.pt", "--rho", "-1"], "measuring: rho is -1.0, but"),
         ("surface", ["out.png", "--path", "none.pt", "--points", "4"], "surface: --points is 4, but"),
         ("surface", ["out.jpg", "--path", "none.pt"], "surface: 'out.jpg' is not the name of a PNG file"),
     ],

@@ -82,25 +82,6 @@ def test_learns_digits(optimizer, tmp_path):
     assert any((tmp_path / "run" / "tensorboard").iterdir())
 
 
-def test_the_paper_s_defaults(tmp_path):
-    def options(dataset, optimizer, model="wrn28_10", **given):
-        return TrainOptions(dataset, model, optimizer, tmp_path, **given).resolved()
-
-    for dataset, rho in (("cifar10", (0.0, 0.05, 0.5)), ("cifar100", (0.0, 0.1, 1.0))):
-        for optimizer, r, epochs in zip(("sgd", "sam", "asam"), rho, (400, 200, 200)):
-            o = options(dataset, optimizer)
-            assert (o.rho, o.epochs, o.lr, o.momentum) == (r, epochs, 0.1, 0.9)
-            assert (o.weight_decay, o.batch_size, o.m, o.label_smoothing) == (5e-4, 128, None, 0.1)
-    imagenet = options("imagenet", "asam", "resnet50")
-    assert (imagenet.rho, imagenet.epochs, imagenet.lr, imagenet.m) == (1.0, 100, 0.2, 128)
-    assert (imagenet.weight_decay, imagenet.batch_size) == (1e-4, 512)
-    assert options("imagenet", "sgd", "resnet50").epochs == 200
-    pyramidnet = options("cifar10", "asam", "pyramidnet272")
-    assert (pyramidnet.rho, pyramidnet.epochs, pyramidnet.lr, pyramidnet.m) == (1.0, 900, 0.05, 32)
-    assert pyramidnet.cutmix and pyramidnet.augmentation == "autoaugment" and pyramidnet.batch_size == 256
-    assert options("imagenet", "asam", "resnet50", m=0).m is None
-
-
 def test_losses_at_the_end_are_plain_cross_entropy_in_evaluation_mode(tmp_path):
     """Computed anew from the checkpoint."""
     from fairseq_asam.vision import data

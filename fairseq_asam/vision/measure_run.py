@@ -1,8 +1,8 @@
 """Sharpness and adaptive sharpness of an image run, as a table and JSON.
 
-The loss is plain cross-entropy, without the label smoothing of training, in nats per image: of images without
-augmentation, with the labels trained on, in float32 and in evaluation mode, where batch normalization has its
-running statistics. Network, data set, label noise and held-out images are the run's.
+The loss is cross-entropy in nats per image, without label smoothing. Network, data set, label noise and
+held-out images are the run's. Images are not augmented. The network is in float32 and in evaluation mode:
+batch normalization uses its running statistics.
 """
 
 from __future__ import annotations
@@ -18,40 +18,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from fairseq_asam.measuring.command_line import (
-    add_batch_arguments,
-    add_region_arguments,
-    measure_watched,
-    regions_of,
-    report,
-)
+from fairseq_asam.measuring import command_line
 
 from . import data, models
 from .batches import evaluation_loader
+from .options import add_options
 from .run_folder import RunFolder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add every option of :func:`measure_run`."""
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="folder of a run, which may go on meanwhile")
-    add("--split", choices=("train", "test"), default="train", help="test: what the run evaluates on")
-    add("--data", type=Path, metavar="ROOT", help="folder of the data set (not needed for digits)")
-    add("--download", action="store_true", help="let torchvision download what is missing there")
-    add("--workers", type=int, default=0, help="processes that load images")
-    add("--batch-size", type=int, default=256, help="images that go through the network together")
-    add_batch_arguments(parser)
-    add_region_arguments(parser)
+    """Add every option of :func:`measure_run` to *parser*."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, which may still go on")
+    parser.add_argument(
+        "--split",
+        choices=("train", "test"),
+        default="train",
+        help="training images, or those that the run evaluates on (default: %(default)s)",
+    )
+    add_options(parser, "data", "download")
+    add_options(parser, "workers", default=0)
+    add_options(parser, "batch_size", default=256, help="images of a forward pass")
+    command_line.add_shared_options(parser, *command_line.OF_BATCHES, *command_line.OF_REGIONS)
 
 
 def measure_run(args: argparse.Namespace) -> None:
     """Measure the last checkpoint of a run, print the table and write the JSON.
 
     Raises:
-        ValueError, FileNotFoundError: in one sentence, what cannot be; if possible, before anything is
-            loaded.
+        ValueError: a value is not allowed, or there is no checkpoint.
+        FileNotFoundError: the data set is missing.
     """
-    regions = regions_of(args)
+    regions = command_line.regions_of(args)
     for name, least in (("batches", 1), ("batch_size", 1), ("workers", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -70,20 +67,27 @@ def measure_run(args: argparse.Namespace) -> None:
     model.load_state_dict(checkpoint["model"])
     model.to(device).to(memory_format=torch.channels_last)
     loader = evaluation_loader(images, args.workers, device, batch_size=args.batch_size)
-    measured = measure_watched(partial(cross_entropy, model, loader), len(loader), model, regions, args)
+    loss = partial(cross_entropy, model, loader)
+    measured = command_line.measure_watched(loss, len(loader), model, regions, args)
     epoch = len(checkpoint["epochs"])
     kind = {"train": "training", "test": "held-out" if options["hold_out"] else "test"}[args.split]
     print(f"{args.run}: {options['model']} on {options['dataset']}, {epoch} of {options['epochs']} epochs")
     print(f"cross-entropy of {len(images)} {kind} images in {len(loader)} batches, without augmentation")
     counts = {"images": len(images), "batches": len(loader), "epoch": epoch}
-    report(args, measured, "image", {**counts, "options": options})
+    command_line.report(args, measured, "image", {**counts, "options": options})
 
 
 def images_of(options: dict[str, Any], split: str, root: Path | None, download: bool = False) -> data.Images:
-    """Return the images, ``train`` or ``test``, of the run with *options*, without augmentation.
+    """Return the images of a run without augmentation.
+
+    Args:
+        options: those of the run.
+        split: ``train`` or ``test``.
+        root: folder of the data set.
+        download: fetch CIFAR if it is missing.
 
     Raises:
-        FileNotFoundError: the folder *root* has not the data set.
+        FileNotFoundError: *root* does not have the data set.
     """
     loaded = data.load(
         options["dataset"],
@@ -98,13 +102,13 @@ def images_of(options: dict[str, Any], split: str, root: Path | None, download: 
 
 
 def at_random(images: data.Images, number: int, seed: int) -> Subset:
-    """Return so many of *images*, drawn with *seed*; all, in another order, if there are no more."""
+    """Return *number* of the *images*, drawn at random with *seed*, or all if there are fewer."""
     generator = torch.Generator().manual_seed(seed)
     return Subset(images, torch.randperm(len(images), generator=generator)[:number].tolist())
 
 
 def cross_entropy(model: nn.Module, loader: DataLoader) -> Iterator[tuple[Tensor, int]]:
-    """Yield the terms of the mean cross-entropy, as :data:`~fairseq_asam.sharpness.measure.Loss` has them."""
+    """Yield the summed cross-entropy of each batch and its number of images."""
     device = next(model.parameters()).device
     for images, targets in loader:
         images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
