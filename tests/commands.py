@@ -22,7 +22,9 @@ torch.set_num_threads(1)
 # One process imports fairseq; each command runs in a fork of it, as if started afresh but sooner.
 _processes = multiprocessing.get_context("forkserver")
 # The first optimizer in a process imports torch._dynamo, which takes longer than these runs.
-_processes.set_forkserver_preload(["fairseq_cli.train", "fairseq_cli.generate", "torch._dynamo"])
+_processes.set_forkserver_preload(
+    ["fairseq_cli.train", "fairseq_cli.generate", "torch._dynamo", "recipes.language_model.train"]
+)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The options of train.py, what is wrong with them, and the text that they name."""
+"""The options of train.py, their checks, and the text that they name."""
 
 from __future__ import annotations
 
@@ -22,24 +22,31 @@ def options(description: str) -> argparse.ArgumentParser:
         description=description.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--optimizer", choices=["adam", *REGIONS], required=True)
-    add("--rho", type=float, help="radius of the maximization region; None: 0.1 for sam, 0.2 for asam")
-    add("--data", nargs="+", default=[], metavar="FILE", help="text; none: generated sentences")
-    add("--out", metavar="RUN", help="folder; None: runs/language_model/OPTIMIZER")
-    add("--updates", type=at_least_1, default=300, metavar="N", help="all in all")
-    add("--save-every", type=at_least_1, default=100, metavar="N", help="updates")
-    add("--batch-size", type=at_least_1, default=32, metavar="N", help="of all processes together")
-    add("--accumulate", type=at_least_1, default=1, metavar="N", help="micro-batches of a process")
+    rho = ", ".join(f"{rho} for {optimizer}" for optimizer, (_, rho) in REGIONS.items())
+    add("--optimizer", choices=["adam", *REGIONS], required=True, help="AdamW, alone or within SAM or ASAM")
+    add("--rho", type=float, help=f"radius of the maximization region; None: {rho}")
+    add("--data", nargs="+", default=[], metavar="FILE", help="text files; none: generated sentences")
+    add("--out", metavar="RUN", help="folder of the run; None: runs/language_model/OPTIMIZER")
+    add("--updates", type=at_least_1, default=300, metavar="N", help="updates in all, resumed ones included")
+    add("--save-every", type=at_least_1, default=100, metavar="N", help="updates between checkpoints")
+    add("--batch-size", type=at_least_1, default=32, metavar="N", help="windows of text, over all processes")
+    add("--accumulate", type=at_least_1, default=1, metavar="N", help="micro-batches of each process")
     add("--lr", type=positive, default=1e-3, help="learning rate")
-    add("--clip-norm", type=positive, default=1.0, metavar="NORM", help="most that a gradient may have")
-    add("--dropout", type=float, default=0.1, metavar="P", help="probability")
-    add("--layers", type=at_least_1, default=5, metavar="N", help="of the model")
-    add("--width", type=at_least_1, default=128, metavar="N", help=f"of the model, a multiple of {HEAD}")
+    add(
+        "--clip-norm",
+        type=positive,
+        default=1.0,
+        metavar="NORM",
+        help="clip the gradient at w + epsilon to it",
+    )
+    add("--dropout", type=float, default=0.1, metavar="P", help="dropout probability")
+    add("--layers", type=at_least_1, default=5, metavar="N", help="layers of the model")
+    add("--width", type=at_least_1, default=128, metavar="N", help=f"model width, a multiple of {HEAD}")
     add("--context", type=at_least_1, default=128, metavar="N", help="bytes that the model sees")
-    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the passes")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="dtype of the passes")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=["cpu", "cuda"], default=device, help="where to train")
-    add("--seed", type=int, default=1, help="of weights, batches and masks")
+    add("--device", choices=["cpu", "cuda"], default=device, help="device to train on")
+    add("--seed", type=int, default=1, help="decides weights, batches and dropout masks")
     return parser
 
 
@@ -56,7 +63,7 @@ def positive(text: str) -> float:
 
 
 def check(args: argparse.Namespace, processes: int, size: int) -> None:
-    """Raise ValueError if options do not go together, or with a text of *size* bytes."""
+    """Raise ValueError if options do not go together, or do not fit a text of *size* bytes."""
     if args.rho is not None and args.optimizer == "adam":
         raise ValueError("--rho is for --optimizer sam and asam")
     if args.width % HEAD:
@@ -80,7 +87,7 @@ def check(args: argparse.Namespace, processes: int, size: int) -> None:
 
 
 def text_of(files: list[str]) -> bytes:
-    """Return the bytes of *files*, one after another; without any, of generated sentences.
+    """Return the bytes of *files*, or of generated sentences if there are none.
 
     Raises:
         ValueError: a file is missing.

@@ -1,9 +1,9 @@
-"""Trains a small language model, its weights in shards over the processes, with AdamW, SAM or ASAM.
+"""Trains a small language model, whose weights are in shards over processes, with AdamW, SAM or ASAM.
 
     torchrun --nproc_per_node 2 -m recipes.language_model.train --optimizer asam [--data FILE ...] [--out RUN]
 
-It learns to predict the bytes of text files, by default of generated sentences. RUN gets a checkpoint now and
-then, from which the same command goes on, with any number of processes, and result.json at the end.
+The model learns to predict the bytes of text files, by default of generated sentences. RUN gets checkpoints,
+and result.json at the end. The same command goes on from the last checkpoint, with any number of processes.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from fairseq_asam.files import write_json
 from recipes.language_model.command_line import REGIONS, check, options, text_of
 from recipes.language_model.transformer import LanguageModel
 
-# Options that a checkpoint has in common with the run that goes on with it.
+# Options that must not change when a run goes on.
 SHAPE = ("layers", "width", "context")
 
 
 def in_shards(model: nn.Module, mesh: DeviceMesh, precision: str) -> LanguageModel:
-    """Put the weights into float32 shards. In bf16, what is gathered of them for a pass is rounded: epsilon
-    is added before, in float32, and the optimizer steps in float32."""
+    """Put the weights into float32 shards. With bf16, a pass gathers them rounded to bfloat16; epsilon and
+    the step of the optimizer stay in float32."""
     dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if precision == "bf16" else {}
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(**dtypes))
@@ -57,16 +57,19 @@ def update(
     micro_batches: list[Tensor],
     clip: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Make one update with this process's *micro_batches*, together with the other processes. Return its loss
-    at w, its sharpness and the norm of the gradient of all."""
+    """Make one update together with the other processes.
+
+    Returns:
+        The loss at w and the sharpness of this process's *micro_batches*, and the norm of the gradient.
+    """
     loss = torch.zeros((), device=micro_batches[0].device)
     for number, windows in enumerate(micro_batches, start=1):
         is_last = number == len(micro_batches)
 
         def forward_and_backward(windows: Tensor = windows, is_last: bool = is_last) -> Tensor:
-            # Before the last micro-batch, each process adds up whole gradients on its own, and keeps the
-            # whole weights. The last one must send the gradients: epsilon and the step need those of all
-            # processes, in shards. It must let go of the whole weights: the step changes the shards alone.
+            # Until the last micro-batch, each process keeps whole weights and adds up whole gradients. The
+            # last one must reduce the gradients, since epsilon and the step need those of all processes. It
+            # must also free the whole weights, since the step changes only the shards.
             model.set_requires_gradient_sync(is_last)
             model.set_reshard_after_backward(is_last)
             part = loss_of(model, windows) / len(micro_batches)
@@ -76,7 +79,7 @@ def update(
         loss += forward_and_backward() if two_passes is None else two_passes.at_w(forward_and_backward)
     if two_passes is not None:
         two_passes.at_w_plus_epsilon()  # one epsilon for all micro-batches
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)  # of all shards: a DTensor
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)  # a DTensor: the norm over all shards
     optimizer.step()
     optimizer.zero_grad()
     sharpness = torch.zeros_like(loss) if two_passes is None else two_passes.sharpness
@@ -85,11 +88,11 @@ def update(
 
 @torch.no_grad()
 def validation_loss(model: nn.Module, windows: Tensor) -> float:
-    """Return the mean loss over *windows*, of which each process takes its share."""
+    """Return the mean loss over *windows*. Each process computes its share."""
     model.eval()
     share = windows.tensor_split(dist.get_world_size())[dist.get_rank()]
     total = loss_of(model, share) * len(share)
-    model.reshard()  # after a pass without backward(), whole weights would stay
+    model.reshard()  # without backward(), nothing else frees the whole weights
     model.train()
     dist.all_reduce(total)
     return total.item() / len(windows)
@@ -98,16 +101,17 @@ def validation_loss(model: nn.Module, windows: Tensor) -> float:
 def state_of(
     model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
 ) -> dict[str, Any]:
-    """Return all that a checkpoint has to hold; of weights and optimizer state, this process's shards."""
+    """Return what this process saves in a checkpoint: its shards of weights and optimizer state, and the
+    generator."""
     weights, optimizer_state = get_state_dict(model, optimizer)
     return {"model": weights, "optimizer": optimizer_state, "generator": generator.get_state()}
 
 
 def save(out: Path, state: dict[str, Any], result: dict[str, Any]) -> None:
-    """Put a checkpoint into *out* in place of the one there: `step-N`, which is whole or does not exist."""
+    """Write the checkpoint `step-N`, whole or not at all, and then delete the one before."""
     partial = out / "partial"
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed meanwhile
+        shutil.rmtree(partial, ignore_errors=True)  # a run may have been killed while it saved
         partial.mkdir(parents=True)
     dist.barrier()
     dcp.save(state, checkpoint_id=partial)
@@ -127,7 +131,7 @@ def load(
     generator: torch.Generator,
     args: argparse.Namespace,
 ) -> list[dict[str, float]]:
-    """Go back to the last checkpoint in *out*, if there is one. Return the updates that were made."""
+    """Load the last checkpoint in *out*, if there is one. Return the records of its updates."""
     folder = max(out.glob("step-*"), key=lambda path: int(path.name[5:]), default=None)
     if folder is None:
         return []
@@ -157,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
         text_bytes = text_of(args.data)
         check(args, processes, len(text_bytes))
         mesh = init_device_mesh(args.device, (processes,))
-        torch.manual_seed(args.seed)  # the same weights on each process, which keeps its part of them
+        torch.manual_seed(args.seed)  # all processes draw the same weights, and each keeps its shards
         model = LanguageModel(args.layers, args.width, args.context, args.dropout).to(args.device)
         in_shards(model, mesh, args.precision)
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
@@ -167,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
             args.rho = default if args.rho is None else args.rho
             perturbation = Perturbation(model.named_parameters(), args.rho, normalization=normalization)
             two_passes = TwoPasses(perturbation, [model])
-        generator = torch.Generator().manual_seed(args.seed)  # the same on each process
+        generator = torch.Generator().manual_seed(args.seed)  # all processes draw the same batches
         updates = load(out, model, optimizer, generator, args)
     except ValueError as error:
         parser.error(str(error))
@@ -186,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
         starts = torch.randint(len(training) - args.context, (args.batch_size,), generator=generator)
         batch = training[starts[:, None] + torch.arange(args.context + 1)]
         share = batch.chunk(processes)[rank].to(args.device)
-        # Dropout masks: others in each update and process.
+        # Each update and process draws other dropout masks.
         torch.manual_seed(int(torch.randint(2**40, (), generator=generator)) + rank)
         loss, sharpness, norm = update(
             model, optimizer, two_passes, share.chunk(args.accumulate), args.clip_norm

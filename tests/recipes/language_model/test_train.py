@@ -2,69 +2,73 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import multiprocessing
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from recipes.language_model.train import main
 from tests.commands import ROOT
+from tests.processes import spawned
 
 TINY = [
     *("--device", "cpu", "--layers", "2", "--width", "32", "--context", "16", "--batch-size", "8"),
-    *("--lr", "5e-3", "--save-every", "100", "--data", str(ROOT / "README.md")),
+    *("--lr", "5e-3", "--save-every", "100", "--optimizer", "asam", "--data", str(ROOT / "README.md")),
 ]
+#: The exit status of a command, and what it printed.
+End = tuple[int, str]
 
-_processes = multiprocessing.get_context("forkserver")
 
-
-def _main(rank: int, processes: int, port: int, arguments: list[str], log: Path) -> None:
-    with log.open("w") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
+def run(rank: int, processes: int, port: int, commands: list[list[str]], stores: Path) -> list[End]:
+    """Run train.py with each of *commands* in this process, one of several. Return how each ended."""
     of_torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    of_torchrun |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in of_torchrun.items()})
-    from recipes.language_model.train import main
-
-    main(arguments)
-
-
-def start(folder: Path, processes: int, *arguments) -> list[tuple[int, str]]:
-    """Run train.py as torchrun does, but sooner. Return the status and the output of each process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = [*TINY, *map(str, arguments)]
-    logs = [folder / f"{rank}.log" for rank in range(processes)]
-    workers = [
-        _processes.Process(target=_main, args=(rank, processes, port, arguments, log))
-        for rank, log in enumerate(logs)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(180)
-        worker.kill()
-    return [(worker.exitcode, log.read_text()) for worker, log in zip(workers, logs)]
+    ends = []
+    for number, command in enumerate(commands):
+        output, status = io.StringIO(), 0
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+            for name, value in of_torchrun.items():
+                patch.setenv(name, str(value))
+            # A port, as torchrun gives it, could not be used by the next command again.
+            store = f"file://{stores}/{processes}-{number}"
+            dist.init_process_group("gloo", store, rank=rank, world_size=processes)
+            try:
+                with contextlib.redirect_stderr(output):
+                    main([*TINY, *command])
+            except SystemExit as end:
+                status = end.code
+            finally:
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+        ends.append((status, output.getvalue()))
+    return ends
 
 
-def updates(out: Path, processes: int, count: int, *arguments) -> list[dict[str, float]]:
-    """Train in *out* until *count* updates are made, and return them."""
-    ends = start(out, processes, "--out", out, "--optimizer", "asam", "--updates", count, *arguments)
-    assert [status for status, _ in ends] == [0] * processes, ends
+def start(processes: int, tmp_path: Path, *commands: list) -> list[list[End]]:
+    """Start *processes* processes that run *commands* one after the other. Return how each command ended in
+    each process. One process is this one."""
+    commands = [[str(word) for word in command] for command in commands]
+    tmp_path.mkdir()
+    if processes == 1:
+        return [[end] for end in run(0, 1, 0, commands, tmp_path)]
+    context = multiprocessing.get_context("forkserver")
+    return [list(ends) for ends in zip(*spawned(context, processes, run, commands, tmp_path))]
+
+
+def updates_of(out: Path) -> list[dict[str, float]]:
     return json.loads((out / "result.json").read_text())["updates"]
 
 
-def checkpoint(out: Path) -> dict[str, torch.Tensor]:
+def tensors_of(out: Path) -> dict[str, torch.Tensor]:
     """The tensors of the only checkpoint in *out*."""
     (folder,) = out.glob("step-*")
     dcp_to_torch_save(folder, out / "whole.pt")
@@ -77,42 +81,47 @@ def checkpoint(out: Path) -> dict[str, torch.Tensor]:
     return {**state["model"], **moments, "generator": state["generator"]}
 
 
-def test_it_learns(tmp_path: Path):
-    size = ["--device", "cpu", "--layers", "2", "--width", "64", "--context", "64", "--lr", "3e-3"]
-    size += ["--batch-size", "16", "--updates", "60"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "recipes.language_model.train", "--optimizer", "asam", "--out", str(tmp_path), *size]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, env=environment, text=True, capture_output=True)
-    assert process.returncode == 0, process.stderr
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert (result["processes"], result["options"]["rho"], len(result["updates"])) == (2, 0.2, 60)
-    first, last = result["updates"][0], result["updates"][-1]
-    assert first["loss"] > 5.5 and last["loss"] < 2.5 and last["validation_loss"] < 2.5
-    assert all(each["sharpness"] > 0 for each in result["updates"])
-    assert f"update 60: loss {last['loss']:.4f}, sharpness {last['sharpness']:.4f}" in process.stdout
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path, precision: str):
-    options = ("--precision", precision, "--accumulate", 2)
-    whole = updates(tmp_path / "whole", 2, 8, *options)
-    updates(tmp_path / "stopped", 2, 4, *options)
-    partial = tmp_path / "stopped" / "partial"  # as a process leaves it that is killed while it saves
-    shutil.copytree(tmp_path / "stopped" / "step-4", partial)
-    (partial / ".metadata").unlink()
-    stopped = updates(tmp_path / "stopped", 2, 8, *options)
-    del stopped[3]["validation_loss"]  # of the checkpoint there
-    assert stopped == whole
-    expected, found = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "stopped")
-    assert expected.keys() == found.keys() and len(expected) > 3 * 20
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
-    assert not partial.exists()
-
-
 @pytest.fixture(scope="module")
-def of_one_process(tmp_path_factory) -> list[dict[str, float]]:
-    return updates(tmp_path_factory.mktemp("one"), 1, 6, "--dropout", 0)
+def made(tmp_path_factory) -> dict[str, list[End]]:
+    """How every command ended that takes several processes. Few starts make them all."""
+    folder = tmp_path_factory.mktemp("runs")
+    made = {"folder": folder}
+
+    def make(processes: int, **commands: list) -> None:
+        commands = {name: ["--out", folder / name.split("_")[0], *words] for name, words in commands.items()}
+        ends = start(processes, folder / f"stores-{len(made)}", *commands.values())
+        made.update(zip(commands, ends))
+
+    def until(updates: int, *options) -> list:
+        return ["--updates", updates, *options]
+
+    half, exact = ("--accumulate", 2), ("--dropout", 0)
+    make(
+        2,
+        fp32=until(6, *half),
+        bf16=until(6, *half, "--precision", "bf16"),
+        stoppedfp32=until(3, *half),
+        stoppedbf16=until(3, *half, "--precision", "bf16"),
+        accumulated=until(6, *half, *exact),
+        chain=until(2, *exact),
+        damaged=until(1),
+    )
+    for precision in ("fp32", "bf16"):
+        checkpoint = folder / f"stopped{precision}" / "step-3"
+        partial = shutil.copytree(checkpoint, checkpoint.with_name("partial"))
+        (partial / ".metadata").unlink()  # as a process leaves it that is killed while it saves
+    make(4, chain_4=until(4, *exact))
+    make(1, chain_1=until(6, *exact), one=until(8, *exact))
+    (folder / "damaged" / "step-1" / "__1_0.distcp").write_bytes(b"")
+    make(
+        2,
+        stoppedfp32_2=until(6, *half),
+        stoppedbf16_2=until(6, *half, "--precision", "bf16"),
+        chain_2=until(8, *exact),
+        damaged_layers=until(2, "--layers", 3),
+        damaged_2=until(2),
+    )
+    return made
 
 
 def assert_same(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
@@ -122,26 +131,63 @@ def assert_same(found: list[dict[str, float]], expected: list[dict[str, float]])
             assert mine[name] == pytest.approx(other[name], rel=1e-3), name
 
 
-@pytest.mark.parametrize("before, after", [(2, 1), (2, 4), (1, 2), (4, 2)])
-def test_a_checkpoint_goes_on_with_other_processes(tmp_path: Path, of_one_process, before: int, after: int):
-    updates(tmp_path, before, 3, "--dropout", 0)
-    assert_same(updates(tmp_path, after, 6, "--dropout", 0), of_one_process)
+def test_the_readme_s_command_trains(tmp_path: Path):
+    size = ["--layers", "1", "--width", "32", "--context", "16", "--updates", "3", "--device", "cpu"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "recipes.language_model.train", "--optimizer", "asam", "--out", str(tmp_path), *size]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, env=environment, text=True, capture_output=True)
+    assert process.returncode == 0, process.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["processes"], result["options"]["rho"], len(result["updates"])) == (2, 0.2, 3)
+    last = result["updates"][-1]
+    assert f"update 3: loss {last['loss']:.4f}, sharpness {last['sharpness']:.4f}" in process.stdout
 
 
-def test_micro_batches_make_the_update_of_the_whole_batch(tmp_path: Path, of_one_process):
-    assert_same(updates(tmp_path, 2, 6, "--dropout", 0, "--accumulate", 2), of_one_process)
+def test_it_learns(tmp_path: Path):
+    out = tmp_path / "run"
+    [[(status, output)]] = start(1, tmp_path / "stores", ["--out", out, "--updates", 60])
+    assert status == 0, output
+    updates = updates_of(out)
+    assert updates[0]["loss"] > 5.5 and updates[-1]["loss"] < 3.5 and updates[-1]["validation_loss"] < 3.5
+    assert all(each["sharpness"] > 0 for each in updates)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(made, precision: str):
+    names = (precision, f"stopped{precision}", f"stopped{precision}_2")
+    assert [status for name in names for status, _ in made[name]] == [0] * 6
+    whole, stopped = made["folder"] / precision, made["folder"] / f"stopped{precision}"
+    found = updates_of(stopped)
+    del found[2]["validation_loss"]  # of the checkpoint there
+    assert found == updates_of(whole)
+    expected, found = tensors_of(whole), tensors_of(stopped)
+    assert expected.keys() == found.keys() and len(expected) > 3 * 20
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert not (stopped / "partial").exists()
+
+
+def test_a_checkpoint_goes_on_with_other_processes(made):
+    """Two, then four, one, and two again."""
+    for name, processes in (("chain", 2), ("chain_4", 4), ("chain_1", 1), ("chain_2", 2)):
+        assert [status for status, _ in made[name]] == [0] * processes, made[name]
+    assert_same(updates_of(made["folder"] / "chain"), updates_of(made["folder"] / "one"))
+
+
+def test_micro_batches_make_the_update_of_the_whole_batch(made):
+    assert_same(updates_of(made["folder"] / "accumulated"), updates_of(made["folder"] / "one")[:6])
 
 
 @pytest.mark.parametrize("optimizer, expected", [("adam", 0), ("sam", 1)])
-def test_adam_has_no_sharpness_and_sam_has(tmp_path: Path, of_one_process, optimizer: str, expected: int):
-    ((status, _),) = start(
-        tmp_path, 1, "--optimizer", optimizer, "--out", tmp_path, "--updates", 2, "--dropout", 0
-    )
-    assert status == 0
-    found = json.loads((tmp_path / "result.json").read_text())["updates"]
+def test_adam_has_no_sharpness_and_sam_has(made, tmp_path: Path, optimizer: str, expected: int):
+    out, asam = tmp_path / "run", updates_of(made["folder"] / "one")
+    command = ["--optimizer", optimizer, "--out", out, "--updates", 2, "--dropout", 0]
+    [[(status, output)]] = start(1, tmp_path / "stores", command)
+    assert status == 0, output
+    found = updates_of(out)
     assert [each["sharpness"] > 0 for each in found] == [expected] * 2
-    assert found[0]["loss"] == pytest.approx(of_one_process[0]["loss"])
-    assert found[0]["sharpness"] != pytest.approx(of_one_process[0]["sharpness"])
+    assert found[0]["loss"] == pytest.approx(asam[0]["loss"])
+    assert found[0]["sharpness"] != pytest.approx(asam[0]["sharpness"])
 
 
 @pytest.mark.parametrize(
@@ -160,20 +206,22 @@ def test_adam_has_no_sharpness_and_sam_has(tmp_path: Path, of_one_process, optim
     ],
 )
 def test_bad_input_is_told_in_a_sentence(tmp_path: Path, arguments: list[str], message: str):
-    ((status, output),) = start(tmp_path, 1, "--optimizer", "asam", "--out", tmp_path, *arguments)
+    out = tmp_path / "run"
+    [[(status, output)]] = start(1, tmp_path / "stores", ["--out", out, *arguments])
     assert status == 2
     *_, last = output.splitlines()
     assert "error: " in last and message in last
-    assert not list(tmp_path.glob("step-*"))
+    assert not out.exists()
 
 
-def test_a_checkpoint_of_another_model_or_a_damaged_one_is_refused(tmp_path: Path):
-    updates(tmp_path, 2, 1)
-    for arguments, message in [
-        (["--layers", 3], "step-1 has --layers 2, not 3: choose another --out"),
-        ([], "step-1 is damaged: delete it to train anew, or choose another --out"),
-    ]:
-        if not arguments:
-            (tmp_path / "step-1" / "__1_0.distcp").write_bytes(b"")
-        for status, output in start(tmp_path, 2, "--optimizer", "sam", "--out", tmp_path, *arguments):
-            assert status == 2 and message in output.splitlines()[-1]
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("damaged_layers", "step-1 has --layers 2, not 3: choose another --out"),
+        ("damaged_2", "step-1 is damaged: delete it to train anew, or choose another --out"),
+    ],
+)
+def test_a_checkpoint_of_another_model_or_a_damaged_one_is_refused(made, command: str, message: str):
+    assert len(made[command]) == 2
+    for status, output in made[command]:
+        assert status == 2 and message in output.splitlines()[-1]
