@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import subprocess
@@ -12,19 +11,14 @@ from pathlib import Path
 
 import torch
 
+from tests.processes import forkserver
+
 ROOT = Path(__file__).parent.parent
 PLUGIN = ["--user-dir", str(ROOT / "fairseq_asam")]
 
 # Reductions are to be the same in every run that is compared bit for bit.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
-
-# One process imports fairseq; each command runs in a fork of it, as if started afresh but sooner.
-_processes = multiprocessing.get_context("forkserver")
-# The first optimizer in a process imports torch._dynamo, which takes longer than these runs.
-_processes.set_forkserver_preload(
-    ["fairseq_cli.train", "fairseq_cli.generate", "torch._dynamo", "recipes.language_model.train"]
-)
 
 
 @dataclass
@@ -48,8 +42,11 @@ def _main(command: str, arguments: list[str], log: str) -> None:
 
 
 def start(command: str, arguments: list, log: Path):
-    """Start ``fairseq-<command>`` with *arguments*, its output in *log*, and return the process."""
-    process = _processes.Process(target=_main, args=(command, [str(a) for a in arguments], str(log)))
+    """Start ``fairseq-<command>`` with *arguments*, its output in *log*, and return the process.
+
+    It is as if started afresh, but sooner: see ``tests/processes.py``.
+    """
+    process = forkserver.Process(target=_main, args=(command, [str(a) for a in arguments], str(log)))
     process.start()
     return process
 

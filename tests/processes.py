@@ -9,21 +9,36 @@ import traceback
 import torch
 import torch.distributed as dist
 
+# Importing torch and fairseq takes seconds. One process does it, where fairseq is installed, and each process
+# of the tests is a fork of it. torch imports torch._dynamo for the first optimizer of a process.
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(
+    [
+        *("pytest", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"),
+        *(
+            "torch.distributed.optim",
+            "fairseq_cli.train",
+            "fairseq_cli.generate",
+            "recipes.language_model.train",
+        ),
+    ]
+)
+
 
 def in_processes(count: int, function, *arguments) -> list:
     """Return what ``function(*arguments)`` returned in each process, all in one process group."""
-    return spawned(multiprocessing.get_context("spawn"), count, _with_process_group, function, arguments)
+    return started(count, _with_process_group, function, arguments)
 
 
-def spawned(context, count: int, function, *arguments) -> list:
+def started(count: int, function, *arguments) -> list:
     """Return what ``function(rank, count, port, *arguments)`` returned in each of *count* processes, which
     must be picklable. *port* is free. A process that raises or hangs fails the test."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    queue = context.Queue()
+    queue = forkserver.Queue()
     processes = [
-        context.Process(target=_run, args=(queue, function, (rank, count, port, *arguments)), daemon=True)
+        forkserver.Process(target=_run, args=(queue, function, (rank, count, port, *arguments)), daemon=True)
         for rank in range(count)
     ]
     for process in processes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 from pathlib import Path
 
 import torch
@@ -18,9 +17,7 @@ from fairseq.trainer import Trainer
 
 import fairseq_asam.tasks  # noqa: F401  registers the optimizers
 from tests.commands import recipe
-from tests.processes import spawned
-
-_processes = multiprocessing.get_context("forkserver")
+from tests.processes import started
 
 
 def clip_grad_norm_(parameters, max_norm, aggregate_norm_fn=None):
@@ -109,7 +106,7 @@ def merged(trainer, batches):
 def on_workers(world_size: int, function, cfg_arguments: list, *arguments) -> list:
     """Run ``function(cfg, rank, *arguments)`` on *world_size* CPU workers that know each other through
     gloo, and return what each returned, which must be picklable. A worker that hangs fails the test."""
-    return spawned(_processes, world_size, _worker, function, cfg_arguments, arguments)
+    return started(world_size, _worker, function, cfg_arguments, arguments)
 
 
 def _worker(rank, world_size, port, function, cfg_arguments, arguments):
