@@ -80,8 +80,8 @@ class ASAMConfig(SAMConfig):
     normalization: ChoiceEnum(list(NORMALIZATIONS)) = field(  # type: ignore[valid-type]
         default="element-wise",
         metadata={
-            "help": "normalization operator T_w (Section 3, Equation 5); none is SAM, layer-wise takes the l2 "
-            "norm of the whole weight"
+            "help": "normalization operator T_w (Section 3, Equation 5); none is SAM, layer-wise takes the "
+            "l2 norm of the whole weight"
         },
     )
     normalize_bias: bool = field(

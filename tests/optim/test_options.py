@@ -1,4 +1,4 @@
-"""The table of flags in README.md comes from the options. ``python -m tests.optim.test_options`` prints it."""
+"""``python -m tests.optim.test_options`` prints the table of flags in fairseq_asam/README.md."""
 
 import dataclasses
 import enum
@@ -42,7 +42,7 @@ def shown(default) -> str:
 
 
 def test_the_readme_has_the_options_as_they_are():
-    assert "\n".join(rows()) in (ROOT / "README.md").read_text("utf-8")
+    assert "\n".join(rows()) in (ROOT / "fairseq_asam" / "README.md").read_text("utf-8")
 
 
 if __name__ == "__main__":

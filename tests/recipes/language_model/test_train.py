@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from recipes.language_model.train import main
 from tests.commands import ROOT
-from tests.processes import spawned
+from tests.processes import started
 
 TINY = [
     *("--device", "cpu", "--layers", "2", "--width", "32", "--context", "16", "--batch-size", "8"),
@@ -60,8 +59,7 @@ def start(processes: int, tmp_path: Path, *commands: list) -> list[list[End]]:
     tmp_path.mkdir()
     if processes == 1:
         return [[end] for end in run(0, 1, 0, commands, tmp_path)]
-    context = multiprocessing.get_context("forkserver")
-    return [list(ends) for ends in zip(*spawned(context, processes, run, commands, tmp_path))]
+    return [list(ends) for ends in zip(*started(processes, run, commands, tmp_path))]
 
 
 def updates_of(out: Path) -> list[dict[str, float]]:
