@@ -46,6 +46,10 @@ LAYOUTS = {
 }
 
 
+#: p, and whether biases are normalized.
+NORMS = ((2.0, False), (2.0, True), (1.5, False), (INF, True))
+
+
 def layouts(processes):
     return {name: layout for name, layout in LAYOUTS.items() if math.prod(layout[0]) == processes}
 
@@ -87,7 +91,7 @@ def epsilons(processes):
         models["two meshes"] = {**models["rows over four"], "conv.weight": other["conv.weight"]}
     for name, parameters in models.items():
         before = {n: full(p.detach()).clone() for n, p in parameters.items()}
-        for normalization, p, bias in itertools.product(NORMALIZATIONS, (2.0, 1.5, INF), (False, True)):
+        for normalization, (p, bias) in itertools.product(NORMALIZATIONS, NORMS):
             options = dict(rho=0.5, eta=0.01, p=p, normalization=normalization, normalize_bias=bias)
             perturbation = Perturbation(parameters.items(), **options)
             expected = plain_epsilon.epsilon(weights, gradients, **options)
@@ -162,9 +166,10 @@ SHARDINGS = {
 #: The regions that four processes are tested with, which take long on two cores.
 FEWER = (0, 3)
 ADAM = functools.partial(torch.optim.Adam, lr=0.02, foreach=False)
+UPDATES = 5
 
 
-def trained(model, options, share, shares, updates=20, accumulate=1):
+def trained(model, options, share, shares, updates, accumulate=1):
     """The sharpness of each update, and the last gradient and weights."""
     optimizer = ADAM(model.parameters())
     two_passes = TwoPasses(Perturbation(model.named_parameters(), **options), [model])
@@ -201,14 +206,19 @@ REGIONS = [
 def trainings(processes):
     """The largest difference from one process, for each sharding and region."""
     differences = {}
+
+    @functools.cache
+    def on_one_process(number, accumulate):
+        return trained(network(), REGIONS[number], 0, 1, UPDATES, accumulate)
+
     for (name, (shard, shares)), (number, options), accumulate in itertools.product(
         SHARDINGS[processes].items(), enumerate(REGIONS), (1, 2)
     ):
         if (accumulate == 2 and number) or (processes == 4 and number not in FEWER):
             continue
         share = dist.get_rank() * shares // processes
-        _, gradients, weights = trained(shard(network()), options, share, shares, accumulate=accumulate)
-        _, expected_gradients, expected = trained(network(), options, 0, 1, accumulate=accumulate)
+        _, gradients, weights = trained(shard(network()), options, share, shares, UPDATES, accumulate)
+        _, expected_gradients, expected = on_one_process(number, accumulate)
         of_weights = max((weights[n] - w).abs().max().item() for n, w in expected.items())
         of_gradients = max((gradients[n] - g).abs().max().item() for n, g in expected_gradients.items())
         differences[name, tuple(options.values()), accumulate] = (of_weights, of_gradients)
@@ -222,8 +232,8 @@ def trainings_in_float32(processes):
         share = dist.get_rank() * shares // processes
         of_rho = []
         for rho in (0.0, 0.5):
-            *_, sharded = trained(shard(network().float()), {"rho": rho}, share, shares)
-            *_, whole = trained(network().float(), {"rho": rho}, 0, 1)
+            *_, sharded = trained(shard(network().float()), {"rho": rho}, share, shares, updates=20)
+            *_, whole = trained(network().float(), {"rho": rho}, 0, 1, updates=20)
             of_rho.append(sum((sharded[n] - w).square().sum().item() for n, w in whole.items()) ** 0.5)
         distances[name] = of_rho
     return distances
@@ -239,12 +249,12 @@ def results(function, processes):
 def test_epsilon_is_that_of_whole_weights(normalization, processes):
     for on_one in results(epsilons, processes):
         mine = {key: value for key, value in on_one.items() if key[1] == normalization}
-        assert len(mine) == (len(layouts(processes)) + (processes == 4)) * 6
+        assert len(mine) == (len(layouts(processes)) + (processes == 4)) * len(NORMS)
         assert max(mine.values()) < 1e-12, max(mine, key=mine.get)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_twenty_updates_are_those_of_one_process_with_the_whole_batch(processes):
+def test_updates_are_those_of_one_process_with_the_whole_batch(processes):
     for on_one in results(trainings, processes):
         for key, (of_weights, of_gradients) in on_one.items():
             assert of_weights < 1e-12 and of_gradients < 1e-11, key
@@ -283,25 +293,27 @@ def test_in_float32_shards_cost_no_more_digits_than_with_the_base_optimizer(proc
 
 def measured(processes):
     """What measure finds with shards and on one process, for each region and kind of search."""
+    regions = [Region(0.3, normalization=normalization) for normalization in NORMALIZATIONS]
+    regions.append(Region(0.05, p=INF))
+
+    def values(model, part, parts, search):
+        before = {n: full(w.detach()).clone() for n, w in model.named_parameters()}
+
+        def loss():
+            for step in range(2):
+                x = tokens(step).chunk(parts)[part]
+                yield loss_of(model, x) * len(x), len(x)
+
+        found = [each.value for each in measure(loss, model, regions, **search)]
+        assert all(torch.equal(full(w.detach()), before[n]) for n, w in model.named_parameters())
+        return found
+
     found = {}
-    for (name, (shard, shares)), search in itertools.product(
-        SHARDINGS[processes].items(), ({}, {"steps": 5, "restarts": 2})
-    ):
-        share = dist.get_rank() * shares // processes
-        regions = [Region(0.3, normalization=normalization) for normalization in NORMALIZATIONS]
-        regions.append(Region(0.05, p=INF))
-        values = []
-        for model, (part, parts) in ((shard(network()), (share, shares)), (network(), (0, 1))):
-            before = {n: full(w.detach()).clone() for n, w in model.named_parameters()}
-
-            def loss(model=model, part=part, parts=parts):
-                for step in range(2):
-                    x = tokens(step).chunk(parts)[part]
-                    yield loss_of(model, x) * len(x), len(x)
-
-            values.append([each.value for each in measure(loss, model, regions, **search)])
-            assert all(torch.equal(full(w.detach()), before[n]) for n, w in model.named_parameters())
-        found[name, bool(search)] = np.array(values)
+    for search in ({}, {"steps": 2, "restarts": 2}):
+        whole = values(network(), 0, 1, search)
+        for name, (shard, shares) in SHARDINGS[processes].items():
+            share = dist.get_rank() * shares // processes
+            found[name, bool(search)] = np.array([values(shard(network()), share, shares, search), whole])
     return found
 
 
