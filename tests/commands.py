@@ -101,3 +101,12 @@ def assert_same_state(a: dict, b: dict) -> None:
             assert torch.equal(value, other) if torch.is_tensor(value) else value == other
     updates = [c["optimizer_history"][-1]["num_updates"] for c in (a, b)]
     assert updates[0] == updates[1] > 0
+
+
+def trained(folder: Path, data: Path, *flags) -> str:
+    """Train for three epochs and return the path of the last checkpoint."""
+    arguments = recipe(data, folder, "--max-epoch", "3", *flags)
+    process = start("train", arguments, folder.with_suffix(".log"))
+    process.join()
+    assert process.exitcode == 0, folder.with_suffix(".log").read_text()
+    return str(folder / "checkpoint_last.pt")

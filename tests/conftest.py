@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import Result, generate_corpus, start
+from tests.commands import PLUGIN, Result, generate_corpus, start, trained
 
 
 @pytest.fixture
@@ -38,3 +38,34 @@ def monolingual(corpus, tmp_path_factory) -> Path:
     command = [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", *prefixes]
     subprocess.run([*command, f"--destdir={destination}"], check=True, capture_output=True)
     return destination
+
+
+@pytest.fixture(scope="session")
+def data(corpus) -> str:
+    """What fairseq-preprocess wrote of the corpus, as commands name it."""
+    return str(corpus / "bin")
+
+
+@pytest.fixture(scope="session")
+def adam(corpus, tmp_path_factory) -> str:
+    """A checkpoint trained without the plugin."""
+    return trained(tmp_path_factory.mktemp("runs") / "adam", corpus / "bin", "--optimizer", "adam")
+
+
+@pytest.fixture(scope="session")
+def asam(corpus, tmp_path_factory) -> str:
+    """A checkpoint trained with the plugin."""
+    flags = ["--optimizer", "asam", "--checkpoint-activations", "--source-lang", "de", "--target-lang", "en"]
+    return trained(tmp_path_factory.mktemp("runs") / "asam", corpus / "bin", *flags, *PLUGIN)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run ``main`` of a module with arguments and return what it printed."""
+
+    def run(module, *arguments) -> str:
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments), "--cpu"])
+        module.main()
+        return capsys.readouterr().out
+
+    return run

@@ -1,7 +1,6 @@
-"""What the commands that measure sharpness share: their options, progress bar, table and JSON.
+"""What the commands that measure sharpness share: options, progress bar, table and JSON.
 
-This package measures fairseq checkpoints with them, :mod:`fairseq_asam.vision` image runs. Hence this module
-imports neither fairseq nor torchvision.
+It serves fairseq checkpoints and :mod:`fairseq_asam.vision`, and imports neither fairseq nor torchvision.
 """
 
 from __future__ import annotations
@@ -42,11 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--eta": {"type": float, "default": 0.01, "help": "stability term of the normalization operator"},
     "--normalize-bias": {"action": "store_true", "help": "normalize biases too"},
-    "--steps": {
-        "type": int,
-        "default": 1,
-        "help": "1: the epsilon of training; more: projected gradient ascent",
-    },
+    "--steps": {"type": int, "default": 1, "help": "1: the epsilon of training; more: projected ascent"},
     "--restarts": {"type": int, "default": 1, "help": "number of ascents, the first from w"},
     "--json": {"type": Path, "metavar": "FILE", "help": "write the figures to FILE too"},
 }
@@ -72,11 +67,7 @@ def regions_of(args: argparse.Namespace) -> list[Region]:
     """
     if args.json and args.json.is_dir():
         raise ValueError(f"'{args.json}' is a folder: give --json the name of a file")
-    adaptive = {
-        "eta": args.eta,
-        "normalization": args.normalization,
-        "normalize_bias": args.normalize_bias,
-    }
+    adaptive = {name: getattr(args, name) for name in ("eta", "normalization", "normalize_bias")}
     regions = [
         region
         for p in args.p_norm
@@ -90,16 +81,11 @@ def regions_of(args: argparse.Namespace) -> list[Region]:
 def measure_watched(
     loss: BatchLoss, batches: int, model: nn.Module, regions: list[Region], args: argparse.Namespace
 ) -> list[Sharpness]:
-    """Call :func:`~fairseq_asam.measure` with the options in *args*, and show a progress bar.
-
-    Args:
-        loss: the mean over *batches* batches.
-    """
+    """Call :func:`~fairseq_asam.measure` with *loss*, a mean over *batches* batches, and a progress bar."""
     passes = 1 + len(regions) * (args.restarts * (args.steps + 1) - 1 if args.steps > 1 else 1)
     bar = tqdm(total=passes * batches, unit="batch", desc="sharpness", disable=None)
     with bar, warnings.catch_warnings():
-        # torch announces changes of its own. Losses that are not finite need no warning: they are counted.
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # torch's announcements; losses that are not finite are counted
         return measure(watched(loss, bar), model, regions, args.steps, args.restarts, args.seed)
 
 
@@ -115,12 +101,8 @@ def watched(loss: BatchLoss, bar: tqdm) -> BatchLoss:
 
 
 def report(args: argparse.Namespace, measured: list[Sharpness], unit: str, facts: dict[str, Any]) -> None:
-    """Print the loss and the table. With --json, write both there, with *args* and *facts*.
-
-    Args:
-        measured: the sharpness in each of :func:`regions_of`.
-        unit: what the loss is a mean over.
-    """
+    """Print the loss, in nats per *unit*, and a table of the sharpness *measured* in :func:`regions_of`.
+    With --json, write them to a file, with *args* and *facts*."""
     loss = measured[0].loss
     rows = [row(*pair) for pair in zip(measured[::2], measured[1::2])]
     ascent = "one ascent step" if args.steps == 1 else f"{args.steps} ascent steps, {args.restarts} restarts"

@@ -47,10 +47,9 @@ class Checkpoint:
 
 
 def load(path: str, data: str, user_dir: str | None = None, cpu: bool = False) -> Checkpoint:
-    """Load a fairseq checkpoint, trained with or without this plugin.
+    """Load the fairseq checkpoint *path*, trained with or without this plugin.
 
     Args:
-        path: file of the checkpoint.
         data: folder that ``fairseq-preprocess`` wrote.
         user_dir: folder of a task, model or criterion that fairseq does not have.
         cpu: use the CPU even if there is a GPU.
@@ -111,15 +110,11 @@ def _task(cfg: Any, path: str, data: str) -> FairseqTask:
 class DatasetLoss:
     """The loss of a checkpoint's criterion over a data set, for :func:`~fairseq_asam.measure`.
 
-    A call yields the loss and the sample size of each batch. The sample size of most tasks is the number of
-    target tokens. The loss is in nats, although fairseq logs bits.
+    A call yields the loss of each batch, in nats, and its sample size, in most tasks that of target tokens.
 
     Args:
-        checkpoint: what :func:`load` returned.
-        split: name of the data set, such as ``valid``.
         max_tokens: size of a batch. ``None``: as in the validation of training.
         batches: number of batches, drawn at random with *seed*. ``None``: all.
-        seed: decides which batches.
 
     Attributes:
         batches: for each batch, the indices of its sentences.

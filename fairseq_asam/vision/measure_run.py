@@ -78,26 +78,13 @@ def measure_run(args: argparse.Namespace) -> None:
 
 
 def images_of(options: dict[str, Any], split: str, root: Path | None, download: bool = False) -> data.Images:
-    """Return the images of a run without augmentation.
-
-    Args:
-        options: those of the run.
-        split: ``train`` or ``test``.
-        root: folder of the data set.
-        download: fetch CIFAR if it is missing.
+    """Return the images, ``train`` or ``test``, of the run with *options*, without augmentation.
 
     Raises:
-        FileNotFoundError: *root* does not have the data set.
+        FileNotFoundError: the folder *root* does not have the data set.
     """
-    loaded = data.load(
-        options["dataset"],
-        root,
-        label_noise=options["label_noise"],
-        augmentation="none",
-        hold_out=options["hold_out"],
-        seed=options["seed"],
-        download=download,
-    )
+    of_the_run = {name: options[name] for name in ("label_noise", "hold_out", "seed")}
+    loaded = data.load(options["dataset"], root, **of_the_run, augmentation="none", download=download)
     return getattr(loaded, split)
 
 

@@ -79,34 +79,26 @@ class TrainOptions:
     model: str = _option("network to train", choices=MODELS)
     optimizer: str = _option("SGD with momentum, alone or within SAM or ASAM", choices=("sgd", "sam", "asam"))
     output: Path = _option("folder of the run", metavar="RUN")  # noqa: RUF009
-    data: Optional[Path] = _option(  # noqa: RUF009
-        "folder of the data set (not needed for digits)", None, metavar="ROOT"
-    )
+    data: Optional[Path] = _option("folder of the data; digits needs none", None, metavar="ROOT")  # noqa: RUF009
     download: bool = _option("let torchvision download what is missing there", False)
     workers: Optional[int] = _option("processes that load images", None)
 
-    rho: Optional[float] = _option(
-        "radius (Equation 2, Equation 4)", None, heading="the maximization region (sam and asam)"
-    )
+    rho: Optional[float] = _option("radius", None, heading="the maximization region (sam and asam)")
     eta: float = _option("added to the normalization operator", 0.01)
     p_norm: float = _option("norm that bounds the region, 1 < p <= inf", 2.0)
     normalization: Optional[str] = _option("normalization operator T_w", None, choices=NORMALIZATIONS)
     normalize_bias: bool = _option("normalize biases like other weights (Figure 4)", False)
-    m: Optional[int] = _option(
-        "images that have an epsilon of their own (m-sharpness); 0: the whole batch",
+    m: Optional[int] = _option(  # torchrun takes --m for an option of its own
+        "images that share an epsilon (m-sharpness); 0: all",
         None,
-        flags=("--m", "--m-sharpness"),  # torchrun takes --m for one of its own
+        flags=("--m", "--m-sharpness"),
         metavar="M",
     )
     batch_norm_statistics: str = _option(
-        "passes that update them: first, the one at w; both, as in the paper's code",
-        "first",
-        choices=("first", "both"),
+        "passes that update them; both: as in the paper's code", "first", choices=("first", "both")
     )
 
-    batch_size: Optional[int] = _option(
-        "images of an update, over all processes", None, heading="the training"
-    )
+    batch_size: Optional[int] = _option("images of an update, of all processes", None, heading="the training")
     epochs: Optional[int] = _option("passes over the training images; sgd: twice as many", None)
     lr: Optional[float] = _option("first learning rate; it falls along a cosine, by the epoch", None)
     momentum: float = _option("momentum of SGD", 0.9)
@@ -183,10 +175,8 @@ class TrainOptions:
 
 
 def add_options(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> None:
-    """Add the fields *names* of :class:`TrainOptions`, or all of them, to *parser*.
-
-    *changes* replace arguments of ``add_argument`` of each.
-    """
+    """Add the fields *names* of :class:`TrainOptions`, or all of them, to *parser*. *changes* replace
+    arguments of ``add_argument``."""
     group: Any = parser
     types = get_type_hints(TrainOptions)
     for option in dataclasses.fields(TrainOptions):
@@ -215,9 +205,7 @@ def _stated_default(name: str, default: Any) -> str:
     """Return the end of the help of the option *name*: its default, or those in :data:`DEFAULTS`."""
     if default is None:
         rows = {row: options[name] for row, options in DEFAULTS.items() if name in options}
-        default = "; ".join(
-            f"{row}: {_words(value)}" if row else _words(value) for row, value in rows.items()
-        )
+        default = "; ".join(f"{row}: {_words(value)}".removeprefix(": ") for row, value in rows.items())
     return f" (default: {default})" if default != "" else ""
 
 

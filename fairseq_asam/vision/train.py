@@ -118,12 +118,7 @@ class Run:
 
     def _load_data(self) -> None:
         options, accelerator = self.options, self.accelerator
-        loading: dict[str, Any] = {
-            "label_noise": options.label_noise,
-            "hold_out": options.hold_out,
-            "seed": options.seed,
-            "download": options.download,
-        }
+        loading = {name: getattr(options, name) for name in ("label_noise", "hold_out", "seed", "download")}
         with accelerator.local_main_process_first():  # it downloads or unpacks for the others
             augmented = data.load(options.dataset, options.data, **loading, augmentation=options.augmentation)
             plain = data.load(options.dataset, options.data, **loading, augmentation="none")

@@ -23,22 +23,16 @@ def options(description: str) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     rho = ", ".join(f"{rho} for {optimizer}" for optimizer, (_, rho) in REGIONS.items())
-    add("--optimizer", choices=["adam", *REGIONS], required=True, help="AdamW, alone or within SAM or ASAM")
+    add("--optimizer", choices=["adam", *REGIONS], required=True, help="adam is AdamW")
     add("--rho", type=float, help=f"radius of the maximization region; None: {rho}")
     add("--data", nargs="+", default=[], metavar="FILE", help="text files; none: generated sentences")
     add("--out", metavar="RUN", help="folder of the run; None: runs/language_model/OPTIMIZER")
-    add("--updates", type=at_least_1, default=300, metavar="N", help="updates in all, resumed ones included")
+    add("--updates", type=at_least_1, default=300, metavar="N", help="updates in all")
     add("--save-every", type=at_least_1, default=100, metavar="N", help="updates between checkpoints")
-    add("--batch-size", type=at_least_1, default=32, metavar="N", help="windows of text, over all processes")
+    add("--batch-size", type=at_least_1, default=32, metavar="N", help="windows of all processes")
     add("--accumulate", type=at_least_1, default=1, metavar="N", help="micro-batches of each process")
     add("--lr", type=positive, default=1e-3, help="learning rate")
-    add(
-        "--clip-norm",
-        type=positive,
-        default=1.0,
-        metavar="NORM",
-        help="clip the gradient at w + epsilon to it",
-    )
+    add("--clip-norm", type=positive, default=1.0, metavar="NORM", help="of the gradient at w + epsilon")
     add("--dropout", type=float, default=0.1, metavar="P", help="dropout probability")
     add("--layers", type=at_least_1, default=5, metavar="N", help="layers of the model")
     add("--width", type=at_least_1, default=128, metavar="N", help=f"model width, a multiple of {HEAD}")

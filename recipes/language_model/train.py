@@ -57,11 +57,8 @@ def update(
     micro_batches: list[Tensor],
     clip: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Make one update together with the other processes.
-
-    Returns:
-        The loss at w and the sharpness of this process's *micro_batches*, and the norm of the gradient.
-    """
+    """Make one update together with the other processes. Return the loss at w and the sharpness of this
+    process's *micro_batches*, and the norm of the gradient."""
     loss = torch.zeros((), device=micro_batches[0].device)
     for number, windows in enumerate(micro_batches, start=1):
         is_last = number == len(micro_batches)
@@ -101,8 +98,7 @@ def validation_loss(model: nn.Module, windows: Tensor) -> float:
 def state_of(
     model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
 ) -> dict[str, Any]:
-    """Return what this process saves in a checkpoint: its shards of weights and optimizer state, and the
-    generator."""
+    """Return what this process saves: its shards of weights and optimizer state, and the generator."""
     weights, optimizer_state = get_state_dict(model, optimizer)
     return {"model": weights, "optimizer": optimizer_state, "generator": generator.get_state()}
 

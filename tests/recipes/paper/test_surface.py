@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 
 from fairseq_asam import Region, measure
+from fairseq_asam.measuring import __main__ as measuring_command
+from recipes.paper import surface as surface_command
 from recipes.paper.surface import draw, filter_normalized_direction, main, surface
 
 
@@ -79,3 +82,19 @@ def test_a_mistake_ends_the_command_before_a_checkpoint_is_read(monkeypatch, arg
     with pytest.raises(SystemExit) as end:
         main()
     assert str(end.value).startswith(message) and "\n" not in str(end.value)
+
+
+def test_the_command_draws_checkpoints_as_measuring_measures_them(command, adam, asam, data, tmp_path):
+    picture = tmp_path / "surface.png"
+    same = ["--batches", 1, "--rho", 0.4, "--seed", 5]
+    out = command(surface_command, data, picture, "--path", adam, asam, "--points", 3, "--radius", 0.2, *same)
+    assert out.count("0 points are not finite") == 2
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    written = json.loads(picture.with_suffix(".json").read_text())
+    for path in (adam, asam):
+        command(measuring_command, data, "--path", path, "--json", tmp_path / "measured.json", *same)
+        measured = json.loads((tmp_path / "measured.json").read_text())
+        loss, rise = written["surfaces"][path]["loss"], measured["regions"][0]["adaptive_sharpness"]
+        assert loss[1][1] == pytest.approx(measured["loss"], rel=1e-6)
+        assert loss[1][2] - loss[1][1] == pytest.approx(rise, rel=1e-3)
+        assert loss[1][0] < loss[1][1] < loss[1][2]
