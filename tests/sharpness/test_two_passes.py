@@ -128,39 +128,12 @@ def test_at_rho_zero_both_passes_are_one(kind, known):
         plain.zero_grad()
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["modules given", "modules that run"])
-@pytest.mark.parametrize("kind", STATEFUL)
-def test_the_buffers_are_those_that_the_pass_at_w_leaves(kind, known):
-    model, plain = network(kind), network(kind)
-    tensors = dict(model.named_buffers())
-    two_passes = two_passes_of(model, known=known)
-    for step in range(2):
-        seed()
-        two_passes(forward_and_backward(model, batch(step)))
-        assert two_passes.sharpness > 0
-        seed()
-        plain(batch(step))
-        assert_same(buffers(model), buffers(plain))
-    if kind != "buffer made anew":
-        assert all(buffer is tensors[name] for name, buffer in model.named_buffers())
-    assert not _global_forward_pre_hooks
-
-
 def test_buffers_of_both_passes_on_request():
     model, plain = network("batch normalization"), network("batch normalization")
     two_passes_of(model, buffers_of_both=True)(forward_and_backward(model, batch()))
     plain(batch())
     assert model[1].num_batches_tracked == 2
     assert not torch.equal(model[1].running_mean, plain[1].running_mean)
-
-
-def test_an_evaluating_layer_evaluates():
-    model = network("batch normalization")
-    model(batch())
-    model.eval()
-    before = buffers(model)
-    two_passes_of(model)(forward_and_backward(model, batch()))
-    assert_same(buffers(model), before)
 
 
 def by_hand(model, batches, epsilon_from):

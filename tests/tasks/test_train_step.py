@@ -59,27 +59,6 @@ def test_the_step_is_algorithm_1(corpus, scope, optimizer, normalization, clip_n
     assert trainer.get_num_updates() == 20
 
 
-@pytest.mark.parametrize("scope", ["update", "micro-batch"])
-@pytest.mark.parametrize("clip_norm", ["0", "0.05"])
-@pytest.mark.parametrize("alpha", [None, 0.5])
-def test_an_ascent_interval_is_looksam(corpus, scope, clip_norm, alpha):
-    """Ten updates of two micro-batches, every third with both passes."""
-    flags = ["--ascent-scope", scope, "--rho", str(RHO), "--clip-norm", clip_norm, "--ascent-interval", "3"]
-    flags += [] if alpha is None else ["--ascent-reuse", str(alpha)]
-    trainer, batches = setting(corpus, "--optimizer", "asam", *flags)
-    reference = reference_of(
-        corpus, "--clip-norm", clip_norm, scope=scope, normalization="element-wise", interval=3, alpha=alpha
-    )
-    assert len(batches) > 4
-    for update in range(10):
-        micro_batches = [batches[(2 * update + i) % len(batches)] for i in range(2)]
-        reference.update(micro_batches)
-        assert reference.norm > float(clip_norm)
-        stats = trainer.train_step(copy.deepcopy(micro_batches))
-        assert ("sharpness" in stats) == (update % 3 == 0)
-        assert_same_weights(trainer, reference)
-
-
 def passes_of(trainer, monkeypatch):
     """The batches that the criterion will see, in their order."""
     criterion, seen = trainer.get_criterion(), []
@@ -135,16 +114,6 @@ def test_the_loss_of_a_fraction_is_that_of_its_sentences(corpus, monkeypatch):
     assert stats["loss"] == pytest.approx(loss.item() / seen[0]["ntokens"] / math.log(2), abs=2e-3)
 
 
-def test_what_an_earlier_run_found_is_not_reused(corpus):
-    """A run may have gone on without an interval in between."""
-    trainer, batches = setting(corpus, "--optimizer", "asam", "--ascent-interval", "3")
-    made = []
-    for update, num_updates in enumerate((0, 1, 2, 3, 7, 8)):
-        trainer.set_num_updates(num_updates)
-        made.append("sharpness" in trainer.train_step([batches[update]]))
-    assert made == [True, False, False, True, True, False]
-
-
 def test_a_weight_without_elements_is_left_alone(corpus):
     trainer, batches = setting(corpus, "--optimizer", "asam")
     criterion = trainer.get_criterion()
@@ -158,15 +127,6 @@ def test_a_weight_without_elements_is_left_alone(corpus):
 
     criterion.forward = forward_with_empty
     assert trainer.train_step([batches[0]])["sharpness"] > 0
-
-
-def test_a_step_without_the_pass_at_w_plus_epsilon_is_an_error(corpus):
-    trainer, batches = setting(corpus, "--optimizer", "asam")
-    trainer.train_step(batches[:1])
-    trainer.zero_grad()
-    trainer.criterion(trainer.model, batches[0])[0].backward()
-    with pytest.raises(RuntimeError, match="--optimizer asam was to step without a pass at w"):
-        trainer.optimizer.step()
 
 
 def test_sharpness_is_the_difference_of_two_losses(corpus):
