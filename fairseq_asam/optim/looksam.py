@@ -20,10 +20,10 @@ COMPONENT, COMPONENT_UPDATE = "ascent_component", "ascent_update"
 
 
 class LookSAM:
-    """Finds the reusable component in updates that make both passes, and adds it to the gradient in others.
+    """Finds a component in updates that make both passes, and adds it to the gradient in the others.
 
     Args:
-        optimizer: the torch optimizer, whose state keeps the component of each weight.
+        optimizer: the torch optimizer. Its state keeps the component of each weight.
         interval: one of this many updates makes both passes.
         alpha: see :func:`~fairseq_asam.sharpness.looksam.add_component_`.
         sum_over_workers: whether the gradient at w is still to be summed over workers.

@@ -16,7 +16,7 @@ from fairseq.optim import (
     FairseqOptimizer,
     register_optimizer,
 )
-from torch.nn import Module
+from fairseq.trainer import Trainer
 
 from fairseq_asam.sharpness import SELECTIONS, Perturbation, TwoPasses, selected_parameters
 
@@ -44,8 +44,7 @@ class Update:
     waiting: list[Any] = field(default_factory=list)
 
     def next_micro_batch(self) -> None:
-        """Go to the next micro-batch. After the last one comes the first: fairseq's search for the layer of a
-        NaN repeats an update."""
+        """Go to the next micro-batch, and from the last to the first: fairseq repeats an update to find a NaN."""
         self.micro_batch = self.micro_batch % self.num_micro_batches + 1
 
     @property
@@ -57,8 +56,8 @@ class Update:
 class SharpnessAwareOptimizer(FairseqOptimizer):
     """What ``asam`` and ``sam`` add to the fairseq optimizer that they extend.
 
-    fairseq's Trainer calls :meth:`begin_update`, then the task's ``train_step`` for each micro-batch, and
-    then :meth:`clip_grad_norm` and :meth:`step`.
+    fairseq's Trainer calls :meth:`begin_update`, the task's ``train_step`` for each micro-batch,
+    :meth:`clip_grad_norm` and :meth:`step`.
 
     Attributes:
         looksam: what ``--ascent-interval`` keeps and reuses; ``None`` without.
@@ -84,21 +83,18 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         super().add_args(parser)
         gen_parser_from_dataclass(parser, cls.sharpness_options())
 
-    def two_passes(self, model: Module, criterion: Module, optimizer: FairseqOptimizer) -> TwoPasses:
-        """Return what makes the passes. The first call makes it: fairseq builds a new optimizer when the
-        parameters change.
+    def two_passes(self, trainer: Trainer) -> TwoPasses:
+        """Return what makes the passes over the model and the criterion of *trainer*.
 
-        Args:
-            model, criterion: have the weights to perturb.
-            optimizer: the one that fairseq's Trainer has: this one, or the one around it.
+        It is made once: fairseq builds a new optimizer when the parameters change.
 
         Raises:
             ValueError: the model has no weights of the kind that ``--perturbed-weights`` names.
         """
         if self._two_passes is None:
-            cfg = self.sharpness_config
+            cfg, modules = self.sharpness_config, [trainer.model, trainer.criterion]
             selection = str(cfg.perturbed_weights)
-            selected = [pair for part in (model, criterion) for pair in selected_parameters(part, selection)]
+            selected = [pair for module in modules for pair in selected_parameters(module, selection)]
             if not any(weight.requires_grad for _, weight in selected):
                 raise ValueError(
                     f"--perturbed-weights is {selection}, but the model trains no such weights: choose "
@@ -108,34 +104,24 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
                 selected,
                 **region(cfg),
                 normalize_bias=getattr(cfg, "normalize_bias", False),
-                masters=master_weights(optimizer),
+                masters=master_weights(trainer.optimizer),
             )
-            self._two_passes = TwoPasses(perturbation, [model, criterion], fresh_masks=cfg.fresh_masks)
+            self._two_passes = TwoPasses(perturbation, modules, fresh_masks=cfg.fresh_masks)
         return self._two_passes
 
-    def begin_update(
-        self,
-        model: Module,
-        criterion: Module,
-        optimizer: FairseqOptimizer,
-        num_updates: int,
-        num_micro_batches: int,
-    ) -> None:
-        """Begin the update after *num_updates*, whatever became of the last one.
+    def begin_update(self, trainer: Trainer, num_micro_batches: int) -> None:
+        """Begin an update of *num_micro_batches*, whatever became of the last one.
 
-        Args:
-            model, criterion, optimizer: see :meth:`two_passes`, also for what is raised.
-            num_updates: updates before this one.
-            num_micro_batches: the calls of the task's ``train_step`` that follow.
+        Raises:
+            ValueError: see :meth:`two_passes`.
         """
-        two_passes = self.two_passes(model, criterion, optimizer)
+        two_passes = self.two_passes(trainer)
         two_passes.reset()
-        ascends = self.looksam is None or self.looksam.begin_update(num_updates)
+        ascends = self.looksam is None or self.looksam.begin_update(trainer.get_num_updates())
         self.update = Update(two_passes, num_micro_batches, ascends)
 
     def clip_grad_norm(self, max_norm, aggregate_norm_fn=None):
-        """Clip the norm of the gradient. An update without a pass at w + epsilon first adds the component of
-        an earlier one."""
+        """Clip the norm of the gradient, after LookSAM has added to it what it reuses."""
         if self.looksam is not None and self.update is not None:
             if self.update.ascends:
                 self.looksam.find_component()
@@ -155,8 +141,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
                 "would be a plain step of its base optimizer: train with fairseq's Trainer, which this "
                 "plugin extends"
             )
-        self.update = None
         super().step(*args, **kwargs)
+        self.update = None
         if self.looksam is not None:
             self.looksam.store_component()
 

@@ -70,13 +70,7 @@ class Block:
         self.size += weight.numel()
 
     def norms(self, gradients: list[Tensor], order: float, unit: Tensor | None) -> list[Tensor]:
-        """Return norms whose common norm is ||T g||_order of the block.
-
-        Args:
-            gradients: of each slice.
-            order: of the norm.
-            unit: if given, the norms are in multiples of it, so that powers stay in the range of float32.
-        """
+        """Return norms whose common norm is ||T g||_order of the block; with *unit*, in multiples of it."""
         normalized = self._normalized(gradients, self._diagonals())
         if unit is not None:
             divisor = torch.where(unit > 0, unit, 1.0).to(normalized[0].device)
@@ -129,10 +123,7 @@ class FlatBlock(Block):
     """
 
     def use(self, scratch: Tensor, gradient: Tensor) -> None:
-        """Compute in *scratch* and *gradient*, flat memory of at least the block's size.
-
-        All blocks share this memory, so that it stays in the cache.
-        """
+        """Compute in this flat memory. All blocks share it, so that it stays in the cache."""
         self._scratch, self._gradient = scratch[: self.size], gradient[: self.size]
         self._parts = self._scratch.split([weight.numel() for weight in self.weights])
         # The flat forms take -eta as a tensor. Make it once: a new tensor in each step costs time.
@@ -272,10 +263,7 @@ class Blocks:
                 block.use(*memory[dtype])
 
     def _copy_of(self, parameter: Tensor) -> Tensor:
-        """Return memory for a copy of this process's part of *parameter*.
-
-        It is that of the last step unless the part has another form now.
-        """
+        """Return memory for a copy of this process's part: that of the last step, if the form is the same."""
         copy, part = self._copies.get(parameter), local(parameter)
         form = (part.shape, part.stride(), part.dtype, part.device)
         if copy is None or (copy.shape, copy.stride(), copy.dtype, copy.device) != form:

@@ -245,12 +245,7 @@ class _Search:
 
 
 class Displaced(Displacement):
-    """Moves the weights by a given epsilon.
-
-    Args:
-        weights: those to move.
-        epsilon: this process's part of the displacement of each.
-    """
+    """Moves the weights by a given epsilon, this process's part of it."""
 
     def __init__(self, weights: Iterable[Tensor], epsilon: list[Tensor]):
         super().__init__()
@@ -302,11 +297,7 @@ class _Ball:
         return list(torch._foreach_mul(point, radius / self._norm(point)))
 
     def steepest(self, gradients: list[Tensor]) -> list[Tensor]:
-        """Return the direction of length 1 in which the loss rises most.
-
-        Args:
-            gradients: of the loss with respect to the weights.
-        """
+        """Return the direction of length 1 in which a loss with *gradients* at the weights rises most."""
         normalized = list(torch._foreach_mul(gradients, self.diagonals))
         if math.isinf(self.p):
             return list(torch._foreach_sign(normalized))

@@ -46,13 +46,9 @@ class NormalizationOperator:
         return ()
 
     def flat_norm(self, gradient: Tensor, weights: list[Tensor], minus_eta: Tensor, memory: Tensor) -> Tensor:
-        """Return ||T g||_2.
+        """Return ||T g||_2 of a flat *gradient* and of flat *weights*, which joined are as long.
 
-        Args:
-            gradient: g, flat.
-            weights: flat; joined, they are as long as the gradient.
-            minus_eta: -eta, a scalar tensor.
-            memory: scratch memory of the gradient's size.
+        *memory* is scratch memory of the gradient's size.
         """
         raise NotImplementedError
 

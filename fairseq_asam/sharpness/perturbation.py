@@ -284,13 +284,9 @@ class Perturbation(Displacement):
         unit: Tensor | None = None,
         names: Iterable[str] = (),
     ) -> Tensor:
-        """Return ||T g||_order over all *blocks*.
+        """Return ||T g||_order over all *blocks*, computed in multiples of *unit* to keep powers in range.
 
-        Args:
-            blocks: each with its gradients.
-            order: of the norm.
-            unit: the norm is computed in multiples of it, to keep powers in range.
-            names: of the weights that have a gradient.
+        *names* are those of the weights that have a gradient.
         """
         # Each process takes part in every sum, even if none of the weights in such shards has a gradient.
         norms: dict[Shards | None, list[Tensor]] = {shards: [] for shards in self._shards}

@@ -22,12 +22,7 @@ if TYPE_CHECKING:
 
 
 class Shards(NamedTuple):
-    """The processes that share a weight, each with a part of it.
-
-    Attributes:
-        mesh: the device mesh.
-        dims: the dimensions of the mesh along which the processes are.
-    """
+    """The processes that share a weight: those along *dims* of the device *mesh*."""
 
     mesh: Any
     dims: tuple[int, ...]
@@ -69,12 +64,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def shards_of(weight: Tensor, tensor_dims: Iterable[int] | None = None) -> Shards | None:
-    """Return the processes that share *weight*; ``None`` if this process has all of it.
-
-    Args:
-        weight: the weight.
-        tensor_dims: only count processes that share along these dimensions of the weight.
-    """
+    """Return the processes that share *weight*, along *tensor_dims* if given; ``None`` if there are none."""
     if not is_sharded(weight):
         return None
     along = [getattr(placement, "dim", None) for placement in weight.placements]  # replicas have none
@@ -102,12 +92,9 @@ def local_gradient(weight: Tensor, name: str) -> Tensor:
 
 
 def norm_over(shards: Shards | None, norms: list[Tensor], order: float) -> Tensor:
-    """Return the norm of several vectors together.
+    """Return the norm of several vectors together, from the norms of this process's part of each.
 
-    Args:
-        shards: the processes that share the vectors; ``None`` if this process has all of them.
-        norms: the norm of this process's part of each.
-        order: of the norm.
+    *shards* are the processes that share them; ``None`` if this process has all of them.
     """
     norm = norms[0]
     if len(norms) > 1:
@@ -180,14 +167,10 @@ class Agreement:
         return self._fingerprint
 
     def check(self, total: Tensor, processes: int) -> None:
-        """Check the sum of the two numbers over all processes.
+        """Check the sum of the two numbers over all *processes*.
 
         Reading it stalls an accelerator. There it is only read after this process has got gradients of other
         weights than before.
-
-        Args:
-            total: the sum.
-            processes: how many there are.
 
         Raises:
             RuntimeError: the processes have gradients of different weights.

@@ -52,13 +52,7 @@ def random_part(sample: dict[str, Any], fraction: float, padding: int | None) ->
 
 
 def extrapolate_(part: dict[str, Any], whole: dict[str, Any], scale: float) -> None:
-    """Extrapolate the logging outputs of a part of a batch to the whole batch, in place.
-
-    Args:
-        part: the logging outputs to change: its sums are scaled, its counts replaced.
-        whole: logging outputs of the whole batch, which has the counts.
-        scale: the factor for sums.
-    """
+    """Extrapolate the logging outputs of *part* of a batch, in place: scale sums, take counts of *whole*."""
     for key, value in part.items():
         if key in COUNTS:
             part[key] = whole.get(key, value)
@@ -88,9 +82,9 @@ def _has_rows(value: Any, n: int) -> bool:
 
 
 def _fit_(part: dict[str, Any], whole: dict[str, Any], n: int, rows: Tensor, padding: int | None) -> None:
-    """Cut needless padding from *part* and count its tokens, in place.
+    """Cut needless padding from *part*, *rows* of *whole*, and count its tokens, in place.
 
-    *part* has the *rows* of the *n* in *whole*. It may hold targets of further tasks, treated alike.
+    Targets of further tasks that it may hold are treated alike.
     """
     for key, value in part.items():
         if isinstance(value, dict) and key != "net_input":
@@ -124,18 +118,10 @@ def _narrow_(
     fields: set[str],
     padded: Any,
 ) -> None:
-    """Cut *fields* of *part* to the length of its longest row, in place.
+    """Cut *fields* of *part*, *rows* of *whole*, to the length of its longest row, in place.
 
-    Nothing is cut unless all of them are as wide in *whole* as its longest row, nor if an unknown field is
-    just as wide: it might belong to them.
-
-    Args:
-        part: the batch to change.
-        whole: the batch from which it has *rows*.
-        lengths: of all rows of *whole*.
-        rows: numbers of the rows of *part*.
-        fields: names of what has a column for each token or frame.
-        padded: a tensor of *whole* that shows at which end the padding is.
+    *padded* shows at which end the padding is. Nothing is cut unless all the fields are as wide in *whole* as
+    its longest row, nor if an unknown field is just as wide: it might belong to them.
     """
     width, longest = int(lengths.max()), int(lengths[rows.to(lengths.device)].max())
     start = _start_of_longest(padded, lengths, longest)
@@ -156,13 +142,7 @@ def _narrow_(
 
 
 def _start_of_longest(padded: Any, lengths: Tensor, longest: int) -> int | None:
-    """Return the first column that rows of at most *longest* tokens need; ``None`` if that is unclear.
-
-    Args:
-        padded: a tensor with padding at one end of its rows.
-        lengths: of its rows.
-        longest: the length to keep.
-    """
+    """Return the first column of *padded* that rows of length *longest* need; ``None`` if it is unclear."""
     if not isinstance(padded, Tensor) or padded.dim() < 2:
         return None
     if padded.dim() > 2 or padded.is_floating_point():  # speech

@@ -33,42 +33,28 @@ def check_configuration(cfg: Any) -> None:
     for path in utils.split_paths(data or ""):
         if path and not PathManager.exists(path):
             raise ValueError(f"there is no data in {path}: name the data of --task {cfg.task._name}")
-    common, distributed = cfg.common, cfg.distributed_training
+    common, distributed, backend = cfg.common, cfg.distributed_training, cfg.distributed_training.ddp_backend
     no_masters = "half-precision weights without float32 masters absorb epsilon"
     moves_weights = "it moves weights between the steps of the optimizer"
     in_parts = "each worker sees only a part of the weights, and epsilon needs the norm over all"
     flattened = "fairscale's FSDP runs on GPUs only, and hides the names and shapes of weights"
+    over_gpus = "it spreads a worker's weights over several GPUs, where epsilon has not been tried"
+    noised = "each forward pass overwrites the weights with noised ones, at w + epsilon too"
+    in_shards, reuses = distributed.zero_sharding != "none", cfg.optimizer.ascent_interval > 1
+    component = "the component that it reuses would have to be shared out like the optimizer's state"
+    bfloat16 = "use fairseq-hydra-train with common.bf16=true, or --fp16"
+    pytorch_ddp = "use --ddp-backend pytorch_ddp"
     backends = {"fully_sharded": flattened, "slowmo": moves_weights}
     refusals = [
-        (
-            "--bf16",
-            common.bf16 and common.tpu,
-            "fairseq-train takes it for a TPU",
-            "use fairseq-hydra-train with common.bf16=true, or --fp16",
-        ),
+        ("--bf16", common.bf16 and common.tpu, "fairseq-train takes it for a TPU", bfloat16),
         ("--tpu", common.tpu, "it has not been tried there", "use GPUs or CPUs"),
         ("--memory-efficient-fp16", common.memory_efficient_fp16, no_masters, "use --fp16"),
         ("--memory-efficient-bf16", common.memory_efficient_bf16, no_masters, "use common.bf16=true"),
         ("--model-parallel-size", common.model_parallel_size > 1, in_parts, "use data parallelism"),
-        (
-            "--pipeline-model-parallel",
-            distributed.pipeline_model_parallel,
-            "it spreads a worker's weights over several GPUs, where epsilon has not been tried",
-            "use data parallelism",
-        ),
-        (
-            "--ascent-interval with --zero-sharding os",
-            distributed.zero_sharding != "none" and cfg.optimizer.ascent_interval > 1,
-            "the component that it reuses would have to be shared out like the optimizer's state",
-            "use one of them",
-        ),
-        ("--use-bmuf", cfg.optimization.use_bmuf, moves_weights, "use --ddp-backend pytorch_ddp"),
-        (
-            f"--ddp-backend {distributed.ddp_backend}",
-            distributed.ddp_backend in backends,
-            backends.get(distributed.ddp_backend),
-            "use --ddp-backend pytorch_ddp",
-        ),
+        ("--pipeline-model-parallel", distributed.pipeline_model_parallel, over_gpus, "use data parallelism"),
+        ("--ascent-interval with --zero-sharding os", in_shards and reuses, component, "use one of them"),
+        ("--use-bmuf", cfg.optimization.use_bmuf, moves_weights, pytorch_ddp),
+        (f"--ddp-backend {backend}", backend in backends, backends.get(backend), pytorch_ddp),
         (
             "--task online_backtranslation",
             cfg.task._name == "online_backtranslation",
@@ -78,19 +64,14 @@ def check_configuration(cfg: Any) -> None:
         (
             "--find-unused-parameters",
             distributed.find_unused_parameters
-            and distributed.ddp_backend in ("c10d", "pytorch_ddp")
+            and backend in ("c10d", "pytorch_ddp")
             and cfg.optimizer.ascent_scope == "micro-batch"
             and (cfg.optimizer.fresh_masks or cfg.optimizer.ascent_fraction < 1.0),
             "torch's DistributedDataParallel fails if the pass at w + epsilon of a micro-batch uses other "
             "layers than its pass at w, as with --fresh-masks or --ascent-fraction it may",
             "use --ascent-scope update or --ddp-backend legacy_ddp",
         ),
-        (
-            "--quant-noise-pq",
-            _quantization_noise(cfg.model) > 0,
-            "each forward pass overwrites the weights with noised ones, at w + epsilon too",
-            "use --quant-noise-pq 0",
-        ),
+        ("--quant-noise-pq", _quantization_noise(cfg.model) > 0, noised, "use --quant-noise-pq 0"),
     ]
     for flag, given, reason, alternative in refusals:
         if given:
@@ -158,9 +139,7 @@ def _sharpness_aware_train_step(train_step):
         if asam is not None:
             _make_task_sharpness_aware(self)
             with _refusals_as_a_sentence():
-                asam.begin_update(
-                    self.model, self.criterion, self.optimizer, self.get_num_updates(), len(samples)
-                )
+                asam.begin_update(self, len(samples))
         return train_step(self, samples, raise_oom)
 
     return sharpness_aware_train_step

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from fairseq.logging import metrics
@@ -148,28 +149,21 @@ def with_sharpness_awareness(task: type[FairseqTask]) -> type[FairseqTask]:
     return type(task.__name__, (SharpnessAwareTask, task), {"__doc__": task.__doc__})
 
 
+@dataclass
 class _MicroBatch:
-    """The two passes of a micro-batch: over all or a part of it at w, over all of it at w + epsilon.
+    """Makes the passes of a micro-batch: over a *fraction* of it at w, over all of it at w + epsilon.
 
-    Args:
+    Attributes:
         step: makes a pass over a batch, and returns loss, sample size and logging output.
-        sample: the micro-batch.
-        fraction: of its sentences, for the pass at w.
-        padding: index of the padding symbol, if there is one.
-        outputs_are_sums: whether the logging outputs are sums over sentences.
+        logging_output: that of the pass at w; ``None`` before.
     """
 
-    def __init__(
-        self,
-        step: Callable[[dict[str, Any]], tuple],
-        sample: dict[str, Any],
-        fraction: float,
-        padding: int | None,
-        outputs_are_sums: bool,
-    ):
-        self.step, self.sample, self.fraction = step, sample, fraction
-        self.padding, self.outputs_are_sums = padding, outputs_are_sums
-        self.logging_output: dict[str, Any] | None = None
+    step: Callable[[dict[str, Any]], tuple]
+    sample: dict[str, Any]
+    fraction: float
+    padding: int | None
+    outputs_are_sums: bool
+    logging_output: dict[str, Any] | None = None
 
     def run(self) -> tuple[Tensor, int, dict[str, Any]]:
         """Make the pass at w."""

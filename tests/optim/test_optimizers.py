@@ -18,7 +18,7 @@ def test_a_step_without_the_pass_at_w_plus_epsilon_is_an_error(corpus):
 def test_a_step_before_the_last_micro_batch_is_an_error(corpus, scope):
     trainer, batches = setting(corpus, "--optimizer", "asam", "--ascent-scope", scope)
     arguments = trainer.model, trainer.criterion, trainer.optimizer
-    trainer.optimizer.begin_update(*arguments, num_updates=0, num_micro_batches=2)
+    trainer.optimizer.begin_update(trainer, num_micro_batches=2)
     trainer.task.train_step(batches[0], *arguments, update_num=0)
     with pytest.raises(RuntimeError, match="--optimizer asam was to step without a pass at w"):
         trainer.optimizer.step()

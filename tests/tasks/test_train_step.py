@@ -141,7 +141,7 @@ def test_sharpness_is_the_difference_of_two_losses(corpus):
     at_w = loss()
     for batch in batches[:2]:
         trainer.criterion(trainer.model, batch)[0].backward()
-    with trainer.optimizer.two_passes(trainer.model, trainer.criterion, trainer.optimizer).perturbation:
+    with trainer.optimizer.two_passes(trainer).perturbation:
         perturbed = loss()
     stats = trainer.train_step(copy.deepcopy(batches[:2]))
     assert stats["loss"] == pytest.approx(at_w, abs=2e-3)  # fairseq rounds its columns
