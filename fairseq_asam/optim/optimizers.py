@@ -10,12 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fairseq.dataclass.utils import gen_parser_from_dataclass
-from fairseq.optim import (
-    OPTIMIZER_DATACLASS_REGISTRY,
-    OPTIMIZER_REGISTRY,
-    FairseqOptimizer,
-    register_optimizer,
-)
+from fairseq.optim import OPTIMIZER_DATACLASS_REGISTRY as DATACLASSES
+from fairseq.optim import OPTIMIZER_REGISTRY, FairseqOptimizer, register_optimizer
 from fairseq.trainer import Trainer
 
 from fairseq_asam.sharpness import SELECTIONS, Perturbation, TwoPasses, selected_parameters
@@ -44,7 +40,7 @@ class Update:
     waiting: list[Any] = field(default_factory=list)
 
     def next_micro_batch(self) -> None:
-        """Go to the next micro-batch, and from the last to the first: fairseq repeats an update to find a NaN."""
+        """Go to the next micro-batch. The first follows the last: fairseq repeats an update to find a NaN."""
         self.micro_batch = self.micro_batch % self.num_micro_batches + 1
 
     @property
@@ -161,7 +157,7 @@ def sharpness_aware_optimizer(optimizer: FairseqOptimizer) -> SharpnessAwareOpti
 
 
 def _register(name: str, options: type, base_name: str) -> None:
-    base, base_config = OPTIMIZER_REGISTRY[base_name], OPTIMIZER_DATACLASS_REGISTRY.get(base_name)
+    base, base_config = OPTIMIZER_REGISTRY[base_name], DATACLASSES.get(base_name)
     namespace = {"__doc__": base.__doc__, "sharpness_options": options}
     optimizer = type(f"{name}_{base.__name__}", (SharpnessAwareOptimizer, base), namespace)
     # Older optimizers of fairseq have no dataclass, and take the parsed arguments as they are.
