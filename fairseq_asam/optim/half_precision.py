@@ -22,9 +22,7 @@ def master_weights(optimizer: FairseqOptimizer) -> dict[Tensor, Tensor]:
 def as_model_parameters(optimizer: FairseqOptimizer, tensors: list[Tensor]) -> list[Tensor]:
     """Return views of *tensors*, one per parameter of the model and in its shape.
 
-    Args:
-        optimizer: the optimizer that fairseq's Trainer has.
-        tensors: one per parameter that the base optimizer steps. ``--fp16`` makes one flat buffer of these.
+    *tensors* has one per parameter that the base optimizer steps. ``--fp16`` makes one flat buffer of these.
     """
     if not isinstance(optimizer, FP16Optimizer) or not optimizer.has_flat_params:
         return tensors

@@ -32,10 +32,7 @@ class NormalizationOperator:
         return self
 
     def diagonal(self, weights: list[Tensor], eta: float) -> list[Tensor] | None:
-        """Return the diagonal for each weight, or ``None`` if T = 1.
-
-        It is in new memory, and its shape broadcasts to that of the weight.
-        """
+        """Return the diagonal for each weight, in new memory and to be broadcast; ``None`` if T = 1."""
         raise NotImplementedError
 
     def summed_dims(self, weight: Tensor) -> tuple[int, ...]:
