@@ -1,7 +1,7 @@
 """Makes the runs of an experiment: each once, several at a time, and only those that are missing.
 
-A table or figure describes its runs with :class:`Run` and hands them to :func:`complete`. The
-same command, started again after a stop, goes on with what is left.
+A table or figure describes its runs with :class:`Run` and hands them to :func:`complete`. The same command,
+started again after a stop, goes on with what is left.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fairseq_asam.files import write_json
 
 LINES_SHOWN_ON_FAILURE = 20
 SECONDS_BETWEEN_LOOKS = 0.1
-#: Tells how far a run is that is under way: the share that is done, and a few words on it.
+#: Is asked about a run under way. Returns the share that is done and a few words for the progress bar.
 Watch = Callable[["Run"], "tuple[float, str]"]
 
 
@@ -91,7 +91,7 @@ def complete(runs: Sequence[Run], jobs: int = 1, watch: Watch | None = None) -> 
     Args:
         runs: All runs of the experiment, finished ones too.
         jobs: How many run at the same time. They share the processor's threads.
-        watch: Is asked how far each run under way is.
+        watch: Says how far a run is.
 
     Raises:
         SystemExit: *jobs* is below 1, a folder holds a run with other options, or a run failed.

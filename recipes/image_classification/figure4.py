@@ -17,8 +17,8 @@ VARIANTS = {
     "element-wise, p = 2, bias normalized": {"normalize_bias": True},
     "filter-wise, p = 2": {"normalization": "filter-wise"},
 }
-# With p = inf, epsilon moves each of k weights by the share rho of its size; with p = 2, rho must be sqrt(k)
-# times as large to move them as far. The network of --digits has 19,954.
+# With p = inf, epsilon moves each weight by the share rho of its size. To move k weights as far with p = 2,
+# rho must be sqrt(k) times as large. The network of --digits has 19,954 weights.
 DIGITS_RHOS = {"inf": [0.001, 0.005, 0.02], 2: [0.2, 1.0, 2.0]}
 
 

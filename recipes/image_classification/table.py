@@ -1,4 +1,4 @@
-"""Makes a table of finished runs: mean and standard deviation over seeds, beside the paper's numbers."""
+"""Tables and figures of finished runs: mean and standard deviation over seeds, beside the paper's numbers."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from recipes.reporter import markdown_table, mean_and_sd, shown, write_figure, w
 
 #: (row, column) -> figures of a cell, as :func:`summary` returns them.
 Summaries = dict[tuple[str, str], dict[str, Any]]
-# A sweep's axis begins at most so many percent below the median: what failed would squeeze the others.
+# The axis of a sweep begins at most so many percent below the median. Bad runs would squeeze the others.
 SHOWN_BELOW = 5.0
-# How often the accuracy of chance a run must reach at least once so as not to count as completely failed.
+# A run has failed if its accuracy never exceeds so many times that of chance.
 CHANCES = 2
 
 
 def summary(results: list[dict[str, Any]], metric: str = "test_accuracy") -> dict[str, Any]:
-    """Return `mean` and `std` in percent of the maximum of `metric` over the epochs, as the paper reports it,
-    over the runs that did not fail.
+    """Return the figures of a cell from the results of its runs.
 
-    A run failed if its loss ceased to be finite, or its accuracy never left that of chance (in Table 2, "10%
-    of accuracy"). `std`, the sample standard deviation, is None of fewer than two runs, `mean` of none.
+    As in the paper, a run counts with the maximum of *metric* over its epochs. A run has failed if its loss
+    ceased to be finite or its accuracy never left that of chance (in Table 2, "10% of accuracy").
+
+    Returns:
+        ``mean`` and ``std`` (sample standard deviation) over the runs that did not fail, in percent, ``None``
+        where there are too few; their ``maxima``; the number of ``runs`` and of those that ``failed``.
     """
     chance = 1 / DATASETS[results[0]["options"]["dataset"]].num_classes
     maxima = [
@@ -97,7 +100,7 @@ def described(results: Results) -> str:
 
 
 def draw(corner: str, cells: Summaries, paper: dict[str, tuple[str, ...]] | None = None) -> plt.Figure:
-    """Return a figure of means with standard deviations, a colour for each column; the paper's are hollow."""
+    """Draw means with standard deviations, a colour for each column. The paper's means are hollow."""
     rows, columns = (list(dict.fromkeys(labels)) for labels in zip(*cells))
     figure, axes = plt.subplots(figsize=(max(5, 1.2 * len(rows) + 2), 4), layout="constrained")
     for number, column in enumerate(columns):
@@ -122,7 +125,7 @@ def draw(corner: str, cells: Summaries, paper: dict[str, tuple[str, ...]] | None
 
 
 def draw_sweep(cells: Summaries, title: str, ylabel: str) -> plt.Figure:
-    """Return a figure of means over rho, the rows, with standard deviations, a line for each column."""
+    """Draw means and standard deviations over rho, which the rows have, a line for each column."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for column in dict.fromkeys(column for _, column in cells):
         found = [(float(row), cell) for (row, col), cell in cells.items() if col == column and cell["mean"]]
@@ -152,12 +155,12 @@ def publish(
     results: Results,
     paper: dict[str, tuple[str, ...]],
 ) -> None:
-    """Write a table of `summaries`, which are those of `results`, beside the paper's numbers."""
+    """Write *summaries*, which are those of *results*, beside the paper's numbers."""
     note = described(results)
     if args.digits:
         note += " The paper's numbers are of its own networks and images: not to be compared."
     markdown = as_markdown(corner, summaries, paper, note)
-    # Accuracies on other images belong on no common axis.
+    # Accuracies on other images do not belong on the same axis.
     figure = draw(corner, summaries, None if args.digits else paper)
     write(args.out, args.name, markdown, figure, note=note, cells=summaries, paper=paper)
 

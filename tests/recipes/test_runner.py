@@ -21,6 +21,11 @@ def run(folder: Path, *scripts: str, **options) -> Run:
     return Run(folder, options, [["sh", "-c", script, str(folder)] for script in scripts])
 
 
+def waiting_for(file: str) -> str:
+    """A script that waits for *file*, but fails rather than waits for ever."""
+    return f"for i in $(seq 3000); do [ -e {file} ] && break; sleep .02; done; [ -e {file} ] || exit 1"
+
+
 def until(condition, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -72,13 +77,13 @@ def test_a_failure_shows_the_end_of_the_log_and_stops_the_others_which_go_on_lat
     script = "echo $$ > $0/pid; [ -e $0/../again ] || { touch $0/../again; exec sleep 600; }"
     beside = run(tmp_path / "beside", script)
     after = run(tmp_path / "after", "true")
-    script = "[ -e $0/mended ] || { while [ ! -e $0/../again ]; do sleep .02; done; seq 100; exit 3; }"
-    failing = run(tmp_path / "failing", "echo earlier", script)
+    script = f"[ -e $0/mended ] || {{ {waiting_for('$0/../again')}; seq 100; exit 3; }}"
+    failing = run(tmp_path / "failing", script)
     with pytest.raises(SystemExit) as end:
         complete([beside, failing, after], jobs=2)
     assert end.value.code == 3
     error = capfd.readouterr().err
-    assert "81\n82\n" in error and "\n100\n" in error and "80\n" not in error and "earlier" not in error
+    assert "81\n82\n" in error and "\n100\n" in error and "80\n" not in error
     assert f"failed with status 3; its output is in '{failing.log}'." in error
     assert not is_alive(int((beside.folder / "pid").read_text()))
     assert not after.folder.exists()
@@ -89,19 +94,22 @@ def test_a_failure_shows_the_end_of_the_log_and_stops_the_others_which_go_on_lat
     assert beside.is_finished() and failing.is_finished() and after.is_finished()
 
 
-def test_a_run_that_a_signal_ends_fails_with_its_status(tmp_path, capfd):
+def test_a_command_that_a_signal_ends_fails_with_its_status_and_its_own_output(tmp_path, capfd):
     with pytest.raises(SystemExit) as end:
-        complete([run(tmp_path / "a", "kill -9 $$")])
+        complete([run(tmp_path / "a", "echo earlier", "echo now; kill -9 $$")])
     assert end.value.code == 128 + signal.SIGKILL
-    assert "failed with status -9" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert "failed with status -9" in error and "now\n" in error and "earlier" not in error
 
 
 def test_several_run_at_a_time_and_share_the_threads(tmp_path, monkeypatch):
     """Each waits for the other."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    meet = "touch $0/here; while [ ! -e $0/../{other}/here ]; do sleep .02; done; echo $OMP_NUM_THREADS"
-    runs = [run(tmp_path / name, meet.format(other=other)) for name, other in ("ab", "ba")]
+    runs = [
+        run(tmp_path / name, f"touch $0/here; {waiting_for(f'$0/../{other}/here')}; echo $OMP_NUM_THREADS")
+        for name, other in ("ab", "ba")
+    ]
     complete(runs, jobs=2)
     assert [each.log.read_text() for each in runs] == ["3\n", "3\n"]
 
@@ -119,7 +127,7 @@ def test_the_watch_is_asked_about_the_runs_under_way(tmp_path):
         (of.folder / "seen").touch()
         return 0.5, "half"
 
-    runs = [run(tmp_path / name, "while [ ! -e $0/seen ]; do sleep .02; done") for name in "ab"]
+    runs = [run(tmp_path / name, waiting_for("$0/seen")) for name in "ab"]
     complete(runs, watch=watch)
     assert set(seen) == set(runs)
 
@@ -157,7 +165,7 @@ def test_a_signal_stops_the_runs_and_the_processes_that_they_started(tmp_path, n
 
 def test_a_second_process_waits_for_the_first_and_finds_its_run_finished(tmp_path):
     folder = tmp_path / "a"
-    script = "echo once >> $0/made; while [ ! -e $0/go ]; do sleep .02; done"
+    script = f"echo once >> $0/made; {waiting_for('$0/go')}"
     with start(script, folder) as first:
         until((folder / "made").exists)
         with start(script, folder) as second:
@@ -171,7 +179,7 @@ def test_a_second_process_waits_for_the_first_and_finds_its_run_finished(tmp_pat
 
 def test_a_command_that_outlives_its_program_keeps_the_lock(tmp_path):
     folder = tmp_path / "a"
-    script = "echo $$ >> $0/made; while [ ! -e $0/go ]; do sleep .02; done"
+    script = f"echo $$ >> $0/made; {waiting_for('$0/go')}"
     with start(script, folder) as first:
         until((folder / "made").exists)
         first.kill()
