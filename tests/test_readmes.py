@@ -20,8 +20,8 @@ NUMBER = re.compile(r"(?<![\w.-])-?\d[\d,]*(?:\.\d+)?(?![\w.]*\w)")
 #: A README may show percent, milliseconds or megabytes of a share, seconds or bytes.
 SCALES = (1, 100, 1e3, 1e-6)
 OURS = "(?:recipes|fairseq_asam|data_prep|tests)"
-MODULE = re.compile(rf"-m ({OURS}[.\w]*)")
 #: A name with capitals, such as data_prep/NAME.py, stands for any.
+MODULE = re.compile(rf"-m ({OURS}[.a-z_\d]*)(?![A-Z.])")
 FILE = re.compile(rf"(?<![\w/.-]){OURS}/[a-z\d_/.-]*\.(?:py|sh|json|png|yaml)\b")
 
 
@@ -114,6 +114,8 @@ def test_links_lead_somewhere():
 def test_named_commands_and_files_exist():
     missing = []
     for document, text in documents().items():
+        if document.name == "CHANGELOG.md":  # names what is no more
+            continue
         for module in MODULE.findall(text):
             path = ROOT / module.rstrip(".").replace(".", "/")
             if not path.with_suffix(".py").exists() and not (path / "__main__.py").exists():
