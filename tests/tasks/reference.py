@@ -62,9 +62,9 @@ class Reference:
         """The gradients at w and at w + epsilon, each summed over *micro_batches*."""
         at_w, masks = [], []
         for batch, ascent, worker in micro_batches:
+            masks.append(None if self.fresh_masks else self.random_state[worker])
             if ascent is not batch:
                 self.draw_part(batch, worker)
-            masks.append(None if self.fresh_masks else self.random_state[worker])
             at_w.append(self.gradient(ascent, worker))
         g, kept = total(at_w), [*self.weights.values(), *self.trainer.model.buffers()]
         before = [x.detach().clone() for x in kept]
