@@ -91,7 +91,8 @@ def test_an_ascent_fraction_makes_epsilon_of_a_part_of_each_batch(corpus, scope,
             assert rows == sorted(set(rows))
             assert len(rows) == part["nsentences"] == round(0.3 * len(batch["id"]))
             assert torch.equal(part["target"], batch["target"][rows, : part["target"].size(1)])
-            assert torch.equal(part["net_input"]["src_tokens"], batch["net_input"]["src_tokens"][rows])
+            source, tokens = (each["net_input"]["src_tokens"] for each in (part, batch))
+            assert torch.equal(source, tokens[rows, -source.size(1) :])  # padding is on the left
             assert part["ntokens"] == (part["target"] != padding).sum()
             drawn.append(tuple(rows))
         tokens = sum(batch["ntokens"] for batch in micro_batches)
