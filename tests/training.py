@@ -106,10 +106,14 @@ def merged(trainer, batches):
 def on_workers(world_size: int, function, cfg_arguments: list, *arguments) -> list:
     """Run ``function(cfg, rank, *arguments)`` on *world_size* CPU workers that know each other through
     gloo, and return what each returned, which must be picklable. A worker that hangs fails the test."""
-    return started(world_size, _worker, function, cfg_arguments, arguments)
+    flags = ["--distributed-world-size", world_size, "--distributed-rank", 0, "--distributed-no-spawn"]
+    flags += ["--distributed-backend", "gloo", "--distributed-init-method", "tcp://127.0.0.1:1"]
+    # fairseq needs a second to make a configuration, hence one for all workers.
+    cfg = configuration(*cfg_arguments, *(flags if world_size > 1 else []))
+    return started(world_size, _worker, function, cfg, arguments)
 
 
-def _worker(rank, world_size, port, function, cfg_arguments, arguments):
+def _worker(rank, world_size, port, function, cfg, arguments):
     for name, replacement in FLOAT64_THROUGHOUT.items():
         setattr(utils, name, replacement)
     # fairseq names a device even where there is none, which torch's DDP refuses.
@@ -117,9 +121,9 @@ def _worker(rank, world_size, port, function, cfg_arguments, arguments):
     distributed_fairseq_model.DistributedDataParallel = lambda *args, **kwargs: ddp(
         *args, **{**kwargs, "device_ids": None, "output_device": None}
     )
+    if world_size > 1:
+        cfg.distributed_training.distributed_rank = rank
+        cfg.distributed_training.distributed_init_method = f"tcp://127.0.0.1:{port}"
     results = []
-    flags = ["--distributed-world-size", world_size, "--distributed-rank", rank, "--distributed-no-spawn"]
-    flags += ["--distributed-backend", "gloo", "--distributed-init-method", f"tcp://127.0.0.1:{port}"]
-    cfg = configuration(*cfg_arguments, *(flags if world_size > 1 else []))
     distributed_utils.call_main(cfg, lambda cfg: results.append(function(cfg, rank, *arguments)))
     return results[0]

@@ -13,6 +13,7 @@ two references.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import math
@@ -297,10 +298,20 @@ def measured(cfg, rank, combination, data) -> dict:
         torch.distributed.all_gather_object(on_each, parts)
     parts = [list(chain(*of_update)) for of_update in zip(*on_each)]
 
+    low_precision = combination["precision"] != "float64"
+    if rank > 0 and not low_precision:
+        return {}
+    plain_cfg = configuration(data, *(flag for flag in flags(combination, plain=True) if flag != "--fp16"))
+    if low_precision:
+        cfg_in_it = copy.deepcopy(plain_cfg)
+        cfg_in_it.common.fp16, cfg_in_it.distributed_training = cfg.common.fp16, cfg.distributed_training
+        plain, _ = by_trainer(cfg_in_it, combination, rank)
+    if rank > 0:
+        return {}
+
     ours = cfg.optimizer
-    plain_flags = [flag for flag in flags(combination, plain=True) if flag != "--fp16"]
     start, expected = by_reference(
-        configuration(data, *plain_flags),
+        plain_cfg,
         combination,
         parts if ours.ascent_fraction < 1 else None,
         rho=ours.rho,
@@ -314,11 +325,8 @@ def measured(cfg, rank, combination, data) -> dict:
     )
     actual = state(trainer)
     result = {"largest": largest(actual, expected), "distance": distance(actual, expected, start)}
-    if combination["precision"] != "float64":
-        plain_cfg = configuration(data, *flags(combination, plain=True))
-        plain_cfg.distributed_training = cfg.distributed_training
-        plain, _ = by_trainer(plain_cfg, combination, rank)
-        _, plain_expected = by_reference(configuration(data, *plain_flags), combination, rho=0.0)
+    if low_precision:
+        _, plain_expected = by_reference(plain_cfg, combination, rho=0.0)
         result["base"] = distance(state(plain), plain_expected, start)
         result["effect"] = distance(plain_expected, expected, start)
     return result
