@@ -46,7 +46,7 @@ class LookSAM:
         return num_updates % self.interval == 0 or not any(map(self._is_reusable, self._weights()))
 
     def add_gradients_at_w(self, optimizer: FairseqOptimizer) -> None:
-        """Add the gradients that the model has now to those at w; *optimizer* is that of the Trainer."""
+        """Add the model's present gradients to those at w. *optimizer* is that of fairseq's Trainer."""
         weights = self._weights()
         if self._gradients is None:
             # The memory of the last component serves again.
