@@ -36,7 +36,7 @@ class LookSAM:
         self.sum_over_workers = sum_over_workers
         self._gradients: list[Tensor] | None = None
 
-    def begin_update(self, num_updates: int) -> bool:
+    def begin(self, num_updates: int) -> bool:
         """Begin the update after *num_updates*, whatever became of the last one.
 
         Returns:

@@ -113,7 +113,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         """
         two_passes = self.two_passes(trainer)
         two_passes.reset()
-        ascends = self.looksam is None or self.looksam.begin_update(trainer.get_num_updates())
+        ascends = self.looksam is None or self.looksam.begin(trainer.get_num_updates())
         self.update = Update(two_passes, num_micro_batches, ascends)
 
     def clip_grad_norm(self, max_norm, aggregate_norm_fn=None):
