@@ -2,7 +2,9 @@
 
 import pytest
 
-from tests.tasks.test_train_step import setting
+from tests.tasks.test_train_step import float64_throughout, setting
+
+__all__ = ["float64_throughout"]  # a fixture that applies here too
 
 
 def test_a_step_without_the_pass_at_w_plus_epsilon_is_an_error(corpus):
