@@ -62,8 +62,12 @@ def training(setup: str, optimizer: str, data: Path, folder: Path, flags: Sequen
         flags: Further flags of fairseq-train. They win over the set-up's.
 
     Raises:
-        SystemExit: fairseq refuses a flag.
+        SystemExit: fairseq refuses a flag, or *folder* holds checkpoints that are not of such a run.
     """
+    if (folder / "checkpoint_last.pt").exists() and not (folder / "run.json").exists():
+        sys.exit(
+            f"'{folder}' holds checkpoints of unknown options (it has no run.json): move the folder away."
+        )
     plugin = Path(fairseq_asam.__file__).parent
     arguments = [str(data / "bin"), "--user-dir", str(plugin), "--optimizer", optimizer]
     arguments += SETUPS[setup].flags(data)

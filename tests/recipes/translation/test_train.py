@@ -108,6 +108,12 @@ def test_bad_input_is_named_in_one_sentence_before_anything_is_made(corpus: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_checkpoints_of_unknown_options_are_refused(corpus: Path, tmp_path: Path):
+    (tmp_path / "checkpoint_last.pt").touch()
+    sentence = refusal("train", "quickstart", "adam", tmp_path, "--data", corpus)
+    assert sentence.startswith(f"'{tmp_path}' holds checkpoints of unknown options")
+
+
 def test_a_launcher_starts_several_workers(corpus: Path, tmp_path: Path):
     """fairseq takes ranks from torchrun on GPUs alone; on a CPU they have to be passed on."""
     worker = tmp_path / "worker"
