@@ -23,7 +23,8 @@ def random_part(sample: dict[str, Any], fraction: float, padding: int | None) ->
     It is the batch that the dataset would have made of these sentences: padded to the longest of them, with
     its own ``ntokens``. Every tensor must have a row for each of the n sentences, and a list of length n
     counts as a list with an item for each. If the batch consists of batches, as in multilingual tasks, a part
-    of each is drawn. Torch's generator draws, which fairseq seeds with the number of the update.
+    of each is drawn. A copy of the generator draws, which fairseq seeds with the number of the update: the
+    passes get the random numbers that they get without a part.
 
     Args:
         sample: the batch.
@@ -44,7 +45,9 @@ def random_part(sample: dict[str, Any], fraction: float, padding: int | None) ->
     # The 'nsentences' of fairseq's denoising tasks is the length of a sentence.
     n = len(ids) if isinstance(ids, Tensor) else int(sample["nsentences"])
     count = max(1, round(fraction * n))
-    rows = torch.randperm(n)[:count].sort().values
+    generator = torch.Generator()
+    generator.set_state(torch.get_rng_state())
+    rows = torch.randperm(n, generator=generator)[:count].sort().values
     part = _rows_of(sample, n, rows)
     part["nsentences"] = count
     _fit_(part, sample, n, rows, padding)

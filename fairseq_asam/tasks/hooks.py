@@ -64,6 +64,7 @@ def check_configuration(cfg: Any) -> None:
         (
             "--find-unused-parameters",
             distributed.find_unused_parameters
+            and distributed.distributed_world_size > 1
             and backend in ("c10d", "pytorch_ddp")
             and cfg.optimizer.ascent_scope == "micro-batch"
             and (cfg.optimizer.fresh_masks or cfg.optimizer.ascent_fraction < 1.0),

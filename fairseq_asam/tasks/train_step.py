@@ -167,8 +167,6 @@ class _MicroBatch:
 
     def run(self) -> tuple[Tensor, int, dict[str, Any]]:
         """Make the pass at w."""
-        # Draw the part within this pass: the pass at w + epsilon then starts from the same random numbers as
-        # an update of the base optimizer.
         part = self.sample
         if self.fraction < 1.0:
             part = random_part(self.sample, self.fraction, self.padding)

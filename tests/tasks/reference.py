@@ -61,10 +61,8 @@ class Reference:
     def two_passes(self, micro_batches):
         """The gradients at w and at w + epsilon, each summed over *micro_batches*."""
         at_w, masks = [], []
-        for batch, ascent, worker in micro_batches:
+        for _, ascent, worker in micro_batches:
             masks.append(None if self.fresh_masks else self.random_state[worker])
-            if ascent is not batch:
-                self.draw_part(batch, worker)
             at_w.append(self.gradient(ascent, worker))
         g, kept = total(at_w), [*self.weights.values(), *self.trainer.model.buffers()]
         before = [x.detach().clone() for x in kept]
@@ -76,12 +74,6 @@ class Reference:
             for x, was in zip(kept, before):
                 x.copy_(was)
         return g, total(perturbed)
-
-    def draw_part(self, batch, worker):
-        """Draw the random numbers that choose sentences of *batch*."""
-        torch.set_rng_state(self.random_state[worker])
-        torch.randperm(len(batch["id"]))
-        self.random_state[worker] = torch.get_rng_state()
 
     def gradient(self, batch, worker, masks=None):
         """The gradient of the loss of *batch*, with the next dropout masks of *worker* or those that follow

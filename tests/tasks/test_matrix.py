@@ -32,7 +32,7 @@ def test_every_pair_of_options_occurs():
 )
 def test_combination(corpus, combination):
     result = measure(combination, corpus / "bin")
-    allowed = ["equal", "within rounding"] if combination["precision"] == "bf16" else ["equal"]
+    allowed = ["equal", "within rounding"] if combination["precision"] in ("fp16", "bf16") else ["equal"]
     assert verdict(combination, result) in allowed, result
 
 
