@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from data_prep import PreparationError
-from data_prep.parts import write_whole
+from data_prep.segmentation import write_whole
 
 URL = "http://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz"
 PATIENCE_SECONDS = 30

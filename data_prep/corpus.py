@@ -1,7 +1,8 @@
-"""The corpus folder: raw text, a joint sentencepiece model, embeddings, fairseq's binarized form, statistics.
+"""The corpus folder: raw text, a joint sentencepiece model, fairseq's binarized form, statistics.
 
 A folder is built beside its destination, as `.NAME.partial`, and renamed when it is whole. What an
-interrupted run finished there, the next run with the same settings takes up.
+interrupted run finished there, the next run with the same settings takes up. The dictionary and the generated
+corpus have embeddings as well.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import PreparationError
-from data_prep.pairs import Pair, Rules
-from data_prep.parts import (
+from data_prep.cleaning import Rules, words
+from data_prep.held_out import LONGEST_RUN, Splits, known_runs
+from data_prep.segmentation import (
     BINARIZED,
     EMBEDDINGS,
     MODEL,
@@ -33,26 +35,36 @@ from data_prep.parts import (
     train_sentencepiece,
     write_whole,
 )
-from data_prep.split import one_word_neighbours, split, without_rare_phrases
 
 STATISTICS = "statistics.json"
 SMALLEST_VOCABULARY = 100
 
 Statistics = dict[str, Any]
-Source = Callable[[Rules], "tuple[list[Pair], Statistics]"]
+Source = Callable[[Rules], "tuple[Splits, Statistics]"]
 
 
-def add_arguments(parser: argparse.ArgumentParser, vocabulary: int, held_out: int) -> None:
-    """The arguments that every corpus has, with the defaults that suit this one."""
-    parser.add_argument("destination", metavar="DEST", type=Path, help="folder to make")
+def add_arguments(parser: argparse.ArgumentParser, vocabulary: int, held_out: tuple[int, int]) -> None:
+    """Add the arguments that every corpus has.
+
+    Args:
+        parser: Gets the arguments.
+        vocabulary: The default number of pieces.
+        held_out: The default number of sentences in the validation and in the test set.
+    """
+    _add_general_arguments(parser, vocabulary)
     parser.add_argument(
-        "--vocab-size",
+        "--held-out",
         type=int,
-        default=vocabulary,
-        metavar="N",
-        help="sentencepiece pieces, shared by both languages; a corpus too small for N gets fewer "
-        "(default: %(default)s)",
+        nargs=2,
+        default=list(held_out),
+        metavar=("VALID", "TEST"),
+        help=f"sentences in the validation and in the test set (default: {held_out[0]} {held_out[1]})",
     )
+
+
+def add_arguments_with_embeddings(parser: argparse.ArgumentParser, vocabulary: int, held_out: int) -> None:
+    """Add the arguments of a corpus that has embeddings, with the defaults that suit this one."""
+    _add_general_arguments(parser, vocabulary)
     parser.add_argument(
         "--embed-dim",
         type=int,
@@ -67,6 +79,18 @@ def add_arguments(parser: argparse.ArgumentParser, vocabulary: int, held_out: in
         default=held_out,
         metavar="N",
         help="sentences in the validation set, and as many in the test set (default: %(default)s)",
+    )
+
+
+def _add_general_arguments(parser: argparse.ArgumentParser, vocabulary: int) -> None:
+    parser.add_argument("destination", metavar="DEST", type=Path, help="folder to make")
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        default=vocabulary,
+        metavar="N",
+        help="sentencepiece pieces, shared by both languages; a corpus too small for N gets fewer "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--seed", type=int, default=1, help="which sentences are held out (default: %(default)s)"
@@ -95,13 +119,16 @@ def run(main: Callable[[], None]) -> None:
 
 
 def prepare(arguments: argparse.Namespace, source: Source) -> None:
-    """Makes the corpus folder, or what is missing of it, and prints the table of counts.
+    """Make the corpus folder, or what is missing of it, and print the tables of counts.
 
-    `source` gives the clean pairs and what statistics.json is to say about them; it is called only
-    where the text isn't there yet. All `arguments` but the workers tell one corpus from another.
+    Args:
+        arguments: The command line. All arguments but the workers tell one corpus from another.
+        source: Gives the splits, and what statistics.json is to say about them. It is called only where the
+            text is not there yet.
 
-    Raises PreparationError where an argument is out of range, the destination can't be written or holds
-    something else, or the pairs are too few.
+    Raises:
+        PreparationError: An argument is out of range, the destination cannot be written or holds something
+            else, or the sentences are too few.
     """
     if arguments.vocab_size < SMALLEST_VOCABULARY:
         raise PreparationError(
@@ -109,9 +136,11 @@ def prepare(arguments: argparse.Namespace, source: Source) -> None:
             "for letters and marks alone take most of that."
         )
     for name in ("held_out", "embed_dim", "workers"):
-        if getattr(arguments, name) < 1:
+        values = getattr(arguments, name, 1)
+        values = values if isinstance(values, list) else [values]
+        if min(values) < 1:
             option = "--" + name.replace("_", "-")
-            raise PreparationError(f"{option} {getattr(arguments, name)}: must be at least 1.")
+            raise PreparationError(f"{option} {' '.join(map(str, values))}: must be at least 1.")
     destination = arguments.destination
     settings = {
         name: str(value) if isinstance(value, Path) else value
@@ -119,11 +148,19 @@ def prepare(arguments: argparse.Namespace, source: Source) -> None:
         if name not in ("destination", "workers")
     }
     with writing(destination, megabytes=200):
-        if is_whole(destination, settings, (*TEXTS, *PHRASES, MODEL, VOCABULARY, *EMBEDDINGS, BINARIZED)):
+        if is_whole(destination, settings, (*_texts(settings), *_made_of_them(settings), BINARIZED)):
             print(f"{destination} is complete: nothing to do.")
         else:
             _build(destination, settings, arguments.workers, source)
     _print_summary(read_statistics(destination))
+
+
+def _texts(settings: Statistics) -> tuple[str, ...]:
+    return (*TEXTS, *PHRASES) if "embed_dim" in settings else TEXTS
+
+
+def _made_of_them(settings: Statistics) -> tuple[str, ...]:
+    return (MODEL, VOCABULARY, *EMBEDDINGS) if "embed_dim" in settings else (MODEL, VOCABULARY)
 
 
 @contextlib.contextmanager
@@ -175,13 +212,13 @@ def _build(destination: Path, settings: Statistics, workers: int, source: Source
     def missing(*names: str) -> bool:
         return not all((partial / name).exists() for name in names)
 
-    if read_statistics(partial).get("settings") != settings or missing(*TEXTS, *PHRASES):
+    if read_statistics(partial).get("settings") != settings or missing(*_texts(settings)):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_text(partial, settings, source)
     if missing(MODEL, VOCABULARY):
         train_sentencepiece(partial, settings["vocab_size"])
-    if missing(*EMBEDDINGS):
+    if "embed_dim" in settings and missing(*EMBEDDINGS):
         make_embeddings(partial, settings["embed_dim"])
     if missing(BINARIZED):
         with tempfile.TemporaryDirectory(dir=partial) as scratch:
@@ -193,47 +230,70 @@ def _build(destination: Path, settings: Statistics, workers: int, source: Source
 
 def _write_text(folder: Path, settings: Statistics, source: Source) -> None:
     rules = Rules()
-    pairs, about = source(rules)
+    splits, about = source(rules)
     held_out = settings["held_out"]
-    splits = split(pairs, rules, held_out, settings["seed"])
-    if min(len(splits["test"]), len(splits["valid"])) < held_out or not splits["train"]:
-        sentences = sum(map(Pair.is_sentence, pairs))
+    least = held_out if isinstance(held_out, list) else [held_out, held_out]
+    if len(splits["valid"]) < least[0] or len(splits["test"]) < least[1] or not splits["train"]:
+        found = ", ".join(f"{len(splits[name])} for {name}" for name in SPLITS)
         raise PreparationError(
-            f"--held-out {held_out}: two such sets and a training set can't be had from "
-            f"{sentences} sentences; choose fewer."
+            f"--held-out {least[0]} {least[1]}: so many sentences, and others to train, cannot be had "
+            f"({found}); choose fewer."
         )
-    training = without_rare_phrases(splits["train"], rules)
-    training_sentences = list(filter(Pair.is_sentence, training))
-    splits["phrases"] = [pair for pair in training if not pair.is_sentence()]
-    splits["train"] = training if settings["train_on_phrases"] else training_sentences
     for name, pairs in splits.items():
         for language, side in SIDES.items():
             write_whole(folder / f"{name}.{language}", (getattr(pair, side) + "\n" for pair in pairs))
+    texts = {
+        name: {side: [getattr(pair, side) for pair in pairs] for side in SIDES.values()}
+        for name, pairs in splits.items()
+    }
     statistics = {
         **about,
         "settings": settings,
         "rules": rules.table,
         "pairs": {name: len(pairs) for name, pairs in splits.items()},
-        "training sentences": len(training_sentences),
-        "held-out sentences one word from a training sentence": {
-            name: {
-                side: one_word_neighbours(
-                    (getattr(pair, side) for pair in splits[name]),
-                    (getattr(pair, side) for pair in training_sentences),
-                )
-                for side in SIDES.values()
-            }
+        "words": {
+            name: {side: _word_counts(lines) for side, lines in sides.items()}
+            for name, sides in texts.items()
+        },
+        "share of runs of words that stand in training": {
+            name: {side: known_runs(texts[name][side], texts["train"][side]) for side in SIDES.values()}
             for name in SPLITS[1:]
         },
     }
     write_statistics(folder, statistics)
 
 
+def _word_counts(texts: list[str]) -> dict[str, int]:
+    found = [word for text in texts for word in words(text)]
+    return {"all": len(found), "distinct": len(set(found))}
+
+
 def _print_summary(statistics: Statistics) -> None:
-    width = max(len(row["rule"]) for row in statistics["rules"])
-    print(f"{'rule':{width}}  {'kept':>8}  {'dropped':>8}")
-    for row in statistics["rules"]:
-        print(f"{row['rule']:{width}}  {row['kept']:>8}  {row['dropped']:>8}")
-    print(", ".join(f"{name}: {count} pairs" for name, count in statistics["pairs"].items()))
+    print(f"corpus: {statistics['corpus']}")
+    rules = [(row["rule"], row["kept"], row["dropped"]) for row in statistics["rules"]]
+    _print_table(("rule", "kept", "dropped"), rules)
+    columns = [f"{kind}{side.capitalize()} words" for side in SIDES.values() for kind in ("", "distinct ")]
+    rows = [
+        (name, pairs, *(n for side in statistics["words"][name].values() for n in side.values()))
+        for name, pairs in statistics["pairs"].items()
+    ]
+    _print_table(("split", "distinct pairs", *columns), rows)
+    print("How much of the held-out sets is known from training, in runs of 1 word to 4:")
+    known = statistics["share of runs of words that stand in training"]
+    rows = [
+        (f"{name}, {side.capitalize()}", *(f"{share:.1%}" for share in shares))
+        for name, sides in known.items()
+        for side, shares in sides.items()
+    ]
+    _print_table(("known in training", *map(str, range(1, LONGEST_RUN + 1))), rows)
     if "note" in statistics:
         print(statistics["note"])
+
+
+def _print_table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    """Print the rows below their head, the first column to the left and the others to the right."""
+    lines = [tuple(map(str, line)) for line in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for first, *others in lines:
+        print("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]))
+    print()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from data_prep.pairs import Pair, Rules, words
+from data_prep.cleaning import Pair, Rules, words
 
 MARK = re.compile(
     r"\{[^{}]*\}|\[[^\[\]]*\]|<[^<>]*>|\([^()]*\)"  # innermost brackets: removed until none is left

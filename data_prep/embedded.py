@@ -16,16 +16,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data_prep import corpus, generated
+from data_prep.cleaning import Pair, Rules
+from data_prep.debian import Unavailable
 from data_prep.dictionary import clean_pairs
-from data_prep.package import Unavailable, dictionary_from, fetched_dictionary
-from data_prep.pairs import Pair, Rules
+from data_prep.held_out import Splits
+from data_prep.package import dictionary_from, fetched_dictionary
+from data_prep.segmentation import SIDES, SPLITS
+from data_prep.split import one_word_neighbours, split, without_rare_phrases
 
 STAND_IN_PAIRS = 10_000
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data_prep.embedded", description=__doc__.split("\n")[0])
-    corpus.add_arguments(parser, vocabulary=4000, held_out=1000)
+    corpus.add_arguments_with_embeddings(parser, vocabulary=4000, held_out=1000)
     parser.add_argument(
         "--package",
         type=Path,
@@ -40,18 +44,36 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    def pairs(rules: Rules) -> tuple[list[Pair], corpus.Statistics]:
+    def source(rules: Rules) -> tuple[Splits, corpus.Statistics]:
         try:
             lines = dictionary_from(arguments.package) if arguments.package else fetched_dictionary()
         except Unavailable as reason:
             note = f"The generated corpus stands in for the dictionary, which can't be had ({reason})."
             print(note, file=sys.stderr)
-            return generated.pairs(STAND_IN_PAIRS, arguments.seed), {"corpus": "generated", "note": note}
-        return clean_pairs(tqdm(lines, desc="reading the dictionary", unit="line", disable=None), rules), {
-            "corpus": "embedded"
+            pairs = generated.pairs(STAND_IN_PAIRS, arguments.seed)
+            about = {"corpus": "generated", "note": note}
+        else:
+            progress = tqdm(lines, desc="reading the dictionary", unit="line", disable=None)
+            pairs, about = clean_pairs(progress, rules), {"corpus": "embedded"}
+        splits = split(pairs, rules, arguments.held_out, arguments.seed)
+        training = without_rare_phrases(splits["train"], rules)
+        sentences = list(filter(Pair.is_sentence, training))
+        splits["phrases"] = [pair for pair in training if not pair.is_sentence()]
+        splits["train"] = training if arguments.train_on_phrases else sentences
+        about["training sentences"] = len(sentences)
+        about["held-out sentences one word from a training sentence"] = {
+            name: {
+                side: one_word_neighbours(
+                    (getattr(pair, side) for pair in splits[name]),
+                    (getattr(pair, side) for pair in sentences),
+                )
+                for side in SIDES.values()
+            }
+            for name in SPLITS[1:]
         }
+        return splits, about
 
-    corpus.prepare(arguments, pairs)
+    corpus.prepare(arguments, source)
 
 
 if __name__ == "__main__":

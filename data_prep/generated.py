@@ -14,7 +14,8 @@ import random
 from typing import NamedTuple
 
 from data_prep import PreparationError, corpus
-from data_prep.pairs import Pair, Rules
+from data_prep.cleaning import Pair, Rules
+from data_prep.held_out import Splits
 
 MOST_PAIRS = 100_000
 
@@ -201,9 +202,22 @@ def pairs(count: int, seed: int) -> list[Pair]:
     return [Pair(german, english, number) for number, (german, english) in enumerate(distinct)]
 
 
+def held_out(pairs: list[Pair], valid: int, test: int, seed: int) -> Splits:
+    """Return the pairs in three sets, of which "valid" and "test" are drawn by `seed`."""
+    drawn = list(pairs)
+    random.Random(seed).shuffle(drawn)
+    drawn.reverse()
+    training = set(drawn[test + valid :])
+    return {
+        "train": [pair for pair in pairs if pair in training],
+        "valid": drawn[test : test + valid],
+        "test": drawn[:test],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data_prep.generated", description=__doc__.split("\n")[0])
-    corpus.add_arguments(parser, vocabulary=300, held_out=100)
+    corpus.add_arguments_with_embeddings(parser, vocabulary=300, held_out=100)
     parser.add_argument(
         "--pairs",
         type=int,
@@ -214,8 +228,10 @@ def main() -> None:
     parser.set_defaults(train_on_phrases=False)
     arguments = parser.parse_args()
 
-    def source(_: Rules) -> tuple[list[Pair], corpus.Statistics]:
-        return pairs(arguments.pairs, arguments.seed), {"corpus": "generated"}
+    def source(_: Rules) -> tuple[Splits, corpus.Statistics]:
+        made = pairs(arguments.pairs, arguments.seed)
+        splits = held_out(made, arguments.held_out, arguments.held_out, arguments.seed)
+        return {**splits, "phrases": []}, {"corpus": "generated"}
 
     if not 1 <= arguments.pairs <= MOST_PAIRS:
         raise PreparationError(f"--pairs {arguments.pairs}: must be from 1 to {MOST_PAIRS}.")

@@ -30,7 +30,7 @@ from subword_nmt.learn_bpe import learn_bpe
 from tqdm import tqdm
 
 from data_prep import PreparationError, archive, corpus, moses
-from data_prep.parts import BINARIZED, SIDES, SPLITS, TEXTS, preprocess, write_whole
+from data_prep.segmentation import BINARIZED, SIDES, SPLITS, TEXTS, preprocess, write_whole
 
 PAIR = "de-en"
 TRAINING = f"train.tags.{PAIR}"

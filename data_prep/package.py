@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import gzip
-import subprocess
 import tempfile
 from pathlib import Path
 
 from data_prep import PreparationError
+from data_prep.debian import download, unpack
 
 PACKAGE = "trans-de-en"
 INSIDE = "usr/share/trans/de-en"
 INSTALLED = Path("/", INSIDE)
-FETCH_SECONDS = 120
-
-
-class Unavailable(Exception):
-    """The package is neither installed nor to be had here; the message says why."""
 
 
 def dictionary_from(file: Path) -> list[str]:
@@ -54,51 +49,12 @@ def fetched_dictionary() -> list[str]:
     if INSTALLED.exists():
         return dictionary_from(INSTALLED)
     with tempfile.TemporaryDirectory() as folder:
-        return dictionary_from(_downloaded(Path(folder)))
-
-
-def _downloaded(folder: Path) -> Path:
-    """Downloads the package into `folder`, at need with package lists of our own in there."""
-    for part in ("lists/partial", "cache/archives/partial"):
-        (folder / part).mkdir(parents=True)
-    patience = ["-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=20"]
-    private = ["-o", f"Dir::State::Lists={folder}/lists", "-o", f"Dir::Cache={folder}/cache"]
-    attempts = [
-        [["apt-get", *patience, "download", PACKAGE]],
-        [["apt-get", *patience, *private, "update"], ["apt-get", *patience, *private, "download", PACKAGE]],
-    ]
-    reason = "apt-get brought nothing"
-    for commands in attempts:
-        try:
-            for command in commands:
-                subprocess.run(
-                    command, cwd=folder, check=True, capture_output=True, text=True, timeout=FETCH_SECONDS
-                )
-        except FileNotFoundError:
-            raise Unavailable("there is no apt-get here") from None
-        except subprocess.TimeoutExpired:
-            reason = f"apt-get took longer than {FETCH_SECONDS} s"
-        except subprocess.CalledProcessError as error:
-            reason = "apt-get: " + (error.stderr.strip().rpartition("\n")[2] or "no message")
-        packages = list(folder.glob("*.deb"))
-        if packages:
-            return packages[0]
-    raise Unavailable(reason)
+        return dictionary_from(*download([PACKAGE], Path(folder)))
 
 
 def _unpacked(package: Path) -> str:
-    with package.open("rb"), tempfile.TemporaryDirectory() as folder:
-        try:
-            subprocess.run(["dpkg-deb", "-x", package, folder], check=True, capture_output=True, text=True)
-        except FileNotFoundError:
-            raise PreparationError(
-                f"{package}: unpacking needs dpkg-deb, which isn't here; unpack it elsewhere and give its "
-                f"file {INSIDE} after --package."
-            ) from None
-        except subprocess.CalledProcessError:
-            raise PreparationError(
-                f"{package}: truncated, or no Debian package; get it again with `apt-get download {PACKAGE}`."
-            ) from None
+    with tempfile.TemporaryDirectory() as folder:
+        unpack(package, Path(folder), PACKAGE)
         dictionary = Path(folder, INSIDE)
         if not dictionary.is_file():
             raise PreparationError(

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 
-from data_prep.pairs import Pair, Rules, words
+from data_prep.cleaning import Pair, Rules, words
 
 Splits = dict[str, list[Pair]]
 

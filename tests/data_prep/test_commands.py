@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.cleaning import words
 from data_prep.corpus import STATISTICS
 from data_prep.package import INSTALLED, dictionary_from
-from data_prep.pairs import words
-from data_prep.parts import BINARIZED, EMBEDDINGS, MODEL, PHRASES, TEXTS, VOCABULARY
+from data_prep.segmentation import BINARIZED, EMBEDDINGS, MODEL, PHRASES, TEXTS, VOCABULARY
 from tests.commands import ROOT
 
 DICTIONARY = """\

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from data_prep.cleaning import Rules
 from data_prep.dictionary import clean_pairs
-from data_prep.pairs import Rules
 
 ENTRIES = {
     "alternatives are aligned": (

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from data_prep import generated
+from data_prep.cleaning import words
 from data_prep.embeddings import aligned_counts, embeddings
-from data_prep.pairs import words
 
 
 def numbered(texts: list[str], numbers: dict[str, int]) -> list[list[int]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from data_prep.cleaning import Pair, Rules, words
 from data_prep.generated import pairs as generated_pairs
-from data_prep.pairs import Pair, Rules, words
 from data_prep.split import one_word_neighbours, split, without_rare_phrases
 
 

@@ -13,7 +13,7 @@ SENTENCE_WORDS = 4
 
 
 class Pair(NamedTuple):
-    """A German text and its translation; `source` numbers the dictionary entry both come from."""
+    """A German text and its translation; `source` numbers the page or entry that both come from."""
 
     german: str
     english: str
@@ -29,6 +29,17 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(WORD.findall(text.casefold()))
 
 
+def not_a_duplicate() -> Callable[[Pair], bool]:
+    """Return a rule that is true for the first of the pairs that have the same words."""
+    seen: set[tuple[tuple[str, ...], ...]] = set()
+
+    def not_a_duplicate(pair: Pair) -> bool:
+        key = words(pair.german), words(pair.english)
+        return not (key in seen or seen.add(key))
+
+    return not_a_duplicate
+
+
 class Rules:
     """Applies named rules one after the other and counts what each kept and dropped.
 
@@ -38,8 +49,8 @@ class Rules:
     def __init__(self) -> None:
         self.table: list[dict[str, str | int]] = []
 
-    def apply(self, pairs: Iterable[Pair], rule: Callable[[Pair], bool]) -> list[Pair]:
-        """The pairs for which `rule` is true. The rule's function name, in words, names the row."""
+    def apply(self, pairs: Iterable[Pair], rule: Callable[[Pair], bool], prefix: str = "") -> list[Pair]:
+        """Return the pairs for which `rule` is true; `prefix` and its function's name name the row."""
         verdicts: Counter[bool] = Counter()
         kept = []
         for pair in pairs:
@@ -47,6 +58,6 @@ class Rules:
             verdicts[verdict] += 1
             if verdict:
                 kept.append(pair)
-        name = rule.__name__.replace("_", " ")
+        name = prefix + rule.__name__.replace("_", " ")
         self.table.append({"rule": name, "kept": verdicts[True], "dropped": verdicts[False]})
         return kept

@@ -12,8 +12,8 @@ import sentencepiece
 from tqdm import tqdm
 
 from data_prep import PreparationError
+from data_prep.cleaning import Pair
 from data_prep.embeddings import aligned_counts, embeddings
-from data_prep.pairs import Pair
 from fairseq_asam.files import whole
 
 SPLITS = ("train", "valid", "test")
@@ -89,7 +89,8 @@ def preprocess(segmented: Path, destination: Path, workers: int, *flags: str) ->
 
 def _training_sentences(folder: Path) -> list[tuple[str, str]]:
     pairs = zip(lines(folder / "train.de"), lines(folder / "train.en"))
-    return [(german, english) for german, english in pairs if Pair(german, english, 0).is_sentence()]
+    with_phrases = (folder / PHRASES[0]).exists()
+    return [pair for pair in pairs if not with_phrases or Pair(*pair, 0).is_sentence()]
 
 
 def lines(file: Path) -> Iterable[str]:
