@@ -272,6 +272,8 @@ def _print_summary(statistics: Statistics) -> None:
     print(f"corpus: {statistics['corpus']}")
     rules = [(row["rule"], row["kept"], row["dropped"]) for row in statistics["rules"]]
     _print_table(("rule", "kept", "dropped"), rules)
+    if "words" not in statistics:  # a folder of an earlier version
+        return
     columns = [f"{kind}{side.capitalize()} words" for side in SIDES.values() for kind in ("", "distinct ")]
     rows = [
         (name, pairs, *(n for side in statistics["words"][name].values() for n in side.values()))
