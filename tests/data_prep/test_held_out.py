@@ -55,7 +55,7 @@ def test_no_side_held_out_is_in_training_or_one_word_from_it():
     "twin",
     [
         lambda text: text.upper(),
-        lambda text: text[:-1] + " 17!",
+        lambda text: text[:-1] + " 17 18 19!",
         lambda text: text[:-1] + " indeed.",
         lambda text: text.partition(" ")[2],
         lambda text: "Indeed " + text.partition(" ")[2],

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import http.server
 import json
-import os
 import subprocess
-import sys
 import tarfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from data_prep import PreparationError, generated, moses
-from data_prep.archive import URL, fetch
-from tests.commands import ROOT
+from data_prep import generated, moses
+from data_prep.archive import URL
+from tests.data_prep import commands
+from tests.data_prep.commands import assert_refused, lines
 from tests.iwslt14_archive import (
     TEST_FILES,
     TEST_SENTENCES,
@@ -31,17 +27,7 @@ SPLITS = ("train", "valid", "test")
 
 
 def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "data_prep.iwslt14", *map(str, arguments), "--workers", "2"],
-        cwd=ROOT,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-    )
-
-
-def lines(folder: Path, name: str) -> list[str]:
-    return (folder / name).read_text(encoding="utf-8").splitlines()
+    return commands.run("iwslt14", *arguments, "--workers", "2", **variables)
 
 
 @pytest.fixture(scope="module")
@@ -220,163 +206,29 @@ def altered(change: str, folder: Path) -> Path:
 )
 def test_an_archive_that_is_not_right_is_refused(change, telling, tmp_path):
     file = altered(change, tmp_path)
-    refused(run(tmp_path / "corpus", "--archive", file), telling)
+    assert_refused(run(tmp_path / "corpus", "--archive", file), telling)
     assert list(tmp_path.iterdir()) == [file]
     assert not (tmp_path.parent / "escaped").exists()
 
 
-def refused(result: subprocess.CompletedProcess, *telling: object) -> None:
-    assert result.returncode != 0
-    (sentence,) = result.stderr.strip().splitlines()
-    for part in telling:
-        assert str(part) in sentence
-
-
 def test_an_archive_that_is_not_there_is_refused(tmp_path):
-    refused(run(tmp_path / "corpus", "--archive", tmp_path / "none.tgz"), tmp_path / "none.tgz", "--archive")
+    assert_refused(
+        run(tmp_path / "corpus", "--archive", tmp_path / "none.tgz"), tmp_path / "none.tgz", "--archive"
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_with_something_else_is_left_alone(archive, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    refused(run(tmp_path, "--archive", archive), tmp_path, "name a new folder")
+    assert_refused(run(tmp_path, "--archive", archive), tmp_path, "name a new folder")
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_corpus_of_another_archive_is_left_alone(prepared):
-    refused(run(prepared[0], "--archive", "other.tgz"), prepared[0], "not other.tgz")
+    assert_refused(run(prepared[0], "--archive", "other.tgz"), prepared[0], "not other.tgz")
 
 
 def test_without_a_network_the_sentence_says_how_to_go_on(tmp_path):
     result = run(tmp_path / "corpus", http_proxy="http://127.0.0.1:9", no_proxy="")
-    refused(result, URL, "Connection refused", "--archive")
+    assert_refused(result, URL, "Connection refused", "--archive")
     assert not (tmp_path / "corpus").exists()
-
-
-CONTENT = bytes(range(256)) * 2000
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT, or a part of it; the path /ID/N breaks each answer off after N bytes."""
-
-    ranges: list[str | None] = []  # noqa: RUF012
-    knows_ranges = True
-
-    def do_GET(self) -> None:
-        wanted = self.headers["Range"]
-        self.ranges.append(wanted)
-        start = int(wanted[len("bytes=") : -1]) if wanted and self.knows_ranges else 0
-        if self.path == "/none":
-            self.send_error(404)
-            return
-        if start >= len(CONTENT):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(CONTENT)}")
-            self.end_headers()
-            return
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(CONTENT) - start))
-        self.end_headers()
-        most = int(self.path.rpartition("/")[2] or len(CONTENT))
-        self.wfile.write(CONTENT[start : start + most])
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[tuple[str, type[Server]]]:
-    handler = type("Handler", (Server,), {"ranges": []})
-    serving = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=serving.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{serving.server_address[1]}", handler
-    serving.shutdown()
-    serving.server_close()
-
-
-def test_a_download_goes_on_where_it_was_cut_off(server, tmp_path):
-    url, handler = server
-    file = tmp_path / "de-en.tgz"
-    for _ in range(2):
-        with pytest.raises(PreparationError, match=r"cut off after .* of 512000 bytes.*--archive"):
-            fetch(f"{url}/200000", file)
-        assert not file.exists()
-    fetch(f"{url}/", file)
-    assert file.read_bytes() == CONTENT
-    assert handler.ranges == [None, "bytes=200000-", "bytes=400000-"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["de-en.tgz", "de-en.tgz.json"]
-    fetch(f"{url}/", file)
-    assert len(handler.ranges) == 3
-
-
-def test_a_server_that_knows_no_ranges_sends_all_again(server, tmp_path):
-    url, handler = server
-    handler.knows_ranges = False
-    (tmp_path / "de-en.tgz.partial").write_bytes(CONTENT[:1000])
-    fetch(f"{url}/", tmp_path / "de-en.tgz")
-    assert (tmp_path / "de-en.tgz").read_bytes() == CONTENT
-
-
-def test_a_download_killed_at_its_very_end_is_whole(server, tmp_path):
-    (tmp_path / "de-en.tgz.partial").write_bytes(CONTENT)
-    fetch(f"{server[0]}/", tmp_path / "de-en.tgz")
-    assert (tmp_path / "de-en.tgz").read_bytes() == CONTENT
-
-
-def test_a_partial_download_that_is_too_long_is_thrown_away(server, tmp_path):
-    (tmp_path / "de-en.tgz.partial").write_bytes(CONTENT + b"more")
-    with pytest.raises(PreparationError, match="run the same command again"):
-        fetch(f"{server[0]}/", tmp_path / "de-en.tgz")
-    fetch(f"{server[0]}/", tmp_path / "de-en.tgz")
-    assert (tmp_path / "de-en.tgz").read_bytes() == CONTENT
-
-
-def test_an_archive_that_changed_since_first_sight_is_refused(server, tmp_path):
-    file = tmp_path / "de-en.tgz"
-    fetch(f"{server[0]}/", file)
-    record = json.loads((tmp_path / "de-en.tgz.json").read_text())
-    assert record == {"bytes": len(CONTENT), "sha256": hashlib.sha256(CONTENT).hexdigest()}
-    file.write_bytes(CONTENT[::-1])
-    with pytest.raises(PreparationError, match="isn't what it was at first sight"):
-        fetch(f"{server[0]}/", file)
-
-
-def test_a_file_that_the_server_lacks_is_one_sentence(server, tmp_path):
-    with pytest.raises(PreparationError, match=r"Not Found.*--archive"):
-        fetch(f"{server[0]}/none", tmp_path / "de-en.tgz")
-
-
-@pytest.mark.parametrize(
-    ("language", "text", "expected"),
-    [
-        ("en", "He said: 'No.'", "He said : &apos; No . &apos;"),
-        ("en", "In 1990's, it's 5,300...", "In 1990 &apos;s , it &apos;s 5,300 ..."),
-        ("de", "Dr. Meier wohnt z.B. im 3. Stock.", "Dr. Meier wohnt z.B. im 3. Stock ."),
-        ("de", "Dr. Meier kam um 5.", "Dr. Meier kam um 5 ."),
-        ("en", "So am I.", "So am I ."),
-        ("en", "And so on...", "And so on ..."),
-        ("en", "...", "..."),
-        ("de", "Ost-West [a|b] <c> & d", "Ost-West &#91; a &#124; b &#93; &lt; c &gt; &amp; d"),
-    ],
-)
-def test_tokens_are_those_of_moses(language, text, expected):
-    assert moses.tokenize(text, language) == expected
-
-
-def test_lower_case_is_letter_by_letter():
-    assert moses.lowercase("ΟΔΟΣ ÄÖ &amp;") == "οδοσ äö &amp;"
-
-
-@pytest.mark.parametrize(
-    ("german", "english", "clean"),
-    [
-        ("a b c", "a b", True),
-        ("a b c d", "a b", False),
-        ("a", "", False),
-        ("", "", False),
-        ("a", "b" * 1001, False),
-    ],
-)
-def test_clean_pairs(german, english, clean):
-    assert moses.is_clean(german, english) is clean
-    assert moses.is_clean(english, german) is clean
