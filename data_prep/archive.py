@@ -28,7 +28,7 @@ NAMED_PAIR = re.compile(r"train\.tags\.(\w+-\w+)\.")
 
 
 def fingerprint(file: Path) -> dict[str, int | str]:
-    """The size of `file` in bytes and its SHA-256."""
+    """Return the size of `file` in bytes and its SHA-256."""
     digest = hashlib.sha256()
     with file.open("rb") as content:
         while block := content.read(BLOCK_BYTES):
@@ -37,10 +37,12 @@ def fingerprint(file: Path) -> dict[str, int | str]:
 
 
 def fetch(url: str, file: Path) -> None:
-    """Downloads `url` to `file`, unless it is there; goes on where a download was cut off before.
+    """Download `url` to `file`, unless it is there, and go on where a download was cut off before.
 
-    What the file was like at first sight stands in `file`.json. Raises PreparationError where the download
-    fails, or the file isn't what it was at first sight.
+    The size and SHA-256 that the file had at first sight are written to `file`.json.
+
+    Raises:
+        PreparationError: The download fails, or the file is not what it was at first sight.
     """
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,7 @@ def fetch(url: str, file: Path) -> None:
 
 
 def _download(url: str, partial: Path) -> None:
-    """Appends to `partial` what is missing of `url`; raises OSError or HTTPException where it can't."""
+    """Append to `partial` what is missing of `url`; raise OSError or HTTPException where it cannot."""
     have = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -93,10 +95,17 @@ def _download(url: str, partial: Path) -> None:
 
 
 def extract(archive: Path, names: Collection[str], pair: str, folder: Path) -> None:
-    """Writes the files `names` of the folder `pair` (like "de-en") of a .tgz `archive` to `folder`.
+    """Write some files of a .tgz archive to a folder.
 
-    Raises PreparationError where the archive can't be read, is damaged, holds links, devices or paths that
-    leave the folder, or lacks one of the files.
+    Args:
+        archive: The archive.
+        names: The files wanted.
+        pair: The folder of the archive that they are in, like "de-en".
+        folder: Where to write them.
+
+    Raises:
+        PreparationError: The archive cannot be read, is damaged, holds links, devices or paths that leave
+            the folder, or lacks one of the files.
     """
     missing, others = set(names), set()
     try:

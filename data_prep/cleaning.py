@@ -25,7 +25,7 @@ class Pair(NamedTuple):
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The case-folded words without punctuation: two texts with the same words count as the same."""
+    """Return the case-folded words without punctuation. Texts with the same words count as the same."""
     return tuple(WORD.findall(text.casefold()))
 
 

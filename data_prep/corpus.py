@@ -99,6 +99,7 @@ def _add_general_arguments(parser: argparse.ArgumentParser, vocabulary: int) -> 
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add the argument --workers."""
     parser.add_argument(
         "--workers",
         type=int,
@@ -109,7 +110,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls `main`; what stops it becomes one sentence on stderr and an exit status that isn't 0."""
+    """Call `main`; what stops it becomes one sentence on stderr and an exit status that is not 0."""
     try:
         main()
     except PreparationError as error:
@@ -165,7 +166,7 @@ def _made_of_them(settings: Statistics) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def writing(destination: Path, megabytes: int) -> Iterator[None]:
-    """Turns an OSError into a PreparationError that says what `destination` must be like."""
+    """Turn an OSError into a PreparationError that says what `destination` must be like."""
     try:
         yield
     except OSError as error:
@@ -176,7 +177,7 @@ def writing(destination: Path, megabytes: int) -> Iterator[None]:
 
 
 def is_whole(folder: Path, settings: Statistics, parts: tuple[str, ...]) -> bool:
-    """True where `folder` has all `parts`; raises PreparationError where it holds something else."""
+    """Return whether `folder` has all `parts`; raise PreparationError where it holds something else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     statistics = read_statistics(folder)
@@ -192,6 +193,7 @@ def is_whole(folder: Path, settings: Statistics, parts: tuple[str, ...]) -> bool
 
 
 def read_statistics(folder: Path) -> Statistics:
+    """Return what statistics.json of `folder` says, or nothing where there is none."""
     try:
         return json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -199,11 +201,12 @@ def read_statistics(folder: Path) -> Statistics:
 
 
 def write_statistics(folder: Path, statistics: Statistics) -> None:
+    """Write statistics.json of `folder`, at once or not at all."""
     write_whole(folder / STATISTICS, [json.dumps(statistics, indent=2, ensure_ascii=False) + "\n"])
 
 
 def _build(destination: Path, settings: Statistics, workers: int, source: Source) -> None:
-    """Makes the parts that are missing, in a folder beside `destination` that takes its name at the end."""
+    """Make the parts that are missing, in a folder beside `destination` that takes its name at the end."""
     partial = destination.with_name(f".{destination.name}.partial")
     if destination.exists():  # empty, or a corpus of these settings that lost a part
         shutil.rmtree(partial, ignore_errors=True)

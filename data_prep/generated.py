@@ -100,7 +100,7 @@ INDEFINITE = {
 
 
 def noun_phrase(rng: random.Random, nouns: list[Noun], case: str) -> Phrase:
-    """A definite, indefinite or counted noun, with or without an adjective: "drei alte Bücher"."""
+    """Return a definite, indefinite or counted noun, with or without an adjective: "drei alte Bücher"."""
     noun = rng.choice(nouns)
     kind = rng.choice(("definite", "definite", "indefinite", "definite plural", "number"))
     plural = kind in ("definite plural", "number")
@@ -140,7 +140,7 @@ class Clause(NamedTuple):
     english: str
 
     def main(self, time: str = "") -> str:
-        """Verb second, after the subject or, where `time` is given, before it."""
+        """Return a main clause: verb second, after the subject or, where `time` is given, before it."""
         opening = [time, self.finite, self.subject] if time else [self.subject, self.finite]
         return " ".join(filter(None, [*opening, self.objekt, self.bracket]))
 
@@ -149,7 +149,7 @@ class Clause(NamedTuple):
 
 
 def clause(rng: random.Random) -> Clause:
-    """Someone does, has done or must do something to some thing."""
+    """Return a clause in which someone does, has done or must do something to some thing."""
     verb = rng.choice(VERBS)
     subject, objekt = noun_phrase(rng, PEOPLE, "nominative"), noun_phrase(rng, THINGS, "accusative")
     tense = rng.choice(("present", "present", "perfect", "modal"))
@@ -170,7 +170,7 @@ def clause(rng: random.Random) -> Clause:
 
 
 def sentence(rng: random.Random) -> tuple[str, str]:
-    """A German sentence and its English translation."""
+    """Return a German sentence and its English translation."""
     kind = rng.choice(("plain", "time first", "reason", "opinion"))
     first = clause(rng)
     if kind == "plain":
@@ -194,7 +194,7 @@ def sentence(rng: random.Random) -> tuple[str, str]:
 
 
 def pairs(count: int, seed: int) -> list[Pair]:
-    """`count` distinct pairs, the same for the same seed."""
+    """Return `count` distinct pairs, the same for the same seed."""
     rng = random.Random(seed)
     distinct: dict[tuple[str, str], None] = {}
     while len(distinct) < count:

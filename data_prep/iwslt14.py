@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def build(destination: Path, file: Path, settings: corpus.Statistics, workers: int) -> None:
-    """Makes all parts in a folder beside `destination` that takes its name at the end."""
+    """Make all parts in a folder beside `destination` that takes its name at the end."""
     unfinished = destination.with_name(f".{destination.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     scratch = unfinished / "scratch"
@@ -128,7 +128,7 @@ def build(destination: Path, file: Path, settings: corpus.Statistics, workers: i
 
 
 def read(file: Path) -> Iterator[str]:
-    """The lines of `file`, which end at line feeds alone."""
+    """Yield the lines of `file`, which end at line feeds alone."""
     with file.open(encoding="utf-8", newline="\n") as text:
         try:
             for line in text:
@@ -140,19 +140,19 @@ def read(file: Path) -> Iterator[str]:
 
 
 def training_lines(file: Path) -> Iterator[str]:
-    """The sentences, titles and descriptions in `file`, without tags."""
+    """Yield the sentences, titles and descriptions in `file`, without tags."""
     return (TITLE_TAG.sub("", line) for line in read(file) if not ABOUT_THE_TALK.search(line))
 
 
 def test_lines(file: Path) -> Iterator[str]:
-    """The segments in the XML `file`, with plain apostrophes; as documented, entities stay as they are."""
+    """Yield the segments in the XML `file`, with plain apostrophes; as documented, entities stay."""
     for line in read(file):
         if "<seg id" in line:
             yield SEGMENT_END.sub("", SEGMENT_START.sub("", line)).replace("\u2019", "'")
 
 
 def aligned(name: str, german: Iterator[str], english: Iterator[str]) -> list[tuple[str, str]]:
-    """The pairs of lines; raises PreparationError where one language has more lines than the other."""
+    """Return the pairs of lines; raise PreparationError where one language has more lines than the other."""
     german, english = list(german), list(english)
     if len(german) != len(english):
         raise PreparationError(
@@ -163,7 +163,7 @@ def aligned(name: str, german: Iterator[str], english: Iterator[str]) -> list[tu
 
 
 def make_training_text(scratch: Path, folder: Path, processes: Processes) -> int:
-    """Writes the clean pairs to valid (every 23rd) and train; returns the number of pairs before cleaning."""
+    """Write the clean pairs to valid (every 23rd) and train; return the number of pairs before cleaning."""
     pairs = aligned(TRAINING, *(training_lines(scratch / f"{TRAINING}.{language}") for language in SIDES))
     tokenized = tqdm(
         processes.imap(tokenized_pair, pairs, LINES_A_TASK),
@@ -185,7 +185,7 @@ def make_training_text(scratch: Path, folder: Path, processes: Processes) -> int
 
 
 def make_test_text(scratch: Path, folder: Path, processes: Processes) -> None:
-    """Writes the documented test set: two development sets and three test sets, one after the other."""
+    """Write the documented test set: two development sets and three test sets, one after the other."""
     pairs: list[tuple[str, str]] = []
     for name in TEST_FILES:
         pairs += aligned(name, *(test_lines(scratch / f"{name}.{language}.xml") for language in SIDES))
@@ -202,7 +202,7 @@ def write_pairs(folder: Path, name: str, pairs: list[tuple[str, ...]]) -> None:
 
 
 def learn_codes(folder: Path) -> None:
-    """Writes the merges that subword-nmt learns from the training text of both languages."""
+    """Write the merges that subword-nmt learns from the training text of both languages."""
     print(f"learning {MERGES} merges", flush=True)
     quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     text = itertools.chain.from_iterable(read(folder / f"train.{language}") for language in SIDES)
@@ -211,7 +211,7 @@ def learn_codes(folder: Path) -> None:
 
 
 def segment(folder: Path, name: str, segmented: Path, processes: Processes) -> int:
-    """Writes the pieces of the text `folder`/`name` to `segmented`/`name`; returns their number."""
+    """Write the pieces of the text `folder`/`name` to `segmented`/`name`; return their number."""
     pieces = list(processes.imap(partial(segmented_line, folder / CODES), read(folder / name), LINES_A_TASK))
     write_whole(segmented / name, (line + "\n" for line in pieces))
     return sum(len(line.split()) for line in pieces)

@@ -18,19 +18,19 @@ _tokenizer = cache(MosesTokenizer)
 
 
 def tokenize(text: str, language: str) -> str:
-    """The tokens of `text`, separated by spaces, with the characters that Moses reserves escaped."""
+    """Return the tokens of `text`, separated by spaces, with the characters that Moses reserves escaped."""
     text = _tokenizer(language).tokenize(text, return_str=True).strip()
     return FINAL_DOT.sub(" .", text)
 
 
 def lowercase(text: str) -> str:
-    """`text` in lower case, letter by letter: unlike Python, Perl knows no final sigma."""
+    """Return `text` in lower case, letter by letter: unlike Python, Perl knows no final sigma."""
     return text.replace("\N{GREEK CAPITAL LETTER SIGMA}", "\N{GREEK SMALL LETTER SIGMA}").lower()
 
 
 def is_clean(*tokenized: str) -> bool:
-    """True where both sides have 1 to 175 tokens of at most 1,000 letters and neither has over 1.5 times
-    as many as the other."""
+    """Return whether both sides have 1 to 175 tokens of at most 1,000 letters, and neither has more than 1.5
+    times as many as the other."""
     sides = [text.split() for text in tokenized]
     shorter, longer = sorted(map(len, sides))
     return (

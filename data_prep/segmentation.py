@@ -26,7 +26,7 @@ BINARIZED = "bin"
 
 
 def train_sentencepiece(folder: Path, vocabulary: int) -> None:
-    """A unigram model of the training sentences of both languages, with every letter that stands in them."""
+    """Train a unigram model on the training text of both languages, with every letter that stands in it."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -61,9 +61,10 @@ def make_embeddings(folder: Path, dimension: int) -> None:
 
 
 def binarize(folder: Path, workers: int, scratch: Path) -> dict[str, int]:
-    """Has fairseq-preprocess make `scratch`/bin, with one dictionary, of the text of `folder`, segmented.
+    """Have fairseq-preprocess make `scratch`/bin, with one dictionary, of the text of `folder`, segmented.
 
-    Returns the number of pieces in each text.
+    Returns:
+        The number of pieces in each text.
     """
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
     pieces: dict[str, int] = {}
@@ -76,7 +77,7 @@ def binarize(folder: Path, workers: int, scratch: Path) -> dict[str, int]:
 
 
 def preprocess(segmented: Path, destination: Path, workers: int, *flags: str) -> None:
-    """Has fairseq-preprocess make `destination` of the segmented text of all splits; `flags` are its own."""
+    """Have fairseq-preprocess make `destination` of the segmented text of all splits; `flags` are its own."""
     command = [sys.executable, "-m", "fairseq_cli.preprocess", "--source-lang", "de", "--target-lang", "en"]
     for name in SPLITS:
         command += [f"--{name}pref", str(segmented / name)]
@@ -94,13 +95,14 @@ def _training_sentences(folder: Path) -> list[tuple[str, str]]:
 
 
 def lines(file: Path) -> Iterable[str]:
+    """Yield the lines of `file` without their ends."""
     with file.open(encoding="utf-8") as lines:
         for line in lines:
             yield line.rstrip("\n")
 
 
 def write_whole(file: Path, content: Iterable[str] | bytes) -> None:
-    """Writes `file` at once or not at all."""
+    """Write `file` at once or not at all."""
     with whole(file) as temporary:
         if isinstance(content, bytes):
             temporary.write_bytes(content)
