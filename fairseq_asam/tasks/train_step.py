@@ -80,6 +80,7 @@ class SharpnessAwareTask(FairseqTask):
                 return this.repeat()
 
         def end_passes_at_w() -> None:
+            """Complete the gradient at w in ``.grad``, from which the next pass makes epsilon."""
             if per_update:
                 _all_reduce(asam, model, criterion)
             if asam.looksam is not None:
