@@ -1,7 +1,6 @@
 """Trains a Transformer with one of the set-ups of recipes/setups.py.
 
-    python -m recipes.translation.train quickstart|embedded|iwslt14 adam|sam|asam RUN [--data DATA]
-                                        [fairseq-train flags]
+    python -m recipes.translation.train SETUP adam|sam|asam RUN [--data DATA] [fairseq-train flags]
 
 Prints the fairseq-train command, runs it and shows its progress. The flags win over the set-up's. DATA is a
 corpus folder of data_prep (default: the set-up's in data/). The folder RUN gets run.json, log, and the
