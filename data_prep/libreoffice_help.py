@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m data_prep.libreoffice_help", description=__doc__.split("\n")[0]
     )
-    corpus.add_arguments(parser, vocabulary=6000, held_out=(1000, 2000))
+    corpus.add_arguments(parser, vocabulary=4000, held_out=(1000, 2000))
     for option, language in (("--german", "de"), ("--english", "en")):
         parser.add_argument(
             option,

@@ -53,7 +53,7 @@ class Model:
 MODELS = {
     # On IWSLT'14, as fairseq prepares it.
     "transformer_iwslt_de_en": Model((8848, 6632), 24.0, 1000, setups.SETUPS["iwslt14"].model),
-    # On the embedded corpus, as recipes/quickstart.sh trains it.
+    # That of recipes/quickstart.sh.
     "quickstart": Model((4000, 4000), 10.0, 500, setups.SETUPS["quickstart"].model, rounds=30),
 }
 

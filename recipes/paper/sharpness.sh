@@ -13,7 +13,7 @@ recipes/quickstart.sh
 export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-data=data/embedded/bin
+data=data/libreoffice_help/bin
 runs=runs/quickstart
 out=runs/paper
 mkdir -p "$out"

@@ -50,7 +50,8 @@ def main() -> None:
     for name, form in FORMS.items():
         systems[name] = [experiment_run(args, "asam", args.epochs, seed, rho, form) for seed in seeds]
     # Go seed by seed, so that a change on the machine meets all forms alike.
-    train_and_score(args, [run for runs in zip(*systems.values()) for run in runs], ["valid", "test"])
+    every = [run for runs in zip(*systems.values()) for run in runs]
+    train_and_score(args.data, every, ["valid", "test"], args.jobs)
 
     results = collect(args, systems)
     table = as_markdown(results)

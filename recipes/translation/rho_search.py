@@ -86,22 +86,22 @@ def experiment_run(
     return training(args.setup, optimizer, args.data, args.out / name, flags)
 
 
-def train_and_score(args: argparse.Namespace, runs: Sequence[Run], splits: Sequence[str]) -> None:
-    """Complete the trainings *runs*, and translate *splits* with each."""
-    complete(runs, args.jobs, watch)
-    score = [sys.executable, "-m", "recipes.translation.score", str(args.data)]
+def train_and_score(data: Path, runs: Sequence[Run], splits: Sequence[str], jobs: int) -> None:
+    """Complete the trainings *runs* on the corpus in *data*, and translate *splits* with each."""
+    complete(runs, jobs, watch)
+    score = [sys.executable, "-m", "recipes.translation.score", str(data)]
     scoring = []
     for run, split in itertools.product(runs, splits):
         options = {**run.options, "split": split}
         scoring.append(Run(run.folder / split, options, [[*score, str(run.folder), "--split", split]]))
-    complete(scoring, args.jobs)
+    complete(scoring, jobs)
 
 
 def search(args: argparse.Namespace, optimizer: str, seed: int) -> list[dict]:
     """Complete a run of *optimizer* for each value of rho, and return their points."""
     values = args.rho or SETUPS[args.setup].rho[optimizer]
     runs = [experiment_run(args, optimizer, args.epochs, seed, rho) for rho in values]
-    train_and_score(args, runs, ["valid"])
+    train_and_score(args.data, runs, ["valid"], args.jobs)
     return [validation_point(run) for run in runs]
 
 

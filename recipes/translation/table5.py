@@ -57,7 +57,8 @@ def main() -> None:
         "Adam+SAM": runs("sam", rho=best(points["sam"])),
         "Adam+ASAM": runs("asam", rho=best(points["asam"])),
     }
-    train_and_score(args, [run for runs in systems.values() for run in runs], ["valid", "test"])
+    every = [run for runs in systems.values() for run in runs]
+    train_and_score(args.data, every, ["valid", "test"], args.jobs)
 
     results = collect(args, systems)
     table = as_markdown(results)

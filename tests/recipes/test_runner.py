@@ -133,7 +133,8 @@ def test_the_watch_is_asked_about_the_runs_under_way(tmp_path):
 
 
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
 from pathlib import Path
 from recipes.runner import Run, complete
 complete([Run(Path(f), {}, [["sh", "-c", sys.argv[1], f]]) for f in sys.argv[2:]], jobs=2)
