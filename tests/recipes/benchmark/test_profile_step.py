@@ -21,7 +21,7 @@ STAGES = [
 def test_profile_step_accounts_for_all_of_the_update(tmp_path: Path):
     trace, out = tmp_path / "trace.json", tmp_path / "out.json"
     text = output_of(
-        *("profile_step", "--model", "quickstart", "--max-tokens", "100", "--updates", "2"),
+        *("profile_step", "--model", "small", "--max-tokens", "100", "--updates", "2"),
         *("--operators", "4", "--trace", trace, "--out", out),
     )
     result = json.loads(out.read_text())

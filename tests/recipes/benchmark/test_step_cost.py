@@ -11,7 +11,7 @@ from tests.recipes.benchmark.scripts import assert_refused, output_of, rows_of
 def test_step_cost_has_the_time_and_the_memory_of_every_optimizer(tmp_path: Path):
     optimizers = ["adam", "asam --ascent-interval 2", "sam --ascent-fraction 0.25"]
     text = output_of(
-        *("step_cost", "--models", "quickstart", "--max-tokens", "100", "--rounds", "2"),
+        *("step_cost", "--models", "small", "--max-tokens", "100", "--rounds", "2"),
         *("--optimizers", *optimizers, "--out", tmp_path / "out.json"),
     )
     (model,) = json.loads((tmp_path / "out.json").read_text())["models"]
