@@ -90,10 +90,9 @@ class Setup:
 SETUPS = {
     "quickstart": Setup(
         corpus="libreoffice_help",
-        model=f"""{SMALL_MODEL} --share-all-embeddings --dropout 0.1
-            --encoder-ffn-embed-dim 512 --decoder-ffn-embed-dim 512""",
+        model=f"{SMALL_MODEL} --dropout 0.1",
         training=f"{SMALL_TRAINING} --max-tokens 1000",
-        epochs=2,
+        epochs=3,
         rho={"sam": (0.05, 0.1, 0.2), "asam": (0.1, 0.2, 0.5)},
     ),
     # The validation loss of this model turns after 4 epochs, because it has no dropout.

@@ -53,7 +53,7 @@ class Model:
 MODELS = {
     # On IWSLT'14, as fairseq prepares it.
     "transformer_iwslt_de_en": Model((8848, 6632), 24.0, 1000, setups.SETUPS["iwslt14"].model),
-    # `quickstart` in the results of the benchmarks, because recipes/quickstart.sh trained it then.
+    # That of recipes/quickstart.sh, and `quickstart` in the results of the benchmarks.
     "small": Model((4000, 4000), 10.0, 500, f"{setups.SMALL_MODEL} --dropout 0.1", rounds=30),
 }
 
