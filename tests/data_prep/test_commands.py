@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from data_prep.corpus import STATISTICS
 from data_prep.package import INSTALLED, dictionary_from
 from data_prep.segmentation import BINARIZED, EMBEDDINGS, MODEL, PHRASES, TEXTS, VOCABULARY
 from tests.commands import ROOT
+from tests.data_prep.commands import assert_refused, command, contents, lines, run
 
 DICTIONARY = """\
 # A comment :: as the dictionary has them
@@ -47,36 +46,6 @@ Mann {m} | Männer {pl} | Der alte Mann lacht gern. :: man | men | The old man l
 """
 SMALL = ("--vocab-size", "150", "--held-out", "3", "--workers", "1")
 PARTS = {*TEXTS, *PHRASES, MODEL, VOCABULARY, *EMBEDDINGS, BINARIZED, STATISTICS}
-
-
-def run(*arguments, module: str = "data_prep.embedded", **variables: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-    )
-
-
-def assert_refused(result: subprocess.CompletedProcess, *telling: object) -> None:
-    """One line on stderr, with all of `telling` in it, and an exit status that isn't 0."""
-    assert result.returncode != 0
-    (sentence,) = result.stderr.strip().splitlines()
-    for part in telling:
-        assert str(part) in sentence
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in folder.rglob("*")
-        if file.is_file() and file.name != "preprocess.log"  # it names the folder it was made in
-    }
-
-
-def lines(folder: Path, name: str) -> list[str]:
-    return (folder / name).read_text(encoding="utf-8").splitlines()
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +77,7 @@ def package(dictionary, tmp_path_factory) -> Path:
 def prepared(package, tmp_path_factory) -> tuple[Path, str]:
     """The corpus made from the package, and what the command printed."""
     folder = tmp_path_factory.mktemp("prepared") / "corpus"
-    result = run(folder, "--package", package, *SMALL)
+    result = run("embedded", folder, "--package", package, *SMALL)
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
 
@@ -127,7 +96,7 @@ def test_the_folder_is_whole(prepared):
 
 def test_phrases_train_on_request(prepared, package, tmp_path):
     folder = tmp_path / "corpus"
-    assert run(folder, "--package", package, *SMALL, "--train-on-phrases").returncode == 0
+    assert run("embedded", folder, "--package", package, *SMALL, "--train-on-phrases").returncode == 0
     train, phrases = lines(folder, "train.de"), lines(folder, "phrases.de")
     assert phrases == lines(prepared[0], "phrases.de")
     assert sorted(train) == sorted(lines(prepared[0], "train.de") + phrases)
@@ -183,10 +152,10 @@ def test_run_again_it_does_only_what_is_missing(prepared, package, tmp_path):
     times = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     moved = package.rename(package.with_suffix(".moved"))
     try:
-        assert "nothing to do" in run(folder, "--package", package, *SMALL).stdout
+        assert "nothing to do" in run("embedded", folder, "--package", package, *SMALL).stdout
         assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == times
         shutil.rmtree(folder / BINARIZED)
-        assert run(folder, "--package", package, *SMALL).returncode == 0
+        assert run("embedded", folder, "--package", package, *SMALL).returncode == 0
     finally:
         moved.rename(package)
     assert contents(folder) == before
@@ -196,24 +165,25 @@ def test_run_again_it_does_only_what_is_missing(prepared, package, tmp_path):
 def test_killed_at_any_point_it_goes_on_to_the_same_corpus(prepared, package, tmp_path):
     folder = tmp_path / "corpus"
     partial = tmp_path / ".corpus.partial"
-    command = [sys.executable, "-m", "data_prep.embedded", folder, "--package", package, *SMALL]
+    arguments = ("embedded", folder, "--package", package, *SMALL)
     for milestone in (TEXTS[0], STATISTICS, MODEL, EMBEDDINGS[1]):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while not (partial / milestone).exists():
             assert process.poll() is None
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not folder.exists()
-    assert run(*command[3:]).returncode == 0
+    assert run(*arguments).returncode == 0
     assert contents(folder) == contents(prepared[0])
     assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_interrupted_it_says_how_to_go_on(package, tmp_path):
-    command = [sys.executable, "-m", "data_prep.embedded", tmp_path / "corpus", "--package", package, *SMALL]
     process = subprocess.Popen(
-        command,
+        command("embedded", tmp_path / "corpus", "--package", package, *SMALL),
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -255,14 +225,14 @@ def test_a_file_that_is_no_dictionary_is_refused(name, content, telling, tmp_pat
     file = tmp_path / name
     if content is not None:
         file.write_bytes(content)
-    assert_refused(run(tmp_path / "corpus", "--package", file, *SMALL), file, telling)
+    assert_refused(run("embedded", tmp_path / "corpus", "--package", file, *SMALL), file, telling)
     assert not (tmp_path / "corpus").exists()
 
 
 def test_a_truncated_package_is_refused(package, tmp_path):
     file = tmp_path / "half.deb"
     file.write_bytes(package.read_bytes()[:-100])
-    assert_refused(run(tmp_path / "corpus", "--package", file, *SMALL), file, "truncated")
+    assert_refused(run("embedded", tmp_path / "corpus", "--package", file, *SMALL), file, "truncated")
     assert not (tmp_path / "corpus").exists()
 
 
@@ -277,7 +247,7 @@ def test_a_truncated_package_is_refused(package, tmp_path):
     ],
 )
 def test_values_out_of_range_are_refused(arguments, telling, dictionary, tmp_path):
-    result = run(tmp_path / "corpus", "--package", dictionary, *SMALL, *arguments)
+    result = run("embedded", tmp_path / "corpus", "--package", dictionary, *SMALL, *arguments)
     assert_refused(result, telling)
     assert not (tmp_path / "corpus").exists()
 
@@ -285,18 +255,18 @@ def test_values_out_of_range_are_refused(arguments, telling, dictionary, tmp_pat
 def test_a_folder_that_cannot_be_written_is_refused(dictionary, tmp_path):
     (tmp_path / "file").write_text("in the way")
     folder = tmp_path / "file" / "corpus"
-    assert_refused(run(folder, "--package", dictionary, *SMALL), folder, "cannot be written")
+    assert_refused(run("embedded", folder, "--package", dictionary, *SMALL), folder, "cannot be written")
 
 
 def test_a_folder_with_something_else_is_left_alone(dictionary, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert_refused(run(tmp_path, "--package", dictionary, *SMALL), tmp_path, "name a new folder")
+    assert_refused(run("embedded", tmp_path, "--package", dictionary, *SMALL), tmp_path, "name a new folder")
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_a_corpus_of_other_settings_is_left_alone(prepared, package):
     before = contents(prepared[0])
-    result = run(prepared[0], "--package", package, *SMALL, "--seed", "2")
+    result = run("embedded", prepared[0], "--package", package, *SMALL, "--seed", "2")
     assert_refused(result, prepared[0], "seed 1, not 2")
     assert contents(prepared[0]) == before
 
@@ -304,7 +274,7 @@ def test_a_corpus_of_other_settings_is_left_alone(prepared, package):
 @pytest.mark.skipif(INSTALLED.exists(), reason="the dictionary is installed here")
 def test_without_the_dictionary_the_generated_corpus_stands_in_and_says_so(tmp_path):
     folder = tmp_path / "corpus"
-    result = run(folder, *SMALL, PATH=str(tmp_path))
+    result = run("embedded", folder, *SMALL, PATH=str(tmp_path))
     assert result.returncode == 0, result.stderr
     statistics = json.loads((folder / STATISTICS).read_text())
     note = "The generated corpus stands in for the dictionary, which can't be had (there is no apt-get here)."
@@ -318,7 +288,7 @@ def test_the_generated_corpus_comes_in_the_same_layout(tmp_path):
     arguments = ("--pairs", "300", "--held-out", "20", "--workers", "1")
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
-        result = run(folder, *arguments, module="data_prep.generated")
+        result = run("generated", folder, *arguments)
         assert result.returncode == 0, result.stderr
     assert {file.name for file in first.iterdir()} == PARTS
     assert [len(lines(first, f"{name}.de")) for name in ("train", "valid", "test")] == [260, 20, 20]
@@ -327,5 +297,5 @@ def test_the_generated_corpus_comes_in_the_same_layout(tmp_path):
 
 @pytest.mark.parametrize("pairs", ["0", "1000000"])
 def test_a_number_of_generated_pairs_out_of_range_is_refused(pairs, tmp_path):
-    result = run(tmp_path / "corpus", "--pairs", pairs, module="data_prep.generated")
+    result = run("generated", tmp_path / "corpus", "--pairs", pairs)
     assert_refused(result, f"--pairs {pairs}: must be from 1 to 100000")

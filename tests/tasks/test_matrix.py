@@ -32,7 +32,10 @@ def test_every_pair_of_options_occurs():
 )
 def test_combination(corpus, combination):
     result = measure(combination, corpus / "bin")
-    allowed = ["equal", "within rounding"] if combination["precision"] in ("fp16", "bf16") else ["equal"]
+    precision, allowed = combination["precision"], ["equal"]
+    # With fp16, only where the base optimizer alone is off by half of what epsilon does.
+    if precision == "bf16" or (precision == "fp16" and result["base"] > result["effect"] / 2):
+        allowed.append("within rounding")
     assert verdict(combination, result) in allowed, result
 
 

@@ -102,7 +102,9 @@ def test_other_options_for_the_same_folder_are_refused(corpus: Path, runs: list[
 def test_bad_input_is_named_in_one_sentence_before_anything_is_made(corpus: Path, tmp_path: Path):
     nothing, arguments = tmp_path / "nothing", ("quickstart", "adam", tmp_path / "run", "--data")
     sentence = refusal("train", *arguments, nothing)
-    assert sentence.startswith(f"'{nothing}' holds no corpus: make it with 'python -m data_prep.")
+    assert sentence.startswith(
+        f"'{nothing}' holds no corpus: make it with 'python -m data_prep.libreoffice_help "
+    )
     sentence = refusal("train", *arguments, corpus, "--no-such-flag")
     assert sentence == "fairseq-train: unrecognized arguments: --no-such-flag"
     assert list(tmp_path.iterdir()) == []
