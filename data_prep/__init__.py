@@ -1,4 +1,4 @@
-"""Preparation of the German-English corpora: the embedded dictionary, a generated one, and IWSLT'14."""
+"""Preparation of the German-English corpora: the help of LibreOffice, a generated one, and IWSLT'14."""
 
 
 class PreparationError(Exception):

@@ -8,20 +8,14 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 WORD = re.compile(r"\w+")
-SENTENCE_END = re.compile(r"[.!?][\"']?$")
-SENTENCE_WORDS = 4
 
 
 class Pair(NamedTuple):
-    """A German text and its translation; `source` numbers the page or entry that both come from."""
+    """A German text and its translation; `source` numbers the page that both come from."""
 
     german: str
     english: str
     source: int
-
-    def is_sentence(self) -> bool:
-        """True where both sides end like a sentence and have at least four words."""
-        return all(SENTENCE_END.search(side) and len(side.split()) >= SENTENCE_WORDS for side in self[:2])
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -1,8 +1,7 @@
 """The corpus folder: raw text, a joint sentencepiece model, fairseq's binarized form, statistics.
 
 A folder is built beside its destination, as `.NAME.partial`, and renamed when it is whole. What an
-interrupted run finished there, the next run with the same settings takes up. The dictionary and the generated
-corpus have embeddings as well.
+interrupted run finished there, the next run with the same settings takes up.
 """
 
 from __future__ import annotations
@@ -23,15 +22,12 @@ from data_prep.cleaning import Rules, words
 from data_prep.held_out import LONGEST_RUN, Splits, known_runs
 from data_prep.segmentation import (
     BINARIZED,
-    EMBEDDINGS,
     MODEL,
-    PHRASES,
     SIDES,
     SPLITS,
     TEXTS,
     VOCABULARY,
     binarize,
-    make_embeddings,
     train_sentencepiece,
     write_whole,
 )
@@ -51,38 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser, vocabulary: int, held_out: tu
         vocabulary: The default number of pieces.
         held_out: The default number of sentences in the validation and in the test set.
     """
-    _add_general_arguments(parser, vocabulary)
-    parser.add_argument(
-        "--held-out",
-        type=int,
-        nargs=2,
-        default=list(held_out),
-        metavar=("VALID", "TEST"),
-        help=f"sentences in the validation and in the test set (default: {held_out[0]} {held_out[1]})",
-    )
-
-
-def add_arguments_with_embeddings(parser: argparse.ArgumentParser, vocabulary: int, held_out: int) -> None:
-    """Add the arguments of a corpus that has embeddings, with the defaults that suit this one."""
-    _add_general_arguments(parser, vocabulary)
-    parser.add_argument(
-        "--embed-dim",
-        type=int,
-        default=128,
-        metavar="N",
-        help="numbers in an embedding, for fairseq's --encoder-embed-path and --decoder-embed-path "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--held-out",
-        type=int,
-        default=held_out,
-        metavar="N",
-        help="sentences in the validation set, and as many in the test set (default: %(default)s)",
-    )
-
-
-def _add_general_arguments(parser: argparse.ArgumentParser, vocabulary: int) -> None:
     parser.add_argument("destination", metavar="DEST", type=Path, help="folder to make")
     parser.add_argument(
         "--vocab-size",
@@ -91,6 +55,14 @@ def _add_general_arguments(parser: argparse.ArgumentParser, vocabulary: int) -> 
         metavar="N",
         help="sentencepiece pieces, shared by both languages; a corpus too small for N gets fewer "
         "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--held-out",
+        type=int,
+        nargs=2,
+        default=list(held_out),
+        metavar=("VALID", "TEST"),
+        help=f"sentences in the validation and in the test set (default: {held_out[0]} {held_out[1]})",
     )
     parser.add_argument(
         "--seed", type=int, default=1, help="which sentences are held out (default: %(default)s)"
@@ -136,11 +108,8 @@ def prepare(arguments: argparse.Namespace, source: Source) -> None:
             f"--vocab-size {arguments.vocab_size}: must be at least {SMALLEST_VOCABULARY}, "
             "for letters and marks alone take most of that."
         )
-    for name in ("held_out", "embed_dim", "workers"):
-        values = getattr(arguments, name, 1)
-        values = values if isinstance(values, list) else [values]
+    for option, values in (("--held-out", arguments.held_out), ("--workers", [arguments.workers])):
         if min(values) < 1:
-            option = "--" + name.replace("_", "-")
             raise PreparationError(f"{option} {' '.join(map(str, values))}: must be at least 1.")
     destination = arguments.destination
     settings = {
@@ -149,19 +118,11 @@ def prepare(arguments: argparse.Namespace, source: Source) -> None:
         if name not in ("destination", "workers")
     }
     with writing(destination, megabytes=200):
-        if is_whole(destination, settings, (*_texts(settings), *_made_of_them(settings), BINARIZED)):
+        if is_whole(destination, settings, (*TEXTS, MODEL, VOCABULARY, BINARIZED)):
             print(f"{destination} is complete: nothing to do.")
         else:
             _build(destination, settings, arguments.workers, source)
     _print_summary(read_statistics(destination))
-
-
-def _texts(settings: Statistics) -> tuple[str, ...]:
-    return (*TEXTS, *PHRASES) if "embed_dim" in settings else TEXTS
-
-
-def _made_of_them(settings: Statistics) -> tuple[str, ...]:
-    return (MODEL, VOCABULARY, *EMBEDDINGS) if "embed_dim" in settings else (MODEL, VOCABULARY)
 
 
 @contextlib.contextmanager
@@ -215,14 +176,12 @@ def _build(destination: Path, settings: Statistics, workers: int, source: Source
     def missing(*names: str) -> bool:
         return not all((partial / name).exists() for name in names)
 
-    if read_statistics(partial).get("settings") != settings or missing(*_texts(settings)):
+    if read_statistics(partial).get("settings") != settings or missing(*TEXTS):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_text(partial, settings, source)
     if missing(MODEL, VOCABULARY):
         train_sentencepiece(partial, settings["vocab_size"])
-    if "embed_dim" in settings and missing(*EMBEDDINGS):
-        make_embeddings(partial, settings["embed_dim"])
     if missing(BINARIZED):
         with tempfile.TemporaryDirectory(dir=partial) as scratch:
             pieces = binarize(partial, workers, Path(scratch))
@@ -234,12 +193,11 @@ def _build(destination: Path, settings: Statistics, workers: int, source: Source
 def _write_text(folder: Path, settings: Statistics, source: Source) -> None:
     rules = Rules()
     splits, about = source(rules)
-    held_out = settings["held_out"]
-    least = held_out if isinstance(held_out, list) else [held_out, held_out]
-    if len(splits["valid"]) < least[0] or len(splits["test"]) < least[1] or not splits["train"]:
+    valid, test = settings["held_out"]
+    if len(splits["valid"]) < valid or len(splits["test"]) < test or not splits["train"]:
         found = ", ".join(f"{len(splits[name])} for {name}" for name in SPLITS)
         raise PreparationError(
-            f"--held-out {least[0]} {least[1]}: so many sentences, and others to train, cannot be had "
+            f"--held-out {valid} {test}: so many sentences, and others to train, cannot be had "
             f"({found}); choose fewer."
         )
     for name, pairs in splits.items():
@@ -274,9 +232,8 @@ def _word_counts(texts: list[str]) -> dict[str, int]:
 def _print_summary(statistics: Statistics) -> None:
     print(f"corpus: {statistics['corpus']}")
     rules = [(row["rule"], row["kept"], row["dropped"]) for row in statistics["rules"]]
-    _print_table(("rule", "kept", "dropped"), rules)
-    if "words" not in statistics:  # a folder of an earlier version
-        return
+    if rules:
+        _print_table(("rule", "kept", "dropped"), rules)
     columns = [f"{kind}{side.capitalize()} words" for side in SIDES.values() for kind in ("", "distinct ")]
     rows = [
         (name, pairs, *(n for side in statistics["words"][name].values() for n in side.values()))

@@ -1,10 +1,10 @@
 """Prepares a corpus of German-English sentences from a small grammar: no network, no file, one second.
 
-    python -m data_prep.generated DEST [--pairs N] [--vocab-size N] [--held-out N] [--seed N]
+    python -m data_prep.generated DEST [--pairs N] [--vocab-size N] [--held-out VALID TEST] [--seed N]
 
 The grammar has what makes German-English more than word for word: gender, case and number agreement,
 inversion, verbs at the end of subordinate clauses, separable verbs, perfect and modal brackets.
-DEST gets the same files as from data_prep.embedded.
+DEST gets the same files as from data_prep.libreoffice_help.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def held_out(pairs: list[Pair], valid: int, test: int, seed: int) -> Splits:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data_prep.generated", description=__doc__.split("\n")[0])
-    corpus.add_arguments_with_embeddings(parser, vocabulary=300, held_out=100)
+    corpus.add_arguments(parser, vocabulary=300, held_out=(100, 100))
     parser.add_argument(
         "--pairs",
         type=int,
@@ -225,13 +225,11 @@ def main() -> None:
         metavar="N",
         help=f"distinct pairs to make, held-out ones included, up to {MOST_PAIRS} (default: %(default)s)",
     )
-    parser.set_defaults(train_on_phrases=False)
     arguments = parser.parse_args()
 
     def source(_: Rules) -> tuple[Splits, corpus.Statistics]:
         made = pairs(arguments.pairs, arguments.seed)
-        splits = held_out(made, arguments.held_out, arguments.held_out, arguments.seed)
-        return {**splits, "phrases": []}, {"corpus": "generated"}
+        return held_out(made, *arguments.held_out, arguments.seed), {"corpus": "generated"}
 
     if not 1 <= arguments.pairs <= MOST_PAIRS:
         raise PreparationError(f"--pairs {arguments.pairs}: must be from 1 to {MOST_PAIRS}.")

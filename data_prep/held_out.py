@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from data_prep.cleaning import Pair, Rules, not_a_duplicate, words
 
 LONGEST_RUN = 4
+SENTENCE_END = re.compile(r"[.!?][\"']?$")
 
 Splits = dict[str, list[Pair]]
 
@@ -60,7 +62,8 @@ def hold_out_pages(pairs: list[Pair], rules: Rules, held_out: tuple[int, int], s
 
 
 def a_sentence_of_5_words_or_more(pair: Pair) -> bool:
-    return pair.is_sentence() and all(len(words(side)) >= 5 for side in (pair.german, pair.english))
+    sides = pair.german, pair.english
+    return all(SENTENCE_END.search(side) and len(words(side)) >= 5 for side in sides)
 
 
 class _OtherPages:

@@ -1,7 +1,7 @@
 """Prepares German-English sentences of LibreOffice's help, from Debian's packages of it.
 
     python -m data_prep.libreoffice_help DEST [--german PACKAGE --english PACKAGE] [--vocab-size N]
-        [--held-out VALID TEST] [--seed N]
+        [--held-out VALID TEST] [--training-pairs N] [--seed N]
 
 DEST gets {train,valid,test}.{de,en}, sentencepiece.model and .vocab, bin/ for fairseq, and statistics.json.
 Both languages have the same pages, whose paragraphs have the same ids.
@@ -11,6 +11,7 @@ Where the packages can't be had, the generated corpus stands in, and the output 
 from __future__ import annotations
 
 import argparse
+import random
 import re
 import sys
 import tempfile
@@ -50,6 +51,9 @@ def main() -> None:
         prog="python -m data_prep.libreoffice_help", description=__doc__.split("\n")[0]
     )
     corpus.add_arguments(parser, vocabulary=4000, held_out=(1000, 2000))
+    parser.add_argument(
+        "--training-pairs", type=int, metavar="N", help="pairs to train on, drawn at random (default: all)"
+    )
     for option, language in (("--german", "de"), ("--english", "en")):
         parser.add_argument(
             option,
@@ -61,6 +65,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.german is None) != (arguments.english is None):
         raise PreparationError("--german and --english name a package each: give both, or none.")
+    wanted = arguments.training_pairs
+    if wanted is not None and wanted < 1:
+        raise PreparationError(f"--training-pairs {wanted}: must be at least 1.")
 
     def source(rules: Rules) -> tuple[Splits, corpus.Statistics]:
         with tempfile.TemporaryDirectory() as scratch:
@@ -71,10 +78,10 @@ def main() -> None:
                 print(note, file=sys.stderr)
                 pairs = generated.pairs(STAND_IN_PAIRS, arguments.seed)
                 splits = generated.held_out(pairs, *arguments.held_out, arguments.seed)
-                return splits, {"corpus": "generated", "note": note}
+                return draw_training(splits, wanted, arguments.seed), {"corpus": "generated", "note": note}
             release, pairs = read_pairs(roots)
         splits = hold_out_pages(clean(pairs, rules), rules, arguments.held_out, arguments.seed)
-        return splits, {"corpus": f"help of LibreOffice {release}"}
+        return draw_training(splits, wanted, arguments.seed), {"corpus": f"help of LibreOffice {release}"}
 
     corpus.prepare(arguments, source)
 
@@ -192,6 +199,17 @@ def clean(pairs: Iterable[Pair], rules: Rules) -> list[Pair]:
     ):
         pairs = rules.apply(pairs, rule)
     return list(pairs)
+
+
+def draw_training(splits: Splits, wanted: int | None, seed: int) -> Splits:
+    """Return the splits with *wanted* random pairs of the training set, in its order, or with all of them."""
+    training = splits["train"]
+    if wanted is None:
+        return splits
+    if wanted > len(training):
+        raise PreparationError(f"--training-pairs {wanted}: only {len(training)} can be had; choose fewer.")
+    chosen = sorted(random.Random(seed).sample(range(len(training)), wanted))
+    return {**splits, "train": [training[number] for number in chosen]}
 
 
 def text_on_both_sides(pair: Pair) -> bool:

@@ -1,8 +1,9 @@
-"""The parts of a corpus folder that are made from its text: the sentencepiece model, embeddings, bin/."""
+"""The parts of a corpus folder that are made from its text: the sentencepiece model and bin/."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -12,15 +13,11 @@ import sentencepiece
 from tqdm import tqdm
 
 from data_prep import PreparationError
-from data_prep.cleaning import Pair
-from data_prep.embeddings import aligned_counts, embeddings
 from fairseq_asam.files import whole
 
 SPLITS = ("train", "valid", "test")
 SIDES = {"de": "german", "en": "english"}
 TEXTS = tuple(f"{name}.{language}" for name in SPLITS for language in SIDES)
-PHRASES = tuple(f"phrases.{language}" for language in SIDES)
-EMBEDDINGS = tuple(f"embeddings.{language}" for language in SIDES)
 MODEL, VOCABULARY = "sentencepiece.model", "sentencepiece.vocab"
 BINARIZED = "bin"
 
@@ -30,7 +27,9 @@ def train_sentencepiece(folder: Path, vocabulary: int) -> None:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([side for pair in _training_sentences(folder) for side in pair]),
+            sentence_iterator=itertools.chain.from_iterable(
+                zip(lines(folder / "train.de"), lines(folder / "train.en"))
+            ),
             model_writer=model,
             model_type="unigram",
             vocab_size=vocabulary,
@@ -44,20 +43,6 @@ def train_sentencepiece(folder: Path, vocabulary: int) -> None:
     pieces = ((processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.get_piece_size()))
     write_whole(folder / VOCABULARY, (f"{piece}\t{score:g}\n" for piece, score in pieces))
     write_whole(folder / MODEL, model.getvalue())
-
-
-def make_embeddings(folder: Path, dimension: int) -> None:
-    """Embeddings from the training sentences and the phrases, in the text format that fairseq reads."""
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
-    pairs = [*_training_sentences(folder), *zip(*(lines(folder / name) for name in PHRASES))]
-    segmented = [processor.encode(list(side)) for side in zip(*pairs)]
-    counts = aligned_counts(*segmented, processor.get_piece_size())
-    for name, vectors in zip(EMBEDDINGS, embeddings(counts, dimension)):
-        rows = (
-            " ".join([processor.id_to_piece(piece), *(f"{value:.4f}" for value in vector)]) + "\n"
-            for piece, vector in enumerate(vectors)
-        )
-        write_whole(folder / name, [f"{len(vectors)} {dimension}\n", *rows])
 
 
 def binarize(folder: Path, workers: int, scratch: Path) -> dict[str, int]:
@@ -86,12 +71,6 @@ def preprocess(segmented: Path, destination: Path, workers: int, *flags: str) ->
     outcome = subprocess.run(command, capture_output=True, text=True)
     if outcome.returncode:
         raise PreparationError(f"fairseq-preprocess failed:\n{outcome.stderr[-2000:]}")
-
-
-def _training_sentences(folder: Path) -> list[tuple[str, str]]:
-    pairs = zip(lines(folder / "train.de"), lines(folder / "train.en"))
-    with_phrases = (folder / PHRASES[0]).exists()
-    return [pair for pair in pairs if not with_phrases or Pair(*pair, 0).is_sentence()]
 
 
 def lines(file: Path) -> Iterable[str]:

@@ -7,12 +7,15 @@ import random
 import pytest
 
 from data_prep import generated
+from data_prep.corpus import STATISTICS
+from data_prep.segmentation import BINARIZED, MODEL, TEXTS, VOCABULARY
+from tests.data_prep.commands import assert_refused, contents, lines, run
 
 
 def test_pairs_are_distinct_sentences_and_the_seed_alone_chooses_them():
     pairs = generated.pairs(5000, seed=1)
     assert len({(pair.german, pair.english) for pair in pairs}) == 5000
-    assert all(pair.is_sentence() for pair in pairs)
+    assert all(side[0].isupper() and side.endswith(".") for pair in pairs for side in pair[:2])
     assert pairs == generated.pairs(5000, seed=1)
     assert pairs[:10] != generated.pairs(10, seed=2)
 
@@ -73,3 +76,28 @@ def test_a_separable_verb_in_every_clause(finite, ending, final, english):
     assert clause.main("heute") == f"heute {finite} {clause.subject} {clause.objekt} {ending}"
     assert clause.subordinate() == f"{clause.subject} {clause.objekt} {final}"
     assert english in clause.english
+
+
+def test_the_generated_corpus_comes_in_the_same_layout_as_others(tmp_path):
+    arguments = ("--pairs", "300", "--held-out", "10", "20", "--workers", "1")
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        result = run("generated", folder, *arguments)
+        assert result.returncode == 0, result.stderr
+    assert {file.name for file in first.iterdir()} == {*TEXTS, MODEL, VOCABULARY, BINARIZED, STATISTICS}
+    assert [len(lines(first, f"{name}.de")) for name in ("train", "valid", "test")] == [270, 10, 20]
+    assert contents(first) == contents(second)
+
+
+@pytest.mark.parametrize("pairs", ["0", "1000000"])
+def test_a_number_of_generated_pairs_out_of_range_is_refused(pairs, tmp_path):
+    result = run("generated", tmp_path / "corpus", "--pairs", pairs)
+    assert_refused(result, f"--pairs {pairs}: must be from 1 to 100000")
+
+
+def test_what_is_held_out_of_the_generated_corpus_is_not_in_training():
+    pairs = generated.pairs(100, seed=1)
+    splits = generated.held_out(pairs, 10, 20, seed=1)
+    assert [len(splits[name]) for name in ("train", "valid", "test")] == [70, 10, 20]
+    assert sorted(pair for part in splits.values() for pair in part) == sorted(pairs)
+    assert splits == generated.held_out(pairs, 10, 20, seed=1) != generated.held_out(pairs, 10, 20, seed=2)

@@ -274,6 +274,17 @@ def test_one_package_without_the_other_is_refused(packages, tmp_path):
     assert_refused(result, "--german and --english", "give both")
 
 
+def test_a_part_of_the_training_set_leaves_the_held_out_sets_alone(prepared, packages, tmp_path):
+    folder = tmp_path / "corpus"
+    result = run("libreoffice_help", folder, *options(packages), "--training-pairs", "20")
+    assert result.returncode == 0, result.stderr
+    for name in ("valid.de", "valid.en", "test.de", "test.en"):
+        assert lines(folder, name) == lines(prepared[0], name)
+    whole, part = (list(zip(lines(f, "train.de"), lines(f, "train.en"))) for f in (prepared[0], folder))
+    assert len(part) == 20 < len(whole)
+    assert part == [pair for pair in whole if pair in part]
+
+
 @pytest.mark.parametrize(
     ("arguments", "telling"),
     [
@@ -281,6 +292,8 @@ def test_one_package_without_the_other_is_refused(packages, tmp_path):
         (["--held-out", "0", "5"], "--held-out 0 5: must be at least 1"),
         (["--held-out", "100", "100"], "--held-out 100 100: so many sentences"),
         (["--workers", "0"], "--workers 0: must be at least 1"),
+        (["--training-pairs", "0"], "--training-pairs 0: must be at least 1"),
+        (["--training-pairs", "100000"], "--training-pairs 100000: only "),
     ],
 )
 def test_values_out_of_range_are_refused(arguments, telling, unpacked, tmp_path):
