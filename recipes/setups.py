@@ -34,19 +34,14 @@ TRAINING = """
 """
 BEST_BY_BLEU = """
     --eval-bleu --eval-bleu-args '{"beam": 5, "max_len_a": 1.2, "max_len_b": 10}'
-    --eval-bleu-detok moses --eval-bleu-remove-bpe
     --best-checkpoint-metric bleu --maximize-best-checkpoint-metric
 """
 SMALL_MODEL = """
-    --arch transformer --share-decoder-input-output-embed
-    --encoder-layers 1 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 --encoder-attention-heads 4
-    --decoder-layers 1 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 --decoder-attention-heads 4
+    --arch transformer --share-all-embeddings
+    --encoder-layers 1 --encoder-embed-dim 128 --encoder-ffn-embed-dim 512 --encoder-attention-heads 4
+    --decoder-layers 1 --decoder-embed-dim 128 --decoder-ffn-embed-dim 512 --decoder-attention-heads 4
 """
-SMALL_TRAINING = f"""
-    {TRAINING} --lr 3e-3 --lr-scheduler polynomial_decay --warmup-updates 300 --max-tokens 500
-    --total-num-update UPDATES
-"""
-EMBEDDINGS = "--encoder-embed-path DATA/embeddings.de --decoder-embed-path DATA/embeddings.en"
+SMALL_TRAINING = f"{TRAINING} --lr 3e-3 --warmup-updates 300 --max-tokens 500"
 
 
 @dataclass(frozen=True)
@@ -54,10 +49,10 @@ class Setup:
     """What an experiment trains, but for the optimizer.
 
     Attributes:
-        corpus: The module of data_prep that makes the corpus, and its folder in data/.
+        corpus: The module of data_prep that makes the corpus, its folder, and its options.
         model: Flags of fairseq-train that describe the model.
-        training: Its other flags. A later flag wins over an earlier one. DATA stands for the folder of the
-            corpus, UPDATES for the number of updates of the run.
+        training: Its other flags. A later flag wins over an earlier one. UPDATES stands for the number of
+            updates of the run.
         epochs: How many epochs a run has.
         rho: The values to search for each optimizer.
     """
@@ -69,45 +64,44 @@ class Setup:
     rho: dict[str, tuple[float, ...]]
 
     def folder(self, data: Path | None) -> Path:
-        """Return *data*, by default the corpus' folder in data/.
+        """Return *data*, by default the corpus' own folder.
 
         Raises:
             SystemExit: There is no corpus.
         """
-        folder = data or Path("data", self.corpus)
+        module, own, *options = self.corpus.split()
+        folder = data or Path(own)
         if not any(folder.glob("bin/dict.*.txt")):
-            sys.exit(
-                f"'{folder}' holds no corpus: make it with 'python -m data_prep.{self.corpus} {folder}'."
-            )
+            command = " ".join(["python -m", f"data_prep.{module}", str(folder), *options])
+            sys.exit(f"'{folder}' holds no corpus: make it with '{command}'.")
         return folder
 
-    def flags(self, data: Path) -> list[str]:
-        """Return the flags of fairseq-train for the corpus in the folder *data*; UPDATES stays as it is."""
-        words = shlex.split(f"{self.model} {self.training} --max-epoch {self.epochs}")
-        return [word.replace("DATA", str(data)) for word in words]
+    def flags(self) -> list[str]:
+        """Return the flags of fairseq-train; UPDATES stays as it is."""
+        return shlex.split(f"{self.model} {self.training} --max-epoch {self.epochs}")
 
 
 SETUPS = {
     "quickstart": Setup(
-        corpus="libreoffice_help",
-        model=f"{SMALL_MODEL} --dropout 0.1",
-        training=f"{SMALL_TRAINING} --max-tokens 1000",
-        epochs=3,
+        corpus="libreoffice_help data/libreoffice_help",
+        model=f"{SMALL_MODEL} --dropout 0",
+        training=f"{SMALL_TRAINING} --lr-scheduler polynomial_decay --total-num-update UPDATES",
+        epochs=2,
         rho={"sam": (0.05, 0.1, 0.2), "asam": (0.1, 0.2, 0.5)},
     ),
-    # The validation loss of this model turns after 4 epochs, because it has no dropout.
-    "embedded": Setup(
-        corpus="embedded",
-        model=f"{SMALL_MODEL} --dropout 0",
-        training=f"{SMALL_TRAINING} {EMBEDDINGS}",
-        epochs=6,
-        rho={"sam": (0.05, 0.1, 0.2, 0.5), "asam": (0.2, 0.5, 1.0, 2.0)},
+    # Few pairs and many epochs: Adam overfits.
+    "help_8000": Setup(
+        corpus="libreoffice_help data/help_8000 --training-pairs 8000 --vocab-size 2000",
+        model=f"{SMALL_MODEL} --dropout 0.3",
+        training=f"{SMALL_TRAINING} {BEST_BY_BLEU} --eval-bleu-remove-bpe sentencepiece",
+        epochs=24,
+        rho={"sam": (0.02, 0.05, 0.1, 0.2), "asam": (0.1, 0.2, 0.5, 1.0)},
     ),
     # The paper's, but for the number of epochs, which it does not give.
     "iwslt14": Setup(
-        corpus="iwslt14",
+        corpus="iwslt14 data/iwslt14",
         model="--arch transformer_iwslt_de_en --share-decoder-input-output-embed --dropout 0.3",
-        training=TRAINING + BEST_BY_BLEU,
+        training=f"{TRAINING} {BEST_BY_BLEU} --eval-bleu-detok moses --eval-bleu-remove-bpe",
         epochs=50,
         rho=dict.fromkeys(("sam", "asam"), (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)),
     ),

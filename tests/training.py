@@ -91,7 +91,7 @@ def trainer_and_batches(cfg, dtype=torch.float64, weights=None):
     return trainer, list(iterator.next_epoch_itr(shuffle=True))
 
 
-def mean_sharpness(trainer, batches, updates: int = 100) -> float:
+def mean_sharpness(trainer, batches, updates: int = 40) -> float:
     """The mean of L(w + epsilon) - L(w) over so many updates, as fairseq logs it."""
     seen = [trainer.train_step([batches[i % len(batches)]])["sharpness"] for i in range(updates)]
     return sum(seen) / len(seen)

@@ -16,14 +16,13 @@ from matplotlib.figure import Figure
 
 from fairseq_asam.files import write_json
 from recipes.reporter import markdown_table, write_figure, write_text
-from recipes.translation.rho_search import (
-    best,
+from recipes.translation.experiment import (
+    complete_and_score,
     experiment_arguments,
     experiment_parser,
     experiment_run,
-    search,
-    train_and_score,
 )
+from recipes.translation.rho_search import best, search
 from recipes.translation.table5 import collect, spread, time_ratio
 
 FORMS = {
@@ -51,7 +50,7 @@ def main() -> None:
         systems[name] = [experiment_run(args, "asam", args.epochs, seed, rho, form) for seed in seeds]
     # Go seed by seed, so that a change on the machine meets all forms alike.
     every = [run for runs in zip(*systems.values()) for run in runs]
-    train_and_score(args.data, every, ["valid", "test"], args.jobs)
+    complete_and_score(args.data, every, ["valid", "test"], args.jobs)
 
     results = collect(args, systems)
     table = as_markdown(results)
@@ -76,7 +75,7 @@ def as_markdown(results: dict) -> str:
     ]
     return (
         f"Set-up `{results['setup']}`, ASAM with rho {systems[1]['rho']:g}, seeds {seeds}; mean ± "
-        f"standard deviation over the seeds. Losses in bits per token; `{results['signature']}`.\n\n"
+        f"standard deviation over the seeds. Losses in bits per token; `{results['signatures'][0]}`.\n\n"
         + markdown_table(["", "seconds of training", "ratio to Adam", *COLUMNS.values()], rows)
     )
 

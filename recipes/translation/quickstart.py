@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from recipes.setups import SETUPS
-from recipes.translation.rho_search import train_and_score
+from recipes.translation.experiment import complete_and_score
 from recipes.translation.train import training
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     # The longest first: Adam and SAM together take the time of ASAM and half of it more.
     optimizers = ("asam", "adam", "sam")
     runs = [training("quickstart", name, data, args.out / name, flags) for name in optimizers]
-    train_and_score(data, runs, ["test"], jobs)
+    complete_and_score(data, runs, ["test"], jobs)
 
 
 if __name__ == "__main__":

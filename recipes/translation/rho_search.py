@@ -11,8 +11,6 @@ what is missing.
 from __future__ import annotations
 
 import argparse
-import itertools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,10 +20,15 @@ from sacrebleu.significance import PairedTest
 
 from fairseq_asam.files import write_json
 from recipes.reporter import best_rho, write_figure
-from recipes.runner import Run, complete
+from recipes.runner import Run
 from recipes.setups import SETUPS
+from recipes.translation.experiment import (
+    complete_and_score,
+    experiment_arguments,
+    experiment_parser,
+    experiment_run,
+)
 from recipes.translation.score import read_lines
-from recipes.translation.train import training, watch
 
 
 def main() -> None:
@@ -39,69 +42,11 @@ def main() -> None:
         print(f"{optimizer}: the best rho is {best(found):g}")
 
 
-def experiment_parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser of the options that all experiments share."""
-    parser = argparse.ArgumentParser(
-        description=description, epilog="Other flags go to every fairseq-train.", allow_abbrev=False
-    )
-    parser.add_argument("setup", choices=list(SETUPS), help="corpus, model and training")
-    parser.add_argument(
-        "--data", type=Path, help="corpus folder of data_prep (default: the set-up's in data/)"
-    )
-    parser.add_argument("--out", type=Path, help="folder of the results (default: runs/translation/SETUP)")
-    parser.add_argument("--epochs", type=int, help="of each run (default: the set-up's)")
-    parser.add_argument("--rho", type=float, nargs="+", help="values to search (default: the set-up's)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
-    return parser
-
-
-def experiment_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Return the options with their defaults, and as `flags` those for fairseq-train.
-
-    Raises:
-        SystemExit: A value cannot be used.
-    """
-    args, flags = parser.parse_known_args()
-    if args.epochs is not None and args.epochs < 1:
-        sys.exit(f"--epochs is {args.epochs}, but it must be at least 1.")
-    args.flags = flags
-    args.data = SETUPS[args.setup].folder(args.data)
-    args.out = args.out or Path("runs/translation", args.setup)
-    args.epochs = args.epochs or SETUPS[args.setup].epochs
-    return args
-
-
-def experiment_run(
-    args: argparse.Namespace,
-    optimizer: str,
-    epochs: int,
-    seed: int,
-    rho: float | None = None,
-    form: Sequence[str] = (),
-) -> Run:
-    """Return one training of an experiment; *form* are its own flags of fairseq-train."""
-    own = [*([] if rho is None else ["--rho", f"{rho:g}"]), *form]
-    name = "-".join([optimizer, f"{epochs}-epochs", *(word.lstrip("-") for word in own), f"seed-{seed}"])
-    flags = ["--max-epoch", str(epochs), "--seed", str(seed), *own, *args.flags]
-    return training(args.setup, optimizer, args.data, args.out / name, flags)
-
-
-def train_and_score(data: Path, runs: Sequence[Run], splits: Sequence[str], jobs: int) -> None:
-    """Complete the trainings *runs* on the corpus in *data*, and translate *splits* with each."""
-    complete(runs, jobs, watch)
-    score = [sys.executable, "-m", "recipes.translation.score", str(data)]
-    scoring = []
-    for run, split in itertools.product(runs, splits):
-        options = {**run.options, "split": split}
-        scoring.append(Run(run.folder / split, options, [[*score, str(run.folder), "--split", split]]))
-    complete(scoring, jobs)
-
-
 def search(args: argparse.Namespace, optimizer: str, seed: int) -> list[dict]:
     """Complete a run of *optimizer* for each value of rho, and return their points."""
     values = args.rho or SETUPS[args.setup].rho[optimizer]
     runs = [experiment_run(args, optimizer, args.epochs, seed, rho) for rho in values]
-    train_and_score(args.data, runs, ["valid"], args.jobs)
+    complete_and_score(args.data, runs, ["valid"], args.jobs)
     return [validation_point(run) for run in runs]
 
 

@@ -4,7 +4,7 @@
 
 DATA is a corpus folder of data_prep, RUN a folder of train.py. Writes the sources, references and hypotheses,
 one sentence a line, to RUN/SPLIT.src, RUN/SPLIT.ref and RUN/SPLIT.hyp. RUN/SPLIT.json gets sacrebleu's BLEU
-of these, and the BLEU of tokens that fairseq-generate prints: two scales, not to be compared with each other.
+and chrF of these, and the BLEU of tokens that fairseq-generate prints: not to be compared with sacrebleu's.
 A translation that is newer than its checkpoint is not made again.
 
 Where the corpus is of tokenized text (it has bpe.codes), sacremoses detokenizes references and translations.
@@ -21,7 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics import BLEU, CHRF
 from sacremoses import MosesDetokenizer
 from tqdm import tqdm
 
@@ -58,18 +58,20 @@ def main() -> None:
             shutil.copyfile(texts["src"], file)
         for ending, lines in (("ref", references), ("hyp", hypotheses)):
             write_text(args.run / f"{args.split}.{ending}", "".join(line + "\n" for line in lines))
-        bleu = BLEU()
+        bleu, chrf = BLEU(), CHRF()
         result = {
             "BLEU": bleu.corpus_score(hypotheses, [references]).score,
-            "signature": f"BLEU|{bleu.get_signature()}",
+            "chrF2": chrf.corpus_score(hypotheses, [references]).score,
+            "signatures": [f"BLEU|{bleu.get_signature()}", f"chrF2|{chrf.get_signature()}"],
             "BLEU of tokens": bleu_of_tokens,
         }
         write_json(scores, result)
 
     result = json.loads(scores.read_text("utf-8"))
     print(
-        f"{args.run.name}, {args.split}: BLEU {result['BLEU']:.2f} ({result['signature']}); "
-        f"of tokens, by fairseq-generate, {result['BLEU of tokens']:.2f}"
+        f"{args.run.name}, {args.split}: BLEU {result['BLEU']:.2f}, chrF2 {result['chrF2']:.2f} "
+        f"({', '.join(result['signatures'])}); BLEU of tokens, by fairseq-generate, "
+        f"{result['BLEU of tokens']:.2f}"
     )
 
 

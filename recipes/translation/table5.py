@@ -2,12 +2,13 @@
 
     python -m recipes.translation.table5 SETUP [--seeds 1 2 3] [--jobs N] [--rho ...] [fairseq-train flags]
 
-SETUP is one of recipes/setups.py: `iwslt14` is the paper's experiment (Section 5.3), for a GPU; `embedded`
-takes two hours on 2 cores. For SAM and ASAM, rho is the one with the highest validation BLEU among the runs
-of the first seed (rho_search.py). They take two passes, so there is Adam with twice the epochs as well. Only
-the runs in the table translate the test set. Writes table5.{json,md}, rho_search.{json,png} and, of the first
-seed, curves.png to OUT (default: runs/translation/SETUP), beside the folders of the runs. Run again, it does
-what is missing.
+SETUP is one of recipes/setups.py: `iwslt14` is the paper's experiment (Section 5.3), for a GPU; `help_8000`
+is one of the size of 2 cores. For SAM and ASAM, rho is the one with the highest validation BLEU among the
+runs of the first seed (rho_search.py). They take two passes, so there is Adam with twice the epochs as well.
+Each stands in the table a second time, with the weights of its last 5 epochs averaged. Only the runs in the
+table translate the test set. Writes table5.{json,md}, rho_search.{json,png} and, of the first seed,
+curves.png to OUT (default: runs/translation/SETUP), beside the folders of the runs. Run again, it does what
+is missing.
 """
 
 from __future__ import annotations
@@ -16,33 +17,30 @@ import argparse
 import json
 from pathlib import Path
 
-from sacrebleu.metrics import BLEU
-from sacrebleu.significance import PairedTest
-
 from fairseq_asam.files import write_json
 from recipes.reporter import markdown_table, mean_and_sd, shown, write_figure, write_text
 from recipes.runner import Run
 from recipes.translation import curves
 from recipes.translation.compare import training_figures
-from recipes.translation.rho_search import (
-    best,
+from recipes.translation.experiment import (
+    average_of,
+    complete_and_score,
     experiment_arguments,
     experiment_parser,
     experiment_run,
-    search,
-    train_and_score,
-    validation_point,
-    write,
 )
+from recipes.translation.rho_search import best, search, validation_point, write
 from recipes.translation.score import read_lines
+from recipes.translation.significance import METRICS, paired_bootstrap
 
+LOSSES = ("best_valid_loss", "last_valid_loss", "last_train_loss")
 #: Validation and test BLEU of tokens in Table 5 of the paper.
 PAPER = {"Adam": (35.34, 34.86), "Adam+SAM": (35.52, 34.78), "Adam+ASAM": (35.66, 35.02)}
 
 
 def main() -> None:
     parser = experiment_parser("Table 5 of the ASAM paper, over several seeds.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="default: 1 2 3 4 5")
     args = experiment_arguments(parser)
     seeds = list(dict.fromkeys(args.seeds))
 
@@ -57,10 +55,13 @@ def main() -> None:
         "Adam+SAM": runs("sam", rho=best(points["sam"])),
         "Adam+ASAM": runs("asam", rho=best(points["asam"])),
     }
-    every = [run for runs in systems.values() for run in runs]
-    train_and_score(args.data, every, ["valid", "test"], args.jobs)
+    averages = {f"{name}, averaged": [average_of(run) for run in runs] for name, runs in systems.items()}
+    for group in (systems, averages):
+        # Go seed by seed, so that an early stop leaves whole seeds.
+        every = [run for runs in zip(*group.values()) for run in runs]
+        complete_and_score(args.data, every, ["valid", "test"], args.jobs)
 
-    results = collect(args, systems)
+    results = collect(args, {**systems, **averages})
     table = as_markdown(results)
     write_json(args.out / "table5.json", results)
     write_text(args.out / "table5.md", table)
@@ -75,52 +76,55 @@ def main() -> None:
 def collect(args: argparse.Namespace, systems: dict[str, list[Run]]) -> dict:
     """Return what the table shows: the runs of each system with their figures, means and standard deviations.
 
-    Losses are in bits per token. The first system is the baseline. `p_value` is that of a paired bootstrap
-    test of test BLEU against the baseline's run of the same seed.
+    Losses are in bits per token. The first system is the baseline, against which paired_bootstrap tests the
+    others on the test set.
     """
     baseline = next(iter(systems.values()))
+    references = read_lines(baseline[0].folder / "test.ref")
     rows = []
     for name, runs in systems.items():
-        figures = [run_figures(run.folder) for run in runs]
+        figures = [run_figures(run) for run in runs]
         measured = [key for key, value in figures[0].items() if isinstance(value, float)]
         spread = {key: mean_and_sd([figure[key] for figure in figures]) for key in measured}
+        row = {
+            "system": name,
+            "rho": runs[0].options["rho"],
+            "epochs": runs[0].options["epochs"],
+            "runs": [{"seed": run.options["seed"], **figure} for run, figure in zip(runs, figures)],
+            "mean": {key: mean for key, (mean, _) in spread.items()},
+            "sd": {key: sd for key, (_, sd) in spread.items()},
+        }
         if runs is not baseline:
-            for run, first, figure in zip(runs, baseline, figures):
-                figure["p_value"] = p_value(first.folder, run.folder)
-        rows.append(
-            {
-                "system": name,
-                "rho": runs[0].options["rho"],
-                "epochs": runs[0].options["epochs"],
-                "runs": [{"seed": run.options["seed"], **figure} for run, figure in zip(runs, figures)],
-                "mean": {key: mean for key, (mean, _) in spread.items()},
-                "sd": {key: sd for key, (_, sd) in spread.items()},
+            translated = [[read_lines(run.folder / "test.hyp") for run in each] for each in (baseline, runs)]
+            row["against baseline"] = {
+                metric: paired_bootstrap(metric, *translated, references) for metric in METRICS
             }
-        )
+        rows.append(row)
     first = baseline[0].folder
     return {
         "setup": args.setup,
         "flags": args.flags,
         "sentences": {split: len(read_lines(first / f"{split}.ref")) for split in ("valid", "test")},
-        "signature": read_score(first, "test")["signature"],
+        "signatures": read_score(first, "test")["signatures"],
         "systems": rows,
     }
 
 
-def run_figures(folder: Path) -> dict:
-    training = training_figures(folder)
-    scores = {split: read_score(folder, split) for split in ("valid", "test")}
+def run_figures(run: Run) -> dict:
+    """Return the scores of *run* and, if it is a training, what its log says."""
+    scores = {split: read_score(run.folder, split) for split in ("valid", "test")}
+    figures = {
+        f"{split} {scale}": scores[split][scale]
+        for scale in (*METRICS, "BLEU of tokens")
+        for split in ("valid", "test")
+    }
+    if "averaged epochs" in run.options:
+        return figures
+    training = training_figures(run.folder)
     return {
+        **{key: training[key] for key in ("best_epoch", *LOSSES)},
         "training_seconds": float(training["training_seconds"]),
-        "best_epoch": training["best_epoch"],
-        "best_valid_loss": training["best_valid_loss"],
-        "last_valid_loss": training["last_valid_loss"],
-        "last_train_loss": training["last_train_loss"],
-        **{
-            f"{split} {scale}": scores[split][scale]
-            for scale in ("BLEU", "BLEU of tokens")
-            for split in ("valid", "test")
-        },
+        **figures,
     }
 
 
@@ -128,30 +132,19 @@ def read_score(folder: Path, split: str) -> dict:
     return json.loads((folder / f"{split}.json").read_text("utf-8"))
 
 
-def p_value(baseline: Path, run: Path) -> float:
-    """Return the p-value of a paired bootstrap test of the test BLEU of two run folders."""
-    systems = [(folder.name, read_lines(folder / "test.hyp")) for folder in (baseline, run)]
-    _, scores = PairedTest(systems, {"BLEU": BLEU()}, [read_lines(run / "test.ref")], test_type="bs")()
-    return float(scores["BLEU"][1].p_value)
-
-
 def as_markdown(results: dict) -> str:
-    """Return three tables: training, detokenized BLEU, and BLEU of tokens beside the paper's."""
-    training, detokenized, of_tokens = [], [], []
+    """Return three tables: training, sacrebleu's scores, and BLEU of tokens beside the paper's."""
+    training, scores, of_tokens = [], [], []
     for row in results["systems"]:
         name = row["system"]
-        losses = ("best_valid_loss", "last_valid_loss", "last_train_loss")
-        training.append(
-            [
-                name,
-                "" if row["rho"] is None else f"{row['rho']:g}",
-                str(row["epochs"]),
-                time_ratio(results, row),
-                *(spread(row, key, 3) for key in losses),
-            ]
-        )
-        p_values = ", ".join(f"{run['p_value']:.3f}" for run in row["runs"] if "p_value" in run)
-        detokenized.append([name, *(spread(row, f"{split} BLEU") for split in ("valid", "test")), p_values])
+        if "training_seconds" in row["mean"]:
+            rho = "" if row["rho"] is None else f"{row['rho']:g}"
+            losses = [spread(row, key, 3) for key in LOSSES]
+            training.append([name, rho, str(row["epochs"]), time_ratio(results, row), *losses])
+        against = row.get("against baseline")
+        tested = [cell for metric in METRICS for cell in difference(against and against[metric])]
+        means = [spread(row, key) for key in ("valid BLEU", "test BLEU", "test chrF2")]
+        scores.append([name, *means[:2], *tested[:2], means[2], *tested[2:]])
         paper = [shown(score) for score in PAPER.get(name, (None, None))]
         of_tokens.append(
             [name, *(spread(row, f"{split} BLEU of tokens") for split in ("valid", "test")), *paper]
@@ -169,9 +162,17 @@ def as_markdown(results: dict) -> str:
                 ],
                 training,
             ),
-            f"BLEU by sacrebleu, {counts['valid']} validation and {counts['test']} test sentences, "
-            f"`{results['signature']}`; p of a paired bootstrap test against Adam's run of the same seed:\n",
-            markdown_table(["optimizer", "validation", "test", "p of each seed"], detokenized),
+            f"Scores by sacrebleu, {counts['valid']} validation and {counts['test']} test sentences, "
+            f"{', '.join(f'`{signature}`' for signature in results['signatures'])}. Differences of the test "
+            "scores from Adam's, with their 95 % interval and p, by a paired bootstrap over seeds and "
+            "sentences:\n",
+            markdown_table(
+                [
+                    *("optimizer", "validation BLEU", "test BLEU", "difference", "p"),
+                    *("test chrF2", "difference", "p"),
+                ],
+                scores,
+            ),
             "BLEU of tokens, as fairseq-generate prints it, beside that of the paper on IWSLT'14 (its Table "
             "5). Not comparable with the figures above, nor, on another corpus, with the paper's:\n",
             markdown_table(
@@ -179,6 +180,14 @@ def as_markdown(results: dict) -> str:
             ),
         ]
     )
+
+
+def difference(test: dict | None) -> tuple[str, str]:
+    """Return two cells: the difference with its interval, and p; empty ones for the baseline."""
+    if test is None:
+        return "", ""
+    low, high = test["interval"]
+    return f"{test['difference']:+.2f} ({low:+.2f} to {high:+.2f})", f"{test['p_value']:.3f}"
 
 
 def spread(row: dict, key: str, digits: int = 2) -> str:

@@ -69,7 +69,7 @@ def training(setup: str, optimizer: str, data: Path, folder: Path, flags: Sequen
         )
     plugin = Path(fairseq_asam.__file__).parent
     arguments = [str(data / "bin"), "--user-dir", str(plugin), "--optimizer", optimizer]
-    arguments += SETUPS[setup].flags(data)
+    arguments += SETUPS[setup].flags()
     arguments += ["--save-dir", str(folder), "--log-format", "json", "--log-interval", "50"]
     if "--keep-last-epochs" not in flags:
         arguments.append("--no-epoch-checkpoints")

@@ -31,7 +31,7 @@ def setting(corpus, *flags, bf16=False, weights=None):
 
 @pytest.fixture(scope="module")
 def trained(corpus):
-    """Weights after a hundred updates in float32, and the mean sharpness over the next hundred."""
+    """Weights after 40 updates in float32, and the mean sharpness over the next 40."""
     trainer, batches = setting(corpus)
     mean_sharpness(trainer, batches)
     weights = copy.deepcopy(trainer.model.state_dict())

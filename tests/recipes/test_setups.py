@@ -14,7 +14,7 @@ OF_THE_RUN = ("user_dir", "data", "log_format", "log_interval")
 
 
 def configured(setup: str, data: Path, *flags: str):
-    words = [str(data / "bin"), *SETUPS[setup].flags(data), *flags]
+    words = [str(data / "bin"), *SETUPS[setup].flags(), *flags]
     return configuration([word.replace("UPDATES", "1") for word in words], pytest.fail)
 
 

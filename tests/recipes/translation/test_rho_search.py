@@ -9,7 +9,7 @@ from tests.recipes.translation.scripts import refusal, run, script, succeeded
 
 
 def test_rho_is_the_one_with_the_highest_validation_bleu(corpus: Path, tmp_path: Path):
-    search = ("embedded", "--data", corpus, "--out", tmp_path, "--optimizers", "asam", "--epochs", "2")
+    search = ("help_8000", "--data", corpus, "--out", tmp_path, "--optimizers", "asam", "--epochs", "2")
     search += ("--rho", "0.1", "50", "--jobs", "2", "--cpu", "--warmup-updates", "10")
     printed = succeeded(script("rho_search", *search)).stdout
     points = json.loads((tmp_path / "rho_search.json").read_text())
@@ -29,7 +29,7 @@ def test_rho_is_the_one_with_the_highest_validation_bleu(corpus: Path, tmp_path:
 
 @pytest.mark.parametrize("name", ["rho_search", "table5", "fewer_passes"])
 def test_bad_input_is_named_in_one_sentence(name: str, corpus: Path, tmp_path: Path):
-    arguments = ("embedded", "--data", corpus, "--out", tmp_path)
+    arguments = ("help_8000", "--data", corpus, "--out", tmp_path)
     assert refusal(name, *arguments, "--epochs", "0") == "--epochs is 0, but it must be at least 1."
     assert refusal(name, *arguments, "--jobs", "0") == "--jobs is 0, but it must be at least 1."
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,82 @@
+"""What the experiments share: their options, the trainings they consist of, and how these are made."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from recipes.runner import Run, complete
+from recipes.setups import SETUPS
+from recipes.translation.train import training, watch
+
+#: How many of its last epochs a training keeps to average their weights.
+AVERAGED = 5
+
+
+def experiment_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser of the options that all experiments share."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog="Other flags go to every fairseq-train.", allow_abbrev=False
+    )
+    parser.add_argument("setup", choices=list(SETUPS), help="corpus, model and training")
+    parser.add_argument(
+        "--data", type=Path, help="corpus folder of data_prep (default: the set-up's in data/)"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the results (default: runs/translation/SETUP)")
+    parser.add_argument("--epochs", type=int, help="of each run (default: the set-up's)")
+    parser.add_argument("--rho", type=float, nargs="+", help="values to search (default: the set-up's)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    return parser
+
+
+def experiment_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the options with their defaults, and as `flags` those for fairseq-train.
+
+    Raises:
+        SystemExit: A value cannot be used.
+    """
+    args, flags = parser.parse_known_args()
+    if args.epochs is not None and args.epochs < 1:
+        sys.exit(f"--epochs is {args.epochs}, but it must be at least 1.")
+    args.flags = flags
+    args.data = SETUPS[args.setup].folder(args.data)
+    args.out = args.out or Path("runs/translation", args.setup)
+    args.epochs = args.epochs or SETUPS[args.setup].epochs
+    return args
+
+
+def experiment_run(
+    args: argparse.Namespace,
+    optimizer: str,
+    epochs: int,
+    seed: int,
+    rho: float | None = None,
+    form: Sequence[str] = (),
+) -> Run:
+    """Return one training of an experiment; *form* are its own flags of fairseq-train."""
+    own = [*([] if rho is None else ["--rho", f"{rho:g}"]), *form]
+    name = "-".join([optimizer, f"{epochs}-epochs", *(word.lstrip("-") for word in own), f"seed-{seed}"])
+    flags = ["--max-epoch", str(epochs), "--seed", str(seed), "--keep-last-epochs", str(AVERAGED)]
+    return training(args.setup, optimizer, args.data, args.out / name, [*flags, *own, *args.flags])
+
+
+def average_of(run: Run) -> Run:
+    """Return the run that averages the weights of the last epochs of the training *run*."""
+    last = min(AVERAGED, run.options["epochs"])
+    folder = run.folder / "average"
+    command = [sys.executable, "-m", "recipes.translation.average", str(run.folder), str(folder)]
+    return Run(folder, {**run.options, "averaged epochs": last}, [[*command, "--last", str(last)]])
+
+
+def complete_and_score(data: Path, runs: Sequence[Run], splits: Sequence[str], jobs: int) -> None:
+    """Complete *runs*, trainings on the corpus in *data* or averages, and translate *splits* with each."""
+    complete(runs, jobs, watch)
+    score = [sys.executable, "-m", "recipes.translation.score", str(data)]
+    scoring = []
+    for run, split in itertools.product(runs, splits):
+        options = {**run.options, "split": split}
+        scoring.append(Run(run.folder / split, options, [[*score, str(run.folder), "--split", split]]))
+    complete(scoring, jobs)

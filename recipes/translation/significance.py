@@ -1,0 +1,66 @@
+"""One test for a difference between two systems over all seeds and sentences together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from sacrebleu.metrics import BLEU, CHRF
+
+METRICS = {"BLEU": BLEU, "chrF2": CHRF}
+SAMPLES = 2000
+
+
+def paired_bootstrap(
+    metric: str, baseline: Sequence[Sequence[str]], system: Sequence[Sequence[str]], references: Sequence[str]
+) -> dict[str, Any]:
+    """Test whether *system* scores another mean over the seeds than *baseline*.
+
+    Each of 2,000 samples draws seeds and sentences with replacement, the same for both systems, and takes the
+    difference between the mean scores. So the interval covers what another seed and what another test set
+    would change. The test has two sides; sacrebleu's paired bootstrap counts one, so that its p is about half
+    of this one where a difference is clear.
+
+    Args:
+        metric: "BLEU" or "chrF2".
+        baseline: The translations of each seed.
+        system: Those of the system, in the same order of seeds.
+        references: One for each sentence.
+
+    Returns:
+        The `difference` between the mean scores, the `interval` of 95 % around it, and `p_value`, the share
+        of samples whose difference is as far from the mean of all samples as `difference` is from 0.
+    """
+    scorer = METRICS[metric](references=[references])
+    # sacrebleu has no public way to the counts of a sentence; test_significance.py compares with its scores.
+    counts = np.array(
+        [[scorer._extract_corpus_statistics(run, None) for run in runs] for runs in (baseline, system)]
+    )
+
+    def score(sums: np.ndarray) -> float:
+        return scorer._compute_score_from_stats(sums.tolist()).score
+
+    def difference(seeds: np.ndarray, times: np.ndarray) -> float:
+        """Return that of the given *seeds*, with each sentence as many *times*."""
+        scores = {seed: [score(times @ counts[side, seed]) for side in (0, 1)] for seed in set(seeds)}
+        return float(np.mean([scores[seed][1] - scores[seed][0] for seed in seeds]))
+
+    _, seeds, sentences, _ = counts.shape
+    seen = difference(np.arange(seeds), np.ones(sentences))
+    random = np.random.default_rng(12345)
+    samples = np.array(
+        [
+            difference(
+                random.integers(seeds, size=seeds),
+                np.bincount(random.integers(sentences, size=sentences), minlength=sentences).astype(float),
+            )
+            for _ in range(SAMPLES)
+        ]
+    )
+    as_far = np.abs(samples - samples.mean()) >= abs(seen)
+    return {
+        "difference": seen,
+        "interval": [float(bound) for bound in np.percentile(samples, [2.5, 97.5])],
+        "p_value": float((as_far.sum() + 1) / (SAMPLES + 1)),
+    }
