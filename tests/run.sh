@@ -17,4 +17,4 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff check
 ruff format --check
 [[ ! -x .venv/bin/mypy ]] || mypy
-pytest --numprocesses 2 -m "$marker" "$@"
+pytest --numprocesses 2 --dist loadgroup -m "$marker" "$@"

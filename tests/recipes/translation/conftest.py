@@ -7,6 +7,13 @@ import pytest
 from tests.recipes.translation.scripts import script, succeeded, train
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give all tests that use `runs` to one worker of pytest-xdist, which trains them once."""
+    for item in items:
+        if "runs" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("translation"))
+
+
 @pytest.fixture(scope="package")
 def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Finished and scored runs of adam and asam."""
