@@ -150,6 +150,11 @@ def fsdp_and_tensor_parallel(model):
     return fsdp(tensor_parallel(model, mesh["tensor"]), mesh["data"])
 
 
+def on_two_meshes(model):
+    fully_shard(model.embedding, mesh=init_device_mesh("cpu", (4,)))
+    return fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts")))
+
+
 #: How a model is put into shards, and how many different shares of a batch there are.
 SHARDINGS = {
     2: {
@@ -161,12 +166,12 @@ SHARDINGS = {
         "fully_shard": (fsdp, 4),
         "hybrid": (lambda m: fsdp(m, init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))), 4),
         "fully_shard and tensor parallel": (fsdp_and_tensor_parallel, 2),
+        "two meshes": (on_two_meshes, 4),
     },
 }
 #: The regions that four processes are tested with, which take long on two cores.
 FEWER = (0, 3)
 ADAM = functools.partial(torch.optim.Adam, lr=0.02, foreach=False)
-UPDATES = 5
 
 
 def trained(model, options, share, shares, updates, accumulate=1):
@@ -203,13 +208,13 @@ REGIONS = [
 ]
 
 
-def trainings(processes):
+def trainings(processes, updates):
     """The largest difference from one process, for each sharding and region."""
     differences = {}
 
     @functools.cache
     def on_one_process(number, accumulate):
-        return trained(network(), REGIONS[number], 0, 1, UPDATES, accumulate)
+        return trained(network(), REGIONS[number], 0, 1, updates, accumulate)
 
     for (name, (shard, shares)), (number, options), accumulate in itertools.product(
         SHARDINGS[processes].items(), enumerate(REGIONS), (1, 2)
@@ -217,7 +222,7 @@ def trainings(processes):
         if (accumulate == 2 and number) or (processes == 4 and number not in FEWER):
             continue
         share = dist.get_rank() * shares // processes
-        _, gradients, weights = trained(shard(network()), options, share, shares, UPDATES, accumulate)
+        _, gradients, weights = trained(shard(network()), options, share, shares, updates, accumulate)
         _, expected_gradients, expected = on_one_process(number, accumulate)
         of_weights = max((weights[n] - w).abs().max().item() for n, w in expected.items())
         of_gradients = max((gradients[n] - g).abs().max().item() for n, g in expected_gradients.items())
@@ -225,23 +230,23 @@ def trainings(processes):
     return differences
 
 
-def trainings_in_float32(processes):
-    """The distance from one process over 20 updates, without epsilon and with, for each sharding."""
+def trainings_in_float32(processes, updates):
+    """The distance from one process, without epsilon and with, for each sharding."""
     distances = {}
     for name, (shard, shares) in SHARDINGS[processes].items():
         share = dist.get_rank() * shares // processes
         of_rho = []
         for rho in (0.0, 0.5):
-            *_, sharded = trained(shard(network().float()), {"rho": rho}, share, shares, updates=20)
-            *_, whole = trained(network().float(), {"rho": rho}, 0, 1, updates=20)
+            *_, sharded = trained(shard(network().float()), {"rho": rho}, share, shares, updates)
+            *_, whole = trained(network().float(), {"rho": rho}, 0, 1, updates)
             of_rho.append(sum((sharded[n] - w).square().sum().item() for n, w in whole.items()) ** 0.5)
         distances[name] = of_rho
     return distances
 
 
 @functools.cache
-def results(function, processes):
-    return in_processes(processes, function, processes)
+def results(function, processes, *arguments):
+    return in_processes(processes, function, processes, *arguments)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -254,8 +259,9 @@ def test_epsilon_is_that_of_whole_weights(normalization, processes):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_updates_are_those_of_one_process_with_the_whole_batch(processes):
-    for on_one in results(trainings, processes):
+@pytest.mark.parametrize("updates", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_updates_are_those_of_one_process_with_the_whole_batch(processes, updates):
+    for on_one in results(trainings, processes, updates):
         for key, (of_weights, of_gradients) in on_one.items():
             assert of_weights < 1e-12 and of_gradients < 1e-11, key
         regions = len(REGIONS) if processes == 2 else len(FEWER)
@@ -283,10 +289,10 @@ def test_whole_weights_after_a_forward_pass_alone_are_refused_or_put_back():
         assert in_shards
 
 
-@pytest.mark.parametrize("processes", [2])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_in_float32_shards_cost_no_more_digits_than_with_the_base_optimizer(processes):
     """Over all shardings together: that of a single one changes by as much with any change in rounding."""
-    for on_one in results(trainings_in_float32, processes):
+    for on_one in results(trainings_in_float32, processes, 20):
         of_base, of_asam = (sum(distances) for distances in zip(*on_one.values()))
         assert 0 < of_asam <= 2 * of_base, on_one
 
