@@ -4,7 +4,7 @@
 #
 #   recipes/quickstart.sh
 #
-# Takes some 20 minutes on 2 cores after the installation. Run again, it does only what is missing; stopped at
+# Takes some 15 minutes on 2 cores after the installation. Run again, it does only what is missing; stopped at
 # any point, it goes on there. Everything it makes is in .venv, data/libreoffice_help and runs/quickstart.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -28,7 +28,7 @@ tee -a "$out/results.md" <<'END'
 
 One reference for each sentence of pages that are held out from LibreOffice's help, whose language is uniform: these
 scores cannot be compared with those of other test sets, such as the paper's. There is one run of one seed for each
-optimizer: a difference is noise unless p is below 0.05, and even then another seed may turn it. Two runs share the
+optimizer: a difference is noise unless p is below 0.05, and even then another seed may turn it. The runs share the
 machine, so that the times are approximate.
 END
 echo
