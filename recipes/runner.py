@@ -26,6 +26,13 @@ from fairseq_asam.files import write_json
 
 LINES_SHOWN_ON_FAILURE = 20
 SECONDS_BETWEEN_LOOKS = 0.1
+#: By default glibc gives freed tensors back to the kernel, which clears their pages when they are used again. On
+#: a CPU that takes a third of the training time of a small model.
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 #: Is asked about a run under way. Returns the share that is done and a few words for the progress bar.
 Watch = Callable[["Run"], "tuple[float, str]"]
 
@@ -160,7 +167,7 @@ def _steps(run: Run, jobs: int) -> Iterator[None]:
             return
         run.note(finished=False)
         threads = max(1, (os.cpu_count() or 1) // jobs)
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        environment = {"OMP_NUM_THREADS": str(threads), **KEEP_FREED_MEMORY, **os.environ}
         for command in run.commands:
             begin = log.tell()
             try:
