@@ -26,8 +26,8 @@ from fairseq_asam.files import write_json
 
 LINES_SHOWN_ON_FAILURE = 20
 SECONDS_BETWEEN_LOOKS = 0.1
-#: By default glibc gives freed tensors back to the kernel, which clears their pages when they are used again. On
-#: a CPU that takes a third of the training time of a small model.
+#: By default glibc gives freed tensors back to the kernel, which clears their pages when they are used
+#: again. On a CPU that takes a third of the training time of a small model.
 KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
