@@ -38,6 +38,7 @@ def trained(corpus):
     return weights, mean_sharpness(*setting(corpus, weights=weights))
 
 
+@pytest.mark.slow
 def test_bfloat16_sees_the_sharpness_of_float32(trained, corpus, monkeypatch, capsys):
     weights, expected = trained
     ours = mean_sharpness(*setting(corpus, bf16=True, weights=weights))

@@ -65,7 +65,8 @@ def is_adam_at_rho_zero_and_learns(train, *flags, data=None):
     _, rho_zero = train("rho_zero", "--optimizer", "asam", "--rho", "0", *flags, data=data)
     assert_same_state(adam, rho_zero)
     for key, value in adam["extra_state"].get("ema", {}).items():
-        assert torch.equal(value, rho_zero["extra_state"]["ema"][key])
+        # In fairseq 0.12.2 a buffer of this name has whatever stood in its memory.
+        assert "_float_tensor" in key or torch.equal(value, rho_zero["extra_state"]["ema"][key])
     losses, asam = train("asam", "--optimizer", "asam", *flags, data=data)
     assert losses[-1] < losses[0]
     assert any(not torch.equal(w, adam["model"][name]) for name, w in asam["model"].items())
