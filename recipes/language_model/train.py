@@ -24,13 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 from fairseq_asam import Perturbation, TwoPasses
 from fairseq_asam.files import write_json
 from recipes.language_model.command_line import REGIONS, check, options, text_of
 from recipes.language_model.transformer import LanguageModel
+
+try:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+except ImportError:
+    sys.exit(f"torch {torch.__version__} is too old for weights in shards: install torch 2.6 or newer.")
 
 # Options that must not change when a run goes on.
 SHAPE = ("layers", "width", "context")

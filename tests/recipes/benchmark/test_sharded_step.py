@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("torch", minversion="2.6", reason="fully_shard is public from torch 2.6 on")
+
 from tests.recipes.benchmark.scripts import assert_refused, output_of, rows_of
 
 

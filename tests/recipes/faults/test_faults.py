@@ -19,11 +19,11 @@ SCRIPT = ("-m", "recipes.faults.faults")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_at_w_plus_epsilon_and_resumed_is_uninterrupted(corpus, tmp_path, workers):
     """With two workers the second is killed, and the first must end by itself."""
-    epochs = ["--max-epoch", "2"]
+    epochs = ["--max-epoch", "3"]
     uninterrupted = Training(tmp_path / "uninterrupted", corpus / "bin", *epochs, workers=workers)
     assert uninterrupted.run().statuses == [0] * workers
     killed = Training(tmp_path / "killed", corpus / "bin", *epochs, workers=workers)
-    fault = Fault(Kind.KILL, Place.PERTURBED, visit=60 // workers, workers=(workers - 1,))
+    fault = Fault(Kind.KILL, Place.PERTURBED, visit=33 // workers, workers=(workers - 1,))
     end = killed.run(fault)
     assert (end.statuses, end.place) == ([1, -signal.SIGKILL][-workers:], Place.PERTURBED)
     before = checkpoint(killed.folder)["optimizer_history"][-1]["num_updates"]

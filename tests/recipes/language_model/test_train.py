@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+pytest.importorskip("torch", minversion="2.6", reason="fully_shard is public from torch 2.6 on")
+
 from recipes.language_model.train import main
 from tests.commands import ROOT
 from tests.processes import started
