@@ -93,7 +93,7 @@ SETUPS = {
         epochs=2,
         rho={"sam": (0.05, 0.1, 0.2), "asam": (0.05, 0.1, 0.2)},
     ),
-    # Few pairs and many epochs: Adam overfits.
+    # Few pairs and many epochs, so that Adam overfits.
     "help_8000": Setup(
         corpus="libreoffice_help data/help_8000 --training-pairs 8000 --vocab-size 2000",
         model=f"{SMALL_MODEL} --dropout 0.3",
