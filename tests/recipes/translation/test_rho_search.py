@@ -9,13 +9,13 @@ from tests.recipes.translation.scripts import refusal, run, script, succeeded
 
 
 def test_rho_is_the_one_with_the_highest_validation_bleu(corpus: Path, tmp_path: Path):
-    search = ("help_8000", "--data", corpus, "--out", tmp_path, "--optimizers", "asam", "--epochs", "2")
+    search = ("quickstart", "--data", corpus, "--out", tmp_path, "--optimizers", "asam", "--epochs", "3")
     search += ("--rho", "0.1", "50", "--jobs", "2", "--cpu", "--warmup-updates", "10")
     printed = succeeded(script("rho_search", *search)).stdout
     points = json.loads((tmp_path / "rho_search.json").read_text())
     assert [point["rho"] for point in points] == [0.1, 50]
     for point in points:
-        folder = tmp_path / f"asam-2-epochs-rho-{point['rho']:g}-seed-1"
+        folder = tmp_path / f"asam-3-epochs-rho-{point['rho']:g}-seed-1"
         theirs = run("sacrebleu", corpus / "valid.en", "-i", folder / "valid.hyp", "--confidence", "-w", "6")
         theirs = json.loads(succeeded(theirs).stdout)
         assert theirs["score"] == pytest.approx(point["BLEU"], abs=1e-6)
