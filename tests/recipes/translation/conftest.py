@@ -7,6 +7,7 @@ import pytest
 from tests.recipes.translation.scripts import script, succeeded, train
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give all tests that use `runs` to one worker of pytest-xdist, which trains them once."""
     for item in items:
