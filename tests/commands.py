@@ -81,6 +81,10 @@ def generate_corpus(destination: Path) -> Path:
     return destination
 
 
+#: fairseq 0.12.2 saves memory that it never initializes, and weights that only its inference uses.
+UNUSED = re.compile(r"_float_tensor$|\.(in_proj|out_proj|fc1|fc2)_(weight|bias)$")
+
+
 def checkpoint(save_dir: Path, name: str = "checkpoint_last.pt") -> dict:
     """The checkpoint of a run; made by these tests, hence trusted."""
     return torch.load(save_dir / name, weights_only=False)
@@ -89,9 +93,7 @@ def checkpoint(save_dir: Path, name: str = "checkpoint_last.pt") -> dict:
 def assert_same_state(a: dict, b: dict) -> None:
     """Assert that two checkpoints hold, bit for bit, the same weights and optimizer state."""
     assert a["model"].keys() == b["model"].keys()
-    # fairseq 0.12.2 saves memory that it never initializes, and weights that only its inference uses
-    unused = re.compile(r"_float_tensor$|\.(in_proj|out_proj|fc1|fc2)_(weight|bias)$")
-    names = [name for name in a["model"] if not unused.search(name)]
+    names = [name for name in a["model"] if not UNUSED.search(name)]
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in names)
     states = [c["last_optimizer_state"]["state"] for c in (a, b)]
     assert states[0].keys() == states[1].keys()

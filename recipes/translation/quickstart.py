@@ -15,7 +15,7 @@ from recipes.translation.experiment import complete_and_score
 from recipes.translation.train import training
 
 # ASAM's default rho of 0.2 is more than so short a training takes, by its validation BLEU.
-OPTIMIZERS = {"adam": [], "sam": [], "asam": ["--rho", "0.1"]}
+OWN_FLAGS = {"adam": [], "sam": [], "asam": ["--rho", "0.1"]}
 
 
 def main() -> None:
@@ -25,8 +25,7 @@ def main() -> None:
     args, flags = parser.parse_known_args()
     data = SETUPS["quickstart"].folder(args.data)
     runs = [
-        training("quickstart", name, data, args.out / name, [*own, *flags])
-        for name, own in OPTIMIZERS.items()
+        training("quickstart", name, data, args.out / name, [*own, *flags]) for name, own in OWN_FLAGS.items()
     ]
     # All at once, so that no core waits for the last of them.
     complete_and_score(data, runs, ["test"], jobs=len(runs))

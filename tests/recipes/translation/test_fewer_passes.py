@@ -10,19 +10,8 @@ from tests.recipes.translation.scripts import script, succeeded
 
 @pytest.mark.slow
 def test_every_form_stands_beside_adam_and_asam(corpus: Path, tmp_path: Path):
-    forms = (
-        "help_8000",
-        "--data",
-        corpus,
-        "--out",
-        tmp_path,
-        "--seeds",
-        "1",
-        "--epochs",
-        "1",
-        "--rho",
-        "0.1",
-    )
+    forms = ("help_8000", "--data", corpus, "--out", tmp_path, "--seeds", "1")
+    forms += ("--epochs", "1", "--rho", "0.1")
     printed = succeeded(script("fewer_passes", *forms, "--jobs", "2", "--cpu")).stdout
     results = json.loads((tmp_path / "fewer_passes.json").read_text())
     names = [row["system"] for row in results["systems"]]
