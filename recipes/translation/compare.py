@@ -12,15 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 
 from fairseq_asam.files import write_json
 from recipes.reporter import markdown_table, shown, write_text
-from recipes.translation.score import read_lines
+from recipes.translation.score import METRICS, read_lines
 from recipes.translation.train_log import read_epochs
-
-METRICS = {"BLEU": BLEU(), "chrF2": CHRF()}
 
 
 def main() -> None:
@@ -48,7 +45,8 @@ def compare(runs: list[Path], split: str) -> dict:
     """
     references = read_lines(runs[0] / f"{split}.ref")
     hypotheses = [(run.name, read_lines(run / f"{split}.hyp")) for run in runs]
-    signatures, scores = PairedTest(hypotheses, METRICS, [references], test_type="bs")()
+    metrics = {name: metric() for name, metric in METRICS.items()}
+    signatures, scores = PairedTest(hypotheses, metrics, [references], test_type="bs")()
     systems = [training_figures(run) for run in runs]
     for i, system in enumerate(systems):
         baseline_seconds = systems[0]["training_seconds"]

@@ -30,6 +30,7 @@ from recipes.reporter import write_text
 
 PLUGIN = Path(__file__).resolve().parents[2] / "fairseq_asam"
 LINES_SHOWN_ON_FAILURE = 20
+METRICS = {"BLEU": BLEU, "chrF2": CHRF}
 
 
 def main() -> None:
@@ -58,11 +59,10 @@ def main() -> None:
             shutil.copyfile(texts["src"], file)
         for ending, lines in (("ref", references), ("hyp", hypotheses)):
             write_text(args.run / f"{args.split}.{ending}", "".join(line + "\n" for line in lines))
-        bleu, chrf = BLEU(), CHRF()
+        metrics = {name: metric() for name, metric in METRICS.items()}
         result = {
-            "BLEU": bleu.corpus_score(hypotheses, [references]).score,
-            "chrF2": chrf.corpus_score(hypotheses, [references]).score,
-            "signatures": [f"BLEU|{bleu.get_signature()}", f"chrF2|{chrf.get_signature()}"],
+            **{name: each.corpus_score(hypotheses, [references]).score for name, each in metrics.items()},
+            "signatures": [f"{name}|{each.get_signature()}" for name, each in metrics.items()],
             "BLEU of tokens": bleu_of_tokens,
         }
         write_json(scores, result)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sacrebleu.metrics import BLEU, CHRF
 
-METRICS = {"BLEU": BLEU, "chrF2": CHRF}
+from recipes.translation.score import METRICS
+
 SAMPLES = 2000
 
 

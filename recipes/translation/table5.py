@@ -30,8 +30,8 @@ from recipes.translation.experiment import (
     experiment_run,
 )
 from recipes.translation.rho_search import best, search, validation_point, write
-from recipes.translation.score import read_lines
-from recipes.translation.significance import METRICS, paired_bootstrap
+from recipes.translation.score import METRICS, read_lines
+from recipes.translation.significance import paired_bootstrap
 
 LOSSES = ("best_valid_loss", "last_valid_loss", "last_train_loss")
 #: Validation and test BLEU of tokens in Table 5 of the paper.
