@@ -55,7 +55,7 @@ def main() -> None:
     add("--context", type=at_least_1, default=128, metavar="N", help="bytes that the model sees")
     add("--batch-size", type=at_least_1, default=16, metavar="N", help="of all processes together")
     add("--rounds", type=at_least_1, default=15, metavar="N", help="to time, after one that warms up")
-    add("--updates", type=at_least_1, default=3, metavar="N", help="of a process whose memory is measured")
+    add("--updates", type=at_least_1, default=8, metavar="N", help="of a process whose memory is measured")
     add("--out", type=Path, metavar="FILE", help="write the figures there too, as JSON")
     args = parser.parse_args()
     if args.width % HEAD:
