@@ -43,7 +43,8 @@ SMALL_MODEL = """
     --encoder-layers 1 --encoder-embed-dim 128 --encoder-ffn-embed-dim 512 --encoder-attention-heads 4
     --decoder-layers 1 --decoder-embed-dim 128 --decoder-ffn-embed-dim 512 --decoder-attention-heads 4
 """
-SMALL_TRAINING = f"{TRAINING} --lr 3e-3 --warmup-updates 300 --max-tokens 500"
+#: A process that loads the data would take time from training where there are few cores.
+SMALL_TRAINING = f"{TRAINING} --lr 3e-3 --warmup-updates 300 --max-tokens 500 --num-workers 0"
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,9 @@ SETUPS = {
     "quickstart": Setup(
         corpus="libreoffice_help data/libreoffice_help",
         model=f"{SMALL_MODEL} --dropout 0",
-        # In two epochs, many small updates learn more than fewer large ones.
-        training=f"{SMALL_TRAINING} --max-tokens 350 --lr 2.5e-3 --lr-scheduler polynomial_decay "
+        training=f"{SMALL_TRAINING} --max-tokens 700 --lr 2.5e-3 --lr-scheduler polynomial_decay "
         "--total-num-update UPDATES",
-        epochs=2,
+        epochs=3,
         rho={"sam": (0.05, 0.1, 0.2), "asam": (0.05, 0.1, 0.2)},
     ),
     # Few pairs and many epochs, so that Adam overfits.
