@@ -4,7 +4,7 @@
 #
 #   recipes/quickstart.sh
 #
-# Takes some 15 minutes on 2 cores after the installation. Run again, it does only what is missing; stopped at
+# Takes some 11 minutes on 2 cores after the installation. Run again, it does only what is missing; stopped at
 # any point, it goes on there. Everything it makes is in .venv, data/libreoffice_help and runs/quickstart.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

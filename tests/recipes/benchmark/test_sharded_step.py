@@ -10,6 +10,7 @@ pytest.importorskip("torch", minversion="2.6", reason="fully_shard is public fro
 from tests.recipes.benchmark.scripts import assert_refused, output_of, rows_of
 
 
+@pytest.mark.slow
 def test_sharded_step_has_time_traffic_and_memory_of_every_optimizer(tmp_path: Path):
     text = output_of(
         *("sharded_step", "--layers", "1", "--width", "32", "--context", "16", "--batch-size", "2"),
