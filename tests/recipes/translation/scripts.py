@@ -20,7 +20,7 @@ ENVIRONMENT = {
 }
 PAIRED = ("-m", "bleu", "--paired-bs", "-f", "json")
 # Of fairseq-train, with which the quickstart's model learns the tiny corpus.
-FLAGS = ("--lr", "0.003", "--warmup-updates", "20", "--max-tokens", "300", "--max-epoch", "5", "--cpu")
+FLAGS = ("--lr", "0.003", "--warmup-updates", "20", "--max-tokens", "150", "--max-epoch", "5", "--cpu")
 
 
 def run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess:
