@@ -8,7 +8,6 @@ models.
 from __future__ import annotations
 
 import logging
-import math
 import shlex
 import sys
 import warnings
@@ -22,7 +21,7 @@ warnings.simplefilter("ignore")  # and calls much that others have deprecated
 from fairseq import options, tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-import fairseq_asam.tasks  # noqa: F401  registers the optimizers, as --user-dir does
+from fairseq_asam.tasks import hooks  # registers the optimizers, as --user-dir does
 
 #: Section 5.3 of the paper. What it leaves open is fairseq's documented recipe for IWSLT'14.
 #: Some fairseq versions drop a last batch that is no multiple of --required-batch-size-multiple (default: 8).
@@ -138,9 +137,4 @@ def count_updates(cfg: Any) -> int:
         seed=cfg.common.seed,
         num_shards=cfg.distributed_training.distributed_world_size,
     )
-    accumulated = cfg.optimization.update_freq  # by epoch; the last number holds for all later ones
-    updates = sum(
-        math.ceil(len(batches) / accumulated[min(epoch, len(accumulated) - 1)])
-        for epoch in range(cfg.optimization.max_epoch)
-    )
-    return min(updates, cfg.optimization.max_update or updates)
+    return hooks.count_updates(cfg.optimization, len(batches))

@@ -28,7 +28,9 @@ class Update:
     Attributes:
         two_passes: makes the passes.
         num_micro_batches: how many micro-batches the update has on this worker.
-        ascends: whether it makes both passes; otherwise one, and LookSAM reuses what an earlier update found.
+        ascends: whether it makes both passes; otherwise one.
+        looksam: reuses what an earlier update found if this one does not ascend; ``None`` without
+            ``--ascent-interval`` and before ``--ascent-from``.
         micro_batch: the number of the present micro-batch, from 1 on; 0 before the first.
         waiting: the micro-batches whose pass at w + epsilon is still to be made.
     """
@@ -36,6 +38,7 @@ class Update:
     two_passes: TwoPasses
     num_micro_batches: int
     ascends: bool
+    looksam: LookSAM | None = None
     micro_batch: int = 0
     waiting: list[Any] = field(default_factory=list)
 
@@ -111,18 +114,21 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         Raises:
             ValueError: see :meth:`two_passes`.
         """
-        two_passes = self.two_passes(trainer)
+        two_passes, number = self.two_passes(trainer), trainer.get_num_updates()
         two_passes.reset()
-        ascends = self.looksam is None or self.looksam.begin(trainer.get_num_updates())
-        self.update = Update(two_passes, num_micro_batches, ascends)
+        self.update = Update(two_passes, num_micro_batches, ascends=number >= trainer.task.first_ascent)
+        if self.update.ascends and self.looksam is not None:
+            self.update.looksam = self.looksam
+            self.update.ascends = self.looksam.begin(number)
 
     def clip_grad_norm(self, max_norm, aggregate_norm_fn=None):
         """Clip the norm of the gradient, after LookSAM has added to it what it reuses."""
-        if self.looksam is not None and self.update is not None:
+        looksam = self.update and self.update.looksam
+        if looksam:
             if self.update.ascends:
-                self.looksam.find_component()
+                looksam.find_component()
             else:
-                self.looksam.add_component()
+                looksam.add_component()
         return super().clip_grad_norm(max_norm, aggregate_norm_fn)
 
     def step(self, *args, **kwargs):
@@ -138,9 +144,9 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
                 "plugin extends"
             )
         super().step(*args, **kwargs)
+        if self.update.looksam is not None:
+            self.update.looksam.store_component()
         self.update = None
-        if self.looksam is not None:
-            self.looksam.store_component()
 
     def load_state_dict(self, state_dict, optimizer_overrides=None):
         """Load a state of this optimizer or its base."""

@@ -7,6 +7,7 @@ from typing import Any, Optional
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_asam.sharpness import NORMALIZATIONS, SELECTIONS
+from fairseq_asam.sharpness.late_start import validate_start
 from fairseq_asam.sharpness.perturbation import validate
 
 # No "from __future__ import annotations" here: fairseq's parser needs types, not their names.
@@ -42,6 +43,14 @@ class SAMConfig(FairseqDataclass):
         default=False,
         metadata={
             "help": "draw new dropout masks for the pass at w + epsilon; by default both passes use the same"
+        },
+    )
+    ascent_from: float = field(
+        default=0.0,
+        metadata={
+            "help": "number of the first sharpness-aware update, or, below 1, the share of all updates "
+            "(--max-epoch, --max-update) before it; those before are plain updates of the base optimizer and "
+            "cost one pass (late start, arXiv 2410.10373)"
         },
     )
     ascent_fraction: float = field(
@@ -107,6 +116,7 @@ def validate_config(cfg: Any) -> None:
         ValueError: an option is out of range, in one sentence.
     """
     validate(**region(cfg))
+    validate_start(cfg.ascent_from)
     fraction, interval, reuse = cfg.ascent_fraction, cfg.ascent_interval, cfg.ascent_reuse
     if not 0.0 < fraction <= 1.0:
         raise ValueError(f"--ascent-fraction is {fraction}, but it must be greater than 0 and at most 1")

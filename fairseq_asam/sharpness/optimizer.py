@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .perturbation import Perturbation
 from .shards import is_sharded, local, reshard
-from .two_passes import TwoPasses
+from .two_passes import TwoPasses, loss_of
 
 # Attribute of a gradient that a step leaves behind. It holds the version that the gradient had then.
 _LEFT_AT = "_left_by_sharpness_aware_at_version"
@@ -51,6 +51,8 @@ class SharpnessAware(torch.optim.Optimizer):
     Attributes:
         base: the base optimizer.
         perturbation: the :class:`~fairseq_asam.Perturbation`. Its ``rho`` may change between steps.
+        ascends: whether steps are sharpness-aware. Set it to ``False`` for plain steps of *base*, which run
+            the closure once, as for a late start (arXiv 2410.10373).
 
     Raises:
         TypeError: *base* is not an optimizer.
@@ -86,6 +88,7 @@ class SharpnessAware(torch.optim.Optimizer):
             reshard(weights.modules())
             modules, weights = [weights], weights.named_parameters()
         self._passes = TwoPasses(Perturbation(weights, rho, **options), modules, _parameters(base))
+        self.ascends = True
         # Do not call super().__init__(): it would make groups and a state beside those of the base.
         self.__setstate__({})
 
@@ -100,7 +103,8 @@ class SharpnessAware(torch.optim.Optimizer):
 
     @property
     def sharpness(self) -> Tensor | float | None:
-        """L(w + epsilon) - L(w) of the last step, of the same type as the closure's loss; ``None`` before."""
+        """L(w + epsilon) - L(w) of the last sharpness-aware step, of the same type as the closure's loss;
+        ``None`` before."""
         return self._passes.sharpness
 
     # torch declares a closure that returns a float; one that returns a tensor is as common.
@@ -113,9 +117,9 @@ class SharpnessAware(torch.optim.Optimizer):
 
         Args:
             closure: clears the gradients, computes the loss, calls ``backward()`` and returns the loss. It
-                runs twice. It need not clear the gradients if there are none before the step. It may be left
-                out if all gradients are 0, because epsilon is 0 then: torch's distributed checkpoints make
-                such a step to initialize the state.
+                runs twice, or once for a plain step. It need not clear the gradients if there are none before
+                the step. It may be left out if all gradients are 0, because epsilon is 0 then: torch's
+                distributed checkpoints make such a step to initialize the state.
 
         Returns:
             The loss at w; ``None`` without a closure.
@@ -144,12 +148,17 @@ class SharpnessAware(torch.optim.Optimizer):
         self.base.zero_grad()
         with torch.enable_grad():
             try:
-                loss = self._passes.at_w(lambda: _first(closure, foreign), again=closure)
+                if self.ascends:
+                    loss = self._passes.at_w(lambda: _first(closure, foreign), again=closure)
+                else:
+                    loss = _first(closure, foreign)
+                    loss_of(loss)  # raises now, not in the first sharpness-aware step
             except BaseException:
                 for parameter, gradient in zip(parameters, earlier):
                     parameter.grad = gradient
                 raise
-            self._passes.at_w_plus_epsilon()
+            if self.ascends:
+                self._passes.at_w_plus_epsilon()
         self.base.step()
         for parameter in parameters:
             if parameter.grad is not None:

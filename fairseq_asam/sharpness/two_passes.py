@@ -114,7 +114,7 @@ class TwoPasses:
             random_state = None if self.fresh_masks else RandomState()
             with contextlib.nullcontext() if self.modules else self._before.adding_what_runs():
                 result = evaluate()
-            self._passes.append(_Pass(again or evaluate, random_state, _loss_of(result)))
+            self._passes.append(_Pass(again or evaluate, random_state, loss_of(result)))
         except BaseException:
             self._set_gradients(self._earlier)
             self.reset()
@@ -140,7 +140,7 @@ class TwoPasses:
                 if not self.buffers_of_both:
                     self._before.restore()
                 results = [each.repeat() for each in self._passes]
-            self.sharpness = sum(map(_loss_of, results)) - sum(each.loss for each in self._passes)
+            self.sharpness = sum(map(loss_of, results)) - sum(each.loss for each in self._passes)
         except BaseException:
             if not self._perturbed:
                 self._set_gradients(self._earlier)
@@ -184,7 +184,8 @@ class _Pass(NamedTuple):
         return self.evaluate()
 
 
-def _loss_of(result: Any) -> Tensor | float:
+def loss_of(result: Any) -> Tensor | float:
+    """Return the loss that a pass returned alone or first in a tuple, or raise TypeError if it did not."""
     loss = result[0] if isinstance(result, tuple) and result else result
     if isinstance(loss, Tensor) and loss.numel() == 1:
         return loss.detach().reshape(())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from fairseq.trainer import Trainer
 from omegaconf import DictConfig
 
 from fairseq_asam.optim import SHARPNESS_AWARE, sharpness_aware_optimizer, validate_config
+from fairseq_asam.sharpness.late_start import first_ascent
 
 from .train_step import SharpnessAwareTask, with_sharpness_awareness
 
@@ -117,6 +119,22 @@ def _sharpness_aware_configuration(task: Any) -> Any:
     return whole if getattr(getattr(whole, "optimizer", None), "_name", None) in SHARPNESS_AWARE else None
 
 
+def count_updates(optimization: Any, batches: int | None) -> float:
+    """Return how many updates a training makes; infinity if that is unknown.
+
+    Args:
+        optimization: that group of a fairseq configuration.
+        batches: of an epoch, on each worker; ``None`` if that is unknown.
+    """
+    updates: float = math.inf
+    if optimization.max_epoch and batches is not None:
+        freq = optimization.update_freq  # by epoch; the last number holds for all later ones
+        whole = math.floor if getattr(optimization, "skip_remainder_batch", False) else math.ceil
+        of_epochs = (freq[min(epoch, len(freq) - 1)] for epoch in range(optimization.max_epoch))
+        updates = sum(whole(batches / accumulated) for accumulated in of_epochs)
+    return min(updates, optimization.max_update or math.inf)
+
+
 def _make_task_sharpness_aware(trainer: Trainer) -> None:
     if not isinstance(trainer.task, SharpnessAwareTask):
         trainer.task.__class__ = with_sharpness_awareness(type(trainer.task))
@@ -126,9 +144,16 @@ def _sharpness_aware_get_train_iterator(get_train_iterator):
     # Change the task before it makes its batches: see checkpoints.py.
     @functools.wraps(get_train_iterator)
     def sharpness_aware_get_train_iterator(self, *args, **kwargs):
-        if self.cfg.optimizer._name in SHARPNESS_AWARE:
-            _make_task_sharpness_aware(self)
-        return get_train_iterator(self, *args, **kwargs)
+        if self.cfg.optimizer._name not in SHARPNESS_AWARE:
+            return get_train_iterator(self, *args, **kwargs)
+        _make_task_sharpness_aware(self)
+        batches = get_train_iterator(self, *args, **kwargs)
+        with _refusals_as_a_sentence():
+            # Epochs that take turns with parts of the data have different numbers of batches.
+            differ = self.task.has_sharded_data(self.cfg.dataset.train_subset)
+            updates = count_updates(self.cfg.optimization, None if differ else len(batches))
+            self.task.first_ascent = first_ascent(self.cfg.optimizer.ascent_from, updates)
+        return batches
 
     return sharpness_aware_get_train_iterator
 
@@ -140,6 +165,9 @@ def _sharpness_aware_train_step(train_step):
         if asam is not None:
             _make_task_sharpness_aware(self)
             with _refusals_as_a_sentence():
+                if self.task.first_ascent is None:  # the program makes batches without the Trainer
+                    updates = count_updates(self.cfg.optimization, None)
+                    self.task.first_ascent = first_ascent(self.cfg.optimizer.ascent_from, updates)
                 asam.begin_update(self, len(samples))
         return train_step(self, samples, raise_oom)
 

@@ -33,7 +33,13 @@ class SharpnessAwareTask(FairseqTask):
 
     It goes in front of the class of any fairseq task that is trained with an optimizer of
     :mod:`fairseq_asam.optim`.
+
+    Attributes:
+        first_ascent: the number of the first update that makes both passes (``--ascent-from``); ``None``
+            before the Trainer has made batches.
     """
+
+    first_ascent: int | None = None
 
     def train_step(
         self,
@@ -83,8 +89,8 @@ class SharpnessAwareTask(FairseqTask):
             """Complete the gradient at w in ``.grad``, from which the next pass makes epsilon."""
             if per_update:
                 _all_reduce(asam, model, criterion)
-            if asam.looksam is not None:
-                asam.looksam.add_gradients_at_w(optimizer)
+            if update.looksam is not None:
+                update.looksam.add_gradients_at_w(optimizer)
 
         try:
             with _no_sync(model, criterion, apply=not per_update):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, get_args, get_type_hints
 
+from fairseq_asam.sharpness.late_start import validate_start
 from fairseq_asam.sharpness.normalization import IDENTITY, NORMALIZATIONS
 from fairseq_asam.sharpness.perturbation import validate
 
@@ -94,6 +95,11 @@ class TrainOptions:
         flags=("--m", "--m-sharpness"),
         metavar="M",
     )
+    ascent_from: float = _option(
+        "number of the first sharpness-aware update, or, below 1, the share of all updates before it; those "
+        "before are plain updates of sgd (late start)",
+        0.0,
+    )
     batch_norm_statistics: str = _option(
         "passes that update them; both: as in the paper's code", "first", choices=("first", "both")
     )
@@ -139,8 +145,11 @@ class TrainOptions:
 
     def _check(self) -> None:
         validate(rho=self.rho, eta=self.eta, p=self.p_norm)
-        if self.optimizer == "sgd" and (self.rho or self.m):
-            raise ValueError("sgd has no epsilon and takes neither rho nor m: choose sam or asam to use them")
+        validate_start(self.ascent_from)
+        if self.optimizer == "sgd" and (self.rho or self.m or self.ascent_from):
+            raise ValueError(
+                "sgd has no epsilon and takes no rho, m or ascent_from: choose sam or asam to use them"
+            )
         if self.optimizer != "asam" and NORMALIZATIONS[self.normalization] is not IDENTITY:
             raise ValueError(
                 f"{self.optimizer} has no normalization operator such as {self.normalization}: choose asam"

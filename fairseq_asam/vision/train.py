@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from fairseq_asam import Perturbation
+from fairseq_asam.sharpness.late_start import first_ascent
 
 from . import data, models
 from .batches import Batches, evaluation_loader, seed_of, training_loader
@@ -44,7 +45,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
 
     - ``options``: those that decide what is computed;
     - ``epochs``: a record of each, with ``epoch``, ``train_loss`` (at w, with label smoothing and augmented
-      images), ``train_accuracy``, ``sharpness`` (the mean of L(w + epsilon) - L(w); 0 for sgd),
+      images), ``train_accuracy``, ``sharpness`` (the mean of L(w + epsilon) - L(w); 0 if there is none),
       ``test_loss``, ``test_accuracy``, ``test_top5_accuracy`` and ``seconds`` of training;
     - ``train_loss``, ``train_accuracy``, ``test_loss``, ``test_accuracy``, ``test_top5_accuracy`` after the
       last epoch: in evaluation mode, without label smoothing and augmentation, but with label noise;
@@ -131,6 +132,7 @@ class Run:
         share = (accelerator.process_index, accelerator.num_processes)
         place = (options.workers, accelerator.device)
         self.batches = Batches(len(augmented.train), options.batch_size, options.seed, *share)
+        self.first_ascent = first_ascent(options.ascent_from, options.epochs * len(self.batches))
         self.training = training_loader(augmented.train, self.batches, *place)
         self.evaluation_on_training = evaluation_loader(plain.train, *place, *share)
         self.evaluation = evaluation_loader(augmented.test, *place, *share)
@@ -189,6 +191,7 @@ class Run:
         for count, (images, targets) in enumerate(bar, start=1):
             if self.cutmix is not None:
                 images, targets = self.cutmix(images, targets)
+            self.update.ascends = (epoch - 1) * len(self.batches) + count > self.first_ascent
             meter.add(self.update(*self._on_device(images, targets)))
             if count % LOOK_EVERY == 0 or count == len(self.batches):
                 means = meter.means()

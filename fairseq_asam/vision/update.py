@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,10 @@ from fairseq_asam import Perturbation, TwoPasses
 
 
 class Measured(NamedTuple):
-    """Means over the images of an update in this process, as tensors on the device: to read one waits."""
+    """Means over the images of an update in this process, as tensors on the device: to read one waits.
+
+    A plain update in a run that makes sharpness-aware ones later has a sharpness of NaN.
+    """
 
     loss: Tensor
     accuracy: Tensor
@@ -38,6 +42,9 @@ class Update:
             divides N. The step uses the mean of the gradients at each w + epsilon. ``None``: one epsilon from
             the gradient of the whole batch, over all processes.
         statistics_at_w: do not update batch-normalization statistics in the pass at w + epsilon.
+
+    Attributes:
+        ascends: whether updates are sharpness-aware; plain ones otherwise. It may be set between updates.
     """
 
     def __init__(
@@ -56,12 +63,14 @@ class Update:
         self._two_passes = None
         if perturbation is not None:
             self._two_passes = TwoPasses(perturbation, [model], buffers_of_both=not statistics_at_w)
+        self.ascends = True
 
     def __call__(self, images: Tensor, targets: Tensor) -> Measured:
         self.optimizer.zero_grad()
-        if self._two_passes is None:
+        if self._two_passes is None or not self.ascends:
             loss, accuracy = self._pass(images, targets)
-            measured = Measured(loss, accuracy, torch.zeros_like(loss))
+            unknown = 0.0 if self._two_passes is None else math.nan
+            measured = Measured(loss, accuracy, torch.full_like(loss, unknown))
         else:
             m = self.m or len(images)
             groups = list(zip(images.split(m), targets.split(m)))

@@ -273,6 +273,31 @@ def test_gradients_that_the_closure_neither_made_nor_cleared_are_refused(steps_b
     assert not torch.equal(weights(model), before)
 
 
+def test_before_a_late_start_steps_are_those_of_the_base():
+    """And after it those of one that begins with the base's state."""
+    model, optimizer = setting(adam, rho=0.1)
+    optimizer.ascends = False
+    train(model, optimizer, range(10))
+    assert optimizer.sharpness is None
+    plain, late = setting(adam, rho=0.1)
+    train(plain, late.base, range(10))
+    assert torch.equal(weights(model), weights(plain))
+
+    optimizer.ascends = True
+    train(model, optimizer, range(10, 20))
+    train(plain, late, range(10, 20))
+    assert torch.equal(weights(model), weights(plain)) and optimizer.sharpness > 0
+
+
+def test_before_a_late_start_a_closure_without_a_loss_is_refused():
+    model, optimizer, backward = regression()
+    optimizer.ascends = False
+    before = weights(model)
+    with pytest.raises(TypeError, match="it must return the loss"):
+        optimizer.step(lambda: backward() and None)
+    assert torch.equal(weights(model), before)
+
+
 def test_a_float_counts_as_a_loss():
     model, optimizer, backward = regression()
     closure = clearing(optimizer, backward)

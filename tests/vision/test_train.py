@@ -104,8 +104,8 @@ def test_learning_rate_falls_along_a_cosine(tmp_path):
 
 
 def test_killed_and_resumed_is_never_stopped(tmp_path):
-    """With everything random switched on, and kill -9 in the middle of an epoch."""
-    flags = ["--cutmix", "--label-noise", "0.2", "--m", "32", "--batch-size", "64"]
+    """With everything random switched on, a late start, and kill -9 in the middle of an epoch."""
+    flags = ["--cutmix", "--label-noise", "0.2", "--m", "32", "--batch-size", "64", "--ascent-from", "0.7"]
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     expected = made(uninterrupted, *flags, epochs=8)
     run = [sys.executable, SCRIPT, *command(killed, *flags, epochs=8)]
@@ -123,6 +123,13 @@ def test_killed_and_resumed_is_never_stopped(tmp_path):
     assert_same_state(checkpoint(killed), checkpoint(uninterrupted))
     keys = ("train_loss", "test_loss", "test_accuracy", "max_test_accuracy")
     assert all(resumed[key] == expected[key] for key in keys)
+
+
+def test_before_a_late_start_updates_are_those_of_sgd(tmp_path):
+    late = without_times(made(tmp_path / "late", "--ascent-from", "0.5", epochs=4))
+    sgd = without_times(made(tmp_path / "sgd", optimizer="sgd", epochs=4))
+    assert late[:2] == sgd[:2] and late[2:] != sgd[2:]
+    assert [record["sharpness"] > 0 for record in late] == [False, False, True, True]
 
 
 def test_a_finished_run_is_left_alone(tmp_path, capsys):
@@ -192,6 +199,9 @@ def test_two_processes_make_the_weights_of_one(m, tmp_path):
         (["--dataset", "cifar10", "--data", "nowhere"], "nowhere"),
         (["--dataset", "cifar10"], "--data"),
         (["--label-noise", "1.5"], "label_noise is 1.5"),
+        (["--ascent-from", "-1"], "ascent_from is -1.0"),
+        (["--ascent-from", "100000"], "training ends after"),
+        (["--optimizer", "sgd", "--ascent-from", "0.5"], "sgd has no epsilon"),
     ],
 )
 def test_bad_input_gets_one_sentence(flags, said, tmp_path, capsys):
