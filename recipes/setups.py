@@ -94,10 +94,11 @@ SETUPS = {
     ),
     # Few pairs and many epochs, so that Adam overfits.
     "help_8000": Setup(
-        corpus="libreoffice_help data/help_8000 --training-pairs 8000 --vocab-size 2000",
-        model=f"{SMALL_MODEL} --dropout 0.3",
+        corpus="libreoffice_help data/help_8000 --training-pairs 8000",
+        # With Adam, the validation BLEU is lower with 0.1 and 0.3, and with a vocabulary of 2,000.
+        model=f"{SMALL_MODEL} --dropout 0.2",
         training=f"{SMALL_TRAINING} {BEST_BY_BLEU} {GREEDY} --eval-bleu-remove-bpe sentencepiece",
-        epochs=24,
+        epochs=30,
         rho={"sam": (0.02, 0.05, 0.1, 0.2), "asam": (0.1, 0.2, 0.5, 1.0)},
     ),
     # The paper's, but for the number of epochs, which it does not give.
