@@ -135,6 +135,7 @@ def test_the_watch_is_asked_about_the_runs_under_way(tmp_path):
 PROGRAM = """
 import signal, sys
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a script
 from pathlib import Path
 from recipes.runner import Run, complete
 complete([Run(Path(f), {}, [["sh", "-c", sys.argv[1], f]]) for f in sys.argv[2:]], jobs=2)
