@@ -17,7 +17,12 @@ RECIPES = [
     "sentencepiece>=0.1.99",
     "subword-nmt>=0.3.8",
 ]
-CLUSTER = ["hydra-submitit-launcher>=1.0"]
+CLUSTER = [
+    "hydra-submitit-launcher>=1.0",
+    # submitit 1.5.4 fails on Python 3.9, and earlier ones need pkg_resources.
+    "submitit<1.5.4; python_version<'3.10'",
+    "setuptools<81; python_version<'3.10'",
+]
 ZERO = ["fairscale>=0.4.13"]
 
 setup(
