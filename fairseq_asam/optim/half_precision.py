@@ -1,9 +1,11 @@
-"""The float32 masters of half-precision weights, as ``--fp16`` and bfloat16 keep them."""
+"""The model's weights and what belongs to them, where ``--fp16`` and bfloat16 step float32 masters."""
 
 from __future__ import annotations
 
 from fairseq.optim import FairseqOptimizer, FP16Optimizer
 from torch import Tensor
+
+from fairseq_asam.sharpness.momentum import first_moments
 
 
 def model_parameters(optimizer: FairseqOptimizer) -> list[Tensor]:
@@ -17,6 +19,21 @@ def master_weights(optimizer: FairseqOptimizer) -> dict[Tensor, Tensor]:
         return {}
     masters = [master.detach() for master in optimizer.fp32_optimizer.params]
     return dict(zip(optimizer.fp16_params, as_model_parameters(optimizer, masters)))
+
+
+def model_moments(optimizer: FairseqOptimizer) -> dict[Tensor, Tensor]:
+    """Return the first moment of each of the model's parameters that *optimizer* has stepped.
+
+    Raises:
+        ValueError: the optimizer keeps none.
+    """
+    stepped = first_moments(getattr(optimizer, "fp32_optimizer", optimizer).optimizer)
+    if not isinstance(optimizer, FP16Optimizer) or not stepped:
+        return stepped
+    if optimizer.has_flat_params:
+        return dict(zip(optimizer.fp16_params, as_model_parameters(optimizer, list(stepped.values()))))
+    pairs = zip(optimizer.fp16_params, optimizer.fp32_optimizer.params)
+    return {parameter: stepped[master] for parameter, master in pairs if master in stepped}
 
 
 def as_model_parameters(optimizer: FairseqOptimizer, tensors: list[Tensor]) -> list[Tensor]:

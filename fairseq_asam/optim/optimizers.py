@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from argparse import ArgumentParser
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from fairseq.trainer import Trainer
 
 from fairseq_asam.sharpness import SELECTIONS, Perturbation, TwoPasses, selected_parameters
 
-from .half_precision import master_weights
+from .half_precision import master_weights, model_moments
 from .looksam import LookSAM, drop_components
 from .options import ASAMConfig, SAMConfig, region, validate_config
 
@@ -99,11 +100,13 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
                     f"--perturbed-weights is {selection}, but the model trains no such weights: choose "
                     f"{' or '.join(name for name in SELECTIONS if name != selection)}"
                 )
+            by_momentum = str(cfg.ascent_direction) == "momentum"
             perturbation = Perturbation(
                 selected,
                 **region(cfg),
                 normalize_bias=getattr(cfg, "normalize_bias", False),
                 masters=master_weights(trainer.optimizer),
+                moments=functools.partial(model_moments, trainer.optimizer) if by_momentum else None,
             )
             self._two_passes = TwoPasses(perturbation, modules, fresh_masks=cfg.fresh_masks)
         return self._two_passes
@@ -112,10 +115,13 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         """Begin an update of *num_micro_batches*, whatever became of the last one.
 
         Raises:
-            ValueError: see :meth:`two_passes`.
+            ValueError: see :meth:`two_passes`; or the base optimizer keeps no first moment, from which
+                ``--ascent-direction momentum`` makes epsilon.
         """
         two_passes, number = self.two_passes(trainer), trainer.get_num_updates()
         two_passes.reset()
+        if two_passes.perturbation.moments is not None:
+            two_passes.perturbation.moments()  # raises here, where that becomes a sentence
         self.update = Update(two_passes, num_micro_batches, ascends=number >= trainer.task.first_ascent)
         if self.update.ascends and self.looksam is not None:
             self.update.looksam = self.looksam

@@ -8,6 +8,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_asam.sharpness import NORMALIZATIONS, SELECTIONS
 from fairseq_asam.sharpness.late_start import validate_start
+from fairseq_asam.sharpness.momentum import DIRECTIONS
 from fairseq_asam.sharpness.perturbation import validate
 
 # No "from __future__ import annotations" here: fairseq's parser needs types, not their names.
@@ -43,6 +44,13 @@ class SAMConfig(FairseqDataclass):
         default=False,
         metadata={
             "help": "draw new dropout masks for the pass at w + epsilon; by default both passes use the same"
+        },
+    )
+    ascent_direction: ChoiceEnum(list(DIRECTIONS)) = field(  # type: ignore[valid-type]
+        default="gradient",
+        metadata={
+            "help": "what epsilon is made of: the gradient at w, or minus the optimizer's first moment "
+            "(Momentum-SAM, arXiv 2401.12033), for which an update costs one pass"
         },
     )
     ascent_from: float = field(
@@ -124,6 +132,19 @@ def validate_config(cfg: Any) -> None:
         raise ValueError(f"--ascent-interval is {interval}, but it must be at least 1 (LookSAM: 5)")
     if reuse is not None and not 0.0 <= reuse < math.inf:
         raise ValueError(f"--ascent-reuse is {reuse}, but it must be a finite number >= 0 (LookSAM: 0.7)")
+    if str(cfg.ascent_direction) == "momentum":
+        others = {
+            "--ascent-scope micro-batch": str(cfg.ascent_scope) == "micro-batch",
+            "--fresh-masks": cfg.fresh_masks,
+            "--ascent-fraction": fraction < 1.0,
+            "--ascent-interval": interval > 1,
+        }
+        for flag, given in others.items():
+            if given:
+                raise ValueError(
+                    f"{flag} does not go with --ascent-direction momentum, which makes no pass at w: use one "
+                    "of them"
+                )
     if fraction < 1.0 and interval > 1:
         raise ValueError(
             "--ascent-fraction does not go with --ascent-interval: what LookSAM reuses is the difference of "

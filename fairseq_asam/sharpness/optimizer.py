@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .momentum import DIRECTIONS, first_moments
 from .perturbation import Perturbation
 from .shards import is_sharded, local, reshard
 from .two_passes import TwoPasses, loss_of
@@ -47,6 +49,8 @@ class SharpnessAware(torch.optim.Optimizer):
         weights: a module, or pairs of name and parameter as :class:`~fairseq_asam.Perturbation` takes them.
             Give the module if the model is compiled: with pairs, a hook has to find the modules that run.
         rho, **options: of :class:`~fairseq_asam.Perturbation`.
+        direction: ``gradient``: of the loss at w. ``momentum``: the first moment of *base* (Momentum-SAM,
+            arXiv 2401.12033). A step then runs the closure once, at w + epsilon, and the first one at w.
 
     Attributes:
         base: the base optimizer.
@@ -56,7 +60,8 @@ class SharpnessAware(torch.optim.Optimizer):
 
     Raises:
         TypeError: *base* is not an optimizer.
-        ValueError: *base* cannot make the step; all that :class:`~fairseq_asam.Perturbation` raises.
+        ValueError: *base* cannot make the step, or keeps no first moment of all the weights for momentum's
+            direction; all that :class:`~fairseq_asam.Perturbation` raises.
     """
 
     # A torch.amp.GradScaler then sets `found_inf` before it calls step(), which refuses it.
@@ -67,8 +72,12 @@ class SharpnessAware(torch.optim.Optimizer):
         base: torch.optim.Optimizer,
         weights: nn.Module | Iterable[tuple[str, Tensor]],
         rho: float,
+        *,
+        direction: str = "gradient",
         **options: Any,
     ):
+        if direction not in DIRECTIONS:
+            raise ValueError(f"direction is {direction!r}, but it must be one of {', '.join(DIRECTIONS)}")
         if not hasattr(base, "param_groups"):
             raise TypeError(
                 f"base is a {type(base).__name__}, but it must be an optimizer: pass one, such as "
@@ -87,7 +96,18 @@ class SharpnessAware(torch.optim.Optimizer):
         if isinstance(weights, nn.Module):
             reshard(weights.modules())
             modules, weights = [weights], weights.named_parameters()
-        self._passes = TwoPasses(Perturbation(weights, rho, **options), modules, _parameters(base))
+        if direction == "momentum":
+            first_moments(base)  # raises if it keeps none
+            options["moments"] = functools.partial(first_moments, base)
+        perturbation = Perturbation(weights, rho, **options)
+        if direction == "momentum":
+            trained = {parameter for parameter in perturbation.parameters if parameter.requires_grad}
+            if hasattr(base, "optim") or not trained <= set(_parameters(base)):
+                raise ValueError(
+                    f"{type(base).__name__} has only a part of the weights' first moments, as with "
+                    "ZeroRedundancyOptimizer: use the direction gradient, or an optimizer with all of them"
+                )
+        self._passes = TwoPasses(perturbation, modules, _parameters(base))
         self.ascends = True
         # Do not call super().__init__(): it would make groups and a state beside those of the base.
         self.__setstate__({})
@@ -103,7 +123,7 @@ class SharpnessAware(torch.optim.Optimizer):
 
     @property
     def sharpness(self) -> Tensor | float | None:
-        """L(w + epsilon) - L(w) of the last sharpness-aware step, of the same type as the closure's loss;
+        """L(w + epsilon) - L(w) of the last step with two passes, of the same type as the closure's loss;
         ``None`` before."""
         return self._passes.sharpness
 
@@ -122,7 +142,7 @@ class SharpnessAware(torch.optim.Optimizer):
                 distributed checkpoints make such a step to initialize the state.
 
         Returns:
-            The loss at w; ``None`` without a closure.
+            The loss at w, with momentum's direction the one at w + epsilon; ``None`` without a closure.
 
         Raises:
             TypeError: there is no closure, or it returned no loss.
@@ -143,21 +163,24 @@ class SharpnessAware(torch.optim.Optimizer):
                 )
             self.base.step()
             return None
-        foreign = self._parameter_with_foreign_gradient()
+        two_passes = self.ascends and self.perturbation.moments is None
+        first = functools.partial(_first, closure, self._parameter_with_foreign_gradient())
         earlier = [parameter.grad for parameter in parameters]
         self.base.zero_grad()
         with torch.enable_grad():
             try:
-                if self.ascends:
-                    loss = self._passes.at_w(lambda: _first(closure, foreign), again=closure)
+                if two_passes:
+                    loss = self._passes.at_w(first, again=closure)
+                elif self.ascends:
+                    loss = self._passes.only_at_w_plus_epsilon(first)
                 else:
-                    loss = _first(closure, foreign)
+                    loss = first()
                     loss_of(loss)  # raises now, not in the first sharpness-aware step
             except BaseException:
                 for parameter, gradient in zip(parameters, earlier):
                     parameter.grad = gradient
                 raise
-            if self.ascends:
+            if two_passes:
                 self._passes.at_w_plus_epsilon()
         self.base.step()
         for parameter in parameters:

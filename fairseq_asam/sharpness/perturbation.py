@@ -136,6 +136,10 @@ class Perturbation(Displacement):
             resolution of half precision. Added to the master and rounded once, it survives on average.
             Masters are read and never changed.
         maximize: the objective is to be maximized, so epsilon goes down its gradient.
+        moments: returns the first moment m of each weight that has one, such as
+            :func:`~fairseq_asam.sharpness.momentum.first_moments` of the optimizer. On entry, g = -m then
+            takes the place of the gradients (Momentum-SAM, arXiv 2401.12033). No pass at w is needed. Without
+            any moment, as before the first step, nothing is perturbed.
 
     Attributes:
         parameters: those given, without duplicates and without those that are not real.
@@ -162,11 +166,12 @@ class Perturbation(Displacement):
         normalize_bias: bool = False,
         masters: Mapping[Tensor, Tensor] | None = None,
         maximize: bool = False,
+        moments: Callable[[], Mapping[Tensor, Tensor]] | None = None,
     ):
         super().__init__()
         self.rho, self.eta, self.p = rho, eta, p
         self.normalization, self.normalize_bias = normalization, normalize_bias
-        self.maximize = maximize
+        self.maximize, self.moments = maximize, moments
         self.norm: Tensor | None = None
         masters = dict(masters or {})
         self._names: dict[Tensor, str] = {}
@@ -231,7 +236,10 @@ class Perturbation(Displacement):
         self._perturb(gradients)
 
     def _gradients(self) -> dict[Tensor, Tensor]:
-        """Return this process's part of the gradient of each parameter that has one."""
+        """Return this process's part of the gradient, or of the moment, of each parameter that has one."""
+        if self.moments is not None:
+            moments = self.moments()
+            return {p: local(moments[p]) for p in self._names if p.requires_grad and p in moments}
         present = [p for p in (*self._names, *self._not_real) if p.requires_grad and p.grad is not None]
         if not present:
             what = "no parameter has a gradient"
@@ -254,12 +262,15 @@ class Perturbation(Displacement):
     def _perturb(self, gradients: dict[Tensor, Tensor]) -> None:
         q = dual(self.p)
         blocks = self._blocks_and_norm(gradients, q)
+        if not gradients:
+            return
         inverse = 1.0 / self.norm
         usable = torch.isfinite(self.norm) & torch.isfinite(inverse)
         on_cpu = self.norm.device.type == "cpu"  # on other devices, reading a value would stall them
         if self.rho == 0.0 or (on_cpu and not usable):
             return
-        rho = -self.rho if self.maximize else self.rho
+        # Minus the moment is where the optimizer goes, whether it minimizes or maximizes.
+        rho = -self.rho if self.maximize or self.moments is not None else self.rho
         ascent = Ascent(rho, q, torch.where(usable, inverse, 0.0), usable)
         # Go backwards here and forwards in _restore: what a CPU touched last is still in its cache.
         for block, of_block in reversed(blocks):
@@ -292,6 +303,8 @@ class Perturbation(Displacement):
         norms: dict[Shards | None, list[Tensor]] = {shards: [] for shards in self._shards}
         for block, of_block in blocks:
             norms.setdefault(block.shards, []).extend(block.norms(of_block, order, unit))
+        if not norms:
+            return local(self.parameters[0]).new_zeros(())
         norm = norm_over(None, [self._over(*each, order, names) for each in norms.items()], order)
         return norm if unit is None else norm * unit
 

@@ -151,6 +151,25 @@ class TwoPasses:
             self.reset()
         return results
 
+    def only_at_w_plus_epsilon(self, evaluate: Evaluate) -> Any:
+        """Make the only pass of a batch, at w + epsilon, and return what *evaluate* returned.
+
+        This is for a perturbation with moments, which needs no pass at w. The gradient is added to the
+        earlier ones, and the buffers are those that the pass leaves.
+
+        Raises:
+            TypeError: *evaluate* returned no loss.
+        """
+        modules = [part for module in self.modules for part in module.modules()]
+        reshard(modules)
+        try:
+            with self.perturbation:
+                result = evaluate()
+        finally:
+            reshard(modules)
+        loss_of(result)
+        return result
+
     def marked(self, loss: Tensor) -> Tensor:
         """Return *loss*, but NaN in the pass at w + epsilon if the gradient at w is not finite.
 

@@ -55,8 +55,9 @@ class SharpnessAwareTask(FairseqTask):
 
         The loss and the logging outputs returned are those at w. ``.grad`` accumulates the gradients of the
         passes at w + epsilon. With ``--ascent-scope update``, these passes follow the pass at w of the last
-        micro-batch, and that call returns the sample size of all micro-batches. With ``--ascent-fraction``,
-        logging outputs at w that are sums are extrapolated to the whole batch. Means, as of the criteria of
+        micro-batch, and that call returns the sample size of all micro-batches. With ``--ascent-direction
+        momentum``, the only pass is at w + epsilon, and so is the loss. With ``--ascent-fraction``, logging
+        outputs at w that are sums are extrapolated to the whole batch. Means, as of the criteria of
         text-to-speech, are those of the part.
         """
         asam = sharpness_aware_optimizer(optimizer)
@@ -73,6 +74,11 @@ class SharpnessAwareTask(FairseqTask):
         )
         if not update.ascends:
             return step(sample)
+        if str(cfg.ascent_direction) == "momentum":
+            set_num_updates: Any = model.set_num_updates
+            set_num_updates(update_num)  # at w, of which some models step a moving average then
+            with _no_new_update(model):
+                return update.two_passes.only_at_w_plus_epsilon(lambda: step(sample))
         two_passes, is_last = update.two_passes, update.is_at_last
         per_update = cfg.ascent_scope == "update"
         padding = getattr(criterion, "padding_idx", None)

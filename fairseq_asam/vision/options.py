@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Optional, get_args, get_type_hints
 
 from fairseq_asam.sharpness.late_start import validate_start
+from fairseq_asam.sharpness.momentum import DIRECTIONS
 from fairseq_asam.sharpness.normalization import IDENTITY, NORMALIZATIONS
 from fairseq_asam.sharpness.perturbation import validate
 
@@ -95,6 +96,11 @@ class TrainOptions:
         flags=("--m", "--m-sharpness"),
         metavar="M",
     )
+    ascent_direction: str = _option(
+        "what epsilon is made of; momentum: SGD's, against it, in one pass (arXiv 2401.12033)",
+        "gradient",
+        choices=DIRECTIONS,
+    )
     ascent_from: float = _option(
         "number of the first sharpness-aware update, or, below 1, the share of all updates before it; those "
         "before are plain updates of sgd (late start)",
@@ -149,6 +155,12 @@ class TrainOptions:
         if self.optimizer == "sgd" and (self.rho or self.m or self.ascent_from):
             raise ValueError(
                 "sgd has no epsilon and takes no rho, m or ascent_from: choose sam or asam to use them"
+            )
+        if self.ascent_direction == "momentum" and (self.m or not self.momentum):
+            raise ValueError(
+                "ascent_direction is momentum, which needs a momentum above 0 and makes one epsilon for the "
+                f"batch, but momentum is {self.momentum} and m is {self.m or 0}: change these, or ascend by "
+                "gradient"
             )
         if self.optimizer != "asam" and NORMALIZATIONS[self.normalization] is not IDENTITY:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import platform
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from fairseq_asam import Perturbation
 from fairseq_asam.sharpness.late_start import first_ascent
+from fairseq_asam.sharpness.momentum import first_moments
 
 from . import data, models
 from .batches import Batches, evaluation_loader, seed_of, training_loader
@@ -150,6 +152,7 @@ class Run:
             weight_decay=options.weight_decay,
         )
         prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        by_momentum = options.ascent_direction == "momentum"
         perturbation = None
         if options.optimizer != "sgd":
             perturbation = Perturbation(
@@ -159,6 +162,7 @@ class Run:
                 p=options.p_norm,
                 normalization=options.normalization,
                 normalize_bias=options.normalize_bias,
+                moments=functools.partial(first_moments, optimizer) if by_momentum else None,
             )
         self.update = Update(
             self.accelerator,

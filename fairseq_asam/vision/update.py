@@ -18,7 +18,7 @@ from fairseq_asam import Perturbation, TwoPasses
 class Measured(NamedTuple):
     """Means over the images of an update in this process, as tensors on the device: to read one waits.
 
-    A plain update in a run that makes sharpness-aware ones later has a sharpness of NaN.
+    The sharpness is 0 without a perturbation, and NaN for an update of one pass with one.
     """
 
     loss: Tensor
@@ -36,7 +36,8 @@ class Update:
     Args:
         accelerator: spreads the batch over processes and casts to half precision.
         model, optimizer: as *accelerator* prepared them.
-        perturbation: moves the weights of *model*. ``None``: make plain updates of *optimizer*.
+        perturbation: moves the weights of *model*. If it has moments, an update makes one pass. ``None``:
+            make plain updates of *optimizer*.
         label_smoothing: of the training loss, in both passes.
         m: number of images with an epsilon of their own (m-sharpness; Foret et al. 2021, Section 4.1), which
             divides N. The step uses the mean of the gradients at each w + epsilon. ``None``: one epsilon from
@@ -67,10 +68,16 @@ class Update:
 
     def __call__(self, images: Tensor, targets: Tensor) -> Measured:
         self.optimizer.zero_grad()
-        if self._two_passes is None or not self.ascends:
-            loss, accuracy = self._pass(images, targets)
-            unknown = 0.0 if self._two_passes is None else math.nan
-            measured = Measured(loss, accuracy, torch.full_like(loss, unknown))
+        evaluate = functools.partial(self._pass, images, targets)
+        if self._two_passes is None:
+            loss, accuracy = evaluate()
+            measured = Measured(loss, accuracy, torch.zeros_like(loss))
+        elif not self.ascends:
+            loss, accuracy = evaluate()
+            measured = Measured(loss, accuracy, torch.full_like(loss, math.nan))
+        elif self._two_passes.perturbation.moments is not None:
+            loss, accuracy = self._two_passes.only_at_w_plus_epsilon(evaluate)
+            measured = Measured(loss, accuracy, torch.full_like(loss, math.nan))
         else:
             m = self.m or len(images)
             groups = list(zip(images.split(m), targets.split(m)))

@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_asam import NORMALIZATIONS, Perturbation, Region, SharpnessAware, TwoPasses, measure
+from fairseq_asam.sharpness.momentum import first_moments
 from tests.processes import in_processes
 
 INF = math.inf
@@ -170,14 +171,17 @@ SHARDINGS = {
     },
 }
 #: The regions that four processes are tested with, which take long on two cores.
-FEWER = (0, 3)
+FEWER = (0, 3, 6)
 ADAM = functools.partial(torch.optim.Adam, lr=0.02, foreach=False)
 
 
 def trained(model, options, share, shares, updates, accumulate=1):
     """The sharpness of each update, and the last gradient and weights."""
     optimizer = ADAM(model.parameters())
-    two_passes = TwoPasses(Perturbation(model.named_parameters(), **options), [model])
+    by_momentum = options.get("direction") == "momentum"
+    options = {k: v for k, v in options.items() if k != "direction"}
+    moments = functools.partial(first_moments, optimizer) if by_momentum else None
+    two_passes = TwoPasses(Perturbation(model.named_parameters(), **options, moments=moments), [model])
     seen = []
     for step in range(updates):
         for part in range(accumulate):
@@ -188,9 +192,10 @@ def trained(model, options, share, shares, updates, accumulate=1):
                 loss.backward()
                 return loss
 
-            two_passes.at_w(evaluate)
-        two_passes.at_w_plus_epsilon()
-        seen.append(float(two_passes.sharpness))
+            (two_passes.only_at_w_plus_epsilon if by_momentum else two_passes.at_w)(evaluate)
+        if not by_momentum:
+            two_passes.at_w_plus_epsilon()
+            seen.append(float(two_passes.sharpness))
         optimizer.step()
         if step < updates - 1:
             optimizer.zero_grad()
@@ -206,6 +211,7 @@ REGIONS = [
         ("layer-wise", 3.0),
     ]
 ]
+REGIONS.append(dict(rho=0.5, direction="momentum"))
 
 
 def trainings(processes, updates):

@@ -3,6 +3,7 @@ one worker, every gradient a dictionary by name. Nothing here comes from the cod
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ class Reference:
     interval: int = 1
     alpha: float | None = None
     zeros: bool = False
+    momentum: bool = False
 
     def __post_init__(self):
         self.parts = self.trainer.model, self.trainer.criterion
@@ -42,7 +44,9 @@ class Reference:
         number = self.trainer.get_num_updates()
         torch.manual_seed(self.trainer.cfg.common.seed + number)
         self.random_state = {worker: torch.get_rng_state() for _, _, worker in micro_batches}
-        if number % self.interval > 0:
+        if self.momentum:
+            step = self.one_pass(micro_batches)
+        elif number % self.interval > 0:
             step = self.reuse(total(self.gradient(batch, worker) for batch, _, worker in micro_batches))
         else:
             scopes = [micro_batches] if self.scope == "update" else [[one] for one in micro_batches]
@@ -64,16 +68,32 @@ class Reference:
         for _, ascent, worker in micro_batches:
             masks.append(None if self.fresh_masks else self.random_state[worker])
             at_w.append(self.gradient(ascent, worker))
-        g, kept = total(at_w), [*self.weights.values(), *self.trainer.model.buffers()]
-        before = [x.detach().clone() for x in kept]
+        g, buffers = total(at_w), [x.clone() for x in self.trainer.model.buffers()]
+        with self.perturbed_by(g):
+            perturbed = [self.gradient(b, worker, same) for (b, _, worker), same in zip(micro_batches, masks)]
         with torch.no_grad():
-            for n, epsilon in self.epsilon(g).items():
-                self.weights[n] += epsilon
-        perturbed = [self.gradient(b, worker, same) for (b, _, worker), same in zip(micro_batches, masks)]
-        with torch.no_grad():
-            for x, was in zip(kept, before):
+            for x, was in zip(self.trainer.model.buffers(), buffers):
                 x.copy_(was)
         return g, total(perturbed)
+
+    def one_pass(self, micro_batches):
+        """The gradient summed over *micro_batches* where minus Adam's first moment leads."""
+        state = self.trainer.optimizer.optimizer.state
+        g = {n: -state[w]["exp_avg"] for n, w in self.weights.items() if "exp_avg" in state.get(w, {})}
+        with self.perturbed_by(g):
+            return total(self.gradient(batch, worker) for batch, _, worker in micro_batches)
+
+    @contextlib.contextmanager
+    def perturbed_by(self, g):
+        """Within the block, the weights are at w + epsilon; without g, at w."""
+        before = {n: w.detach().clone() for n, w in self.weights.items()}
+        with torch.no_grad():
+            for n, epsilon in (self.epsilon(g) if g else {}).items():
+                self.weights[n] += epsilon
+        yield
+        with torch.no_grad():
+            for n, w in self.weights.items():
+                w.copy_(before[n])
 
     def gradient(self, batch, worker, masks=None):
         """The gradient of the loss of *batch*, with the next dropout masks of *worker* or those that follow

@@ -59,6 +59,22 @@ def test_the_step_is_algorithm_1(corpus, scope, optimizer, normalization, clip_n
     assert trainer.get_num_updates() == 20
 
 
+@pytest.mark.parametrize("optimizer, normalization", [("asam", "element-wise"), ("sam", "none")])
+def test_a_step_by_momentum_is_momentum_sam(corpus, optimizer, normalization):
+    """Twenty updates of three micro-batches each, with dropout, and no sharpness, as L(w) is not measured."""
+    masks = ["--dropout", "0.2", "--clip-norm", "0.05"]
+    trainer, batches = setting(
+        corpus, "--optimizer", optimizer, "--rho", str(RHO), "--ascent-direction", "momentum", *masks
+    )
+    reference = reference_of(corpus, *masks, normalization=normalization, momentum=True)
+    for update in range(20):
+        micro_batches = [batches[(3 * update + i) % len(batches)] for i in range(3)]
+        reference.update(micro_batches)
+        stats = trainer.train_step(copy.deepcopy(micro_batches))
+        assert "sharpness" not in stats
+        assert_same_weights(trainer, reference)
+
+
 def passes_of(trainer, monkeypatch):
     """The batches that the criterion will see, in their order."""
     criterion, seen = trainer.get_criterion(), []

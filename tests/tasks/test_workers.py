@@ -53,6 +53,7 @@ def assert_close(actual, expected):
         ["sam", "--clip-norm", "0.05"],
         ["asam", "--criterion", "scaled_cross_entropy"],
         ["asam", "--ascent-interval", "3"],
+        ["asam", "--ascent-direction", "momentum"],
     ],
 )
 def test_scope_update_depends_on_the_batch_alone(corpus, optimizer):

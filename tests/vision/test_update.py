@@ -2,6 +2,7 @@
 overflow."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from fairseq_asam import Perturbation
+from fairseq_asam.sharpness.momentum import first_moments
 from fairseq_asam.vision.update import Update
 
 LR, DECAY, RHO, ETA, SMOOTHING = 0.3, 0.01, 0.4, 0.01, 0.1
@@ -28,14 +30,17 @@ def batches(count, size=12):
         yield images, torch.randint(5, (size,), generator=generator)
 
 
-def updater(model, normalization, *, rho=RHO, scaler=None, **options):
+def updater(model, normalization, *, rho=RHO, by_momentum=False, scaler=None, **options):
     """The update of *model* by sgd (``normalization=None``), sam or asam with momentum, and the optimizer."""
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = scaler
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=DECAY)
     perturbation = None
     if normalization is not None:
-        perturbation = Perturbation(model.named_parameters(), rho, ETA, normalization=normalization)
+        moments = functools.partial(first_moments, optimizer) if by_momentum else None
+        perturbation = Perturbation(
+            model.named_parameters(), rho, ETA, normalization=normalization, moments=moments
+        )
     prepared = AcceleratedOptimizer(optimizer, scaler=scaler)
     return Update(accelerator, model, prepared, perturbation, label_smoothing=SMOOTHING, **options), optimizer
 
@@ -48,15 +53,20 @@ def gradient(model, weights, images, targets):
     return loss.item(), torch.autograd.grad(loss, weights)
 
 
-def gradient_at_w_plus_epsilon(model, weights, normalization, images, targets):
-    loss, g = gradient(model, weights, images, targets)
+def at_w_plus_epsilon(model, weights, normalization, g):
+    """The weights where the vectors g lead."""
     names = [name for name, _ in model.named_parameters()]
     t = [
         w.abs() + ETA if normalization == "element-wise" and not name.endswith("bias") else torch.ones_like(w)
         for name, w in zip(names, weights)
     ]
     norm = sum(((t_i * g_i) ** 2).sum() for t_i, g_i in zip(t, g)).sqrt()
-    moved = [w + RHO * t_i**2 * g_i / norm for w, t_i, g_i in zip(weights, t, g)]
+    return [w + RHO * t_i**2 * g_i / norm for w, t_i, g_i in zip(weights, t, g)]
+
+
+def gradient_at_w_plus_epsilon(model, weights, normalization, images, targets):
+    loss, g = gradient(model, weights, images, targets)
+    moved = at_w_plus_epsilon(model, weights, normalization, g)
     moved_loss, moved_g = gradient(model, moved, images, targets)
     return moved_loss - loss, moved_g
 
@@ -84,6 +94,25 @@ def test_algorithm_1(normalization, m):
         assert measured.sharpness.item() == pytest.approx(sharpness, rel=1e-9, abs=1e-15)
         for w, parameter in zip(weights, model.parameters()):
             torch.testing.assert_close(parameter.detach(), w, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("normalization", ["none", "element-wise"])
+def test_momentum_sam(normalization):
+    """The gradient where minus SGD's momentum leads; the first update is plain."""
+    model = network()
+    update, _ = updater(model, normalization, by_momentum=True)
+    weights = [w.detach().clone() for w in model.parameters()]
+    momenta = [torch.zeros_like(w) for w in weights]
+    for number, (images, targets) in enumerate(batches(20)):
+        g = [-buffer for buffer in momenta]
+        moved = at_w_plus_epsilon(model, weights, normalization, g) if number else weights
+        loss, g = gradient(model, moved, images, targets)
+        momenta = [0.9 * b + g_i + DECAY * w for b, g_i, w in zip(momenta, g, weights)]
+        weights = [w - LR * b for w, b in zip(weights, momenta)]
+        measured = update(images, targets)
+        assert measured.loss.item() == pytest.approx(loss, rel=1e-10) and measured.sharpness.isnan()
+        for w, expected in zip(model.parameters(), weights):
+            torch.testing.assert_close(w, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_probabilities_as_targets_count_by_their_largest():

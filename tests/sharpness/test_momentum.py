@@ -1,0 +1,138 @@
+"""The direction of momentum against the formulas of Momentum-SAM, by hand."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq_asam import Perturbation, SharpnessAware
+from fairseq_asam.sharpness.momentum import first_moments
+
+ETA, RHO, LR = 0.01, 0.3, 0.05
+
+
+def inputs(step: int) -> torch.Tensor:
+    return torch.randn(8, 3, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+
+
+def loss_of(model: nn.Module, step: int) -> torch.Tensor:
+    x = inputs(step)
+    return (model(x) - x[:, :2].sin()).pow(2).mean()
+
+
+def setting() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=LR, betas=(0.8, 0.95), eps=1e-6)
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=LR, momentum=0.9)
+
+
+def by_hand(base: str, normalization: str, updates: int) -> list[torch.Tensor]:
+    """epsilon = rho T^2 g / ||T g|| with g = -m, and a step of *base* with the gradient at w + epsilon."""
+    model = setting()
+    weights = dict(model.named_parameters())
+    m = {name: torch.zeros_like(w) for name, w in weights.items()}
+    v = {name: torch.zeros_like(w) for name, w in weights.items()}
+    for t in range(1, updates + 1):
+        w = {name: weight.detach().clone() for name, weight in weights.items()}
+        if t > 1:
+            T = {
+                n: torch.ones_like(w[n]) if normalization == "none" or "bias" in n else w[n].abs() + ETA
+                for n in w
+            }
+            norm = sum((T[n] * m[n]).square().sum() for n in w).sqrt()
+            with torch.no_grad():
+                for n, weight in weights.items():
+                    weight -= RHO * T[n] ** 2 * m[n] / norm
+        gradients = torch.autograd.grad(loss_of(model, t), list(weights.values()))
+        with torch.no_grad():
+            for (n, weight), g in zip(weights.items(), gradients):
+                if base == "sgd":
+                    m[n] = 0.9 * m[n] + g
+                    weight.copy_(w[n] - LR * m[n])
+                else:
+                    m[n], v[n] = 0.8 * m[n] + 0.2 * g, 0.95 * v[n] + 0.05 * g * g
+                    m_hat, v_hat = m[n] / (1 - 0.8**t), v[n] / (1 - 0.95**t)
+                    weight.copy_(w[n] - LR * m_hat / (v_hat.sqrt() + 1e-6))
+    return list(model.parameters())
+
+
+@pytest.mark.parametrize("base", [adam, sgd])
+@pytest.mark.parametrize("normalization", ["none", "element-wise"])
+def test_twenty_updates(base, normalization):
+    model = setting()
+    options = {"rho": RHO, "eta": ETA, "normalization": normalization}
+    optimizer = SharpnessAware(base(model.parameters()), model, direction="momentum", **options)
+    losses = []
+    for t in range(1, 21):
+
+        def closure(t=t):
+            optimizer.zero_grad()
+            loss = loss_of(model, t)
+            loss.backward()
+            losses.append(loss.item())
+            return loss
+
+        assert optimizer.step(closure).item() == losses[-1]
+    assert len(losses) == 20 and optimizer.sharpness is None
+    for weight, expected in zip(model.parameters(), by_hand(base.__name__, normalization, 20)):
+        torch.testing.assert_close(weight, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_in_a_loop_of_one_s_own_epsilon_has_length_rho():
+    """And the weights come back bit for bit."""
+    model = setting()
+    optimizer = adam(model.parameters())
+    moments = functools.partial(first_moments, optimizer)
+    perturbation = Perturbation(model.named_parameters(), RHO, normalization="none", moments=moments)
+    before = [w.detach().clone() for w in model.parameters()]
+    with perturbation:
+        assert all(map(torch.equal, model.parameters(), before))  # no moment yet
+        loss_of(model, 1).backward()
+    optimizer.step()
+    before = [w.detach().clone() for w in model.parameters()]
+    with perturbation:
+        epsilon = torch.cat([(w - b).flatten() for w, b in zip(model.parameters(), before)])
+    moment = torch.cat([optimizer.state[w]["exp_avg"].flatten() for w in model.parameters()])
+    torch.testing.assert_close(epsilon, -RHO * moment / moment.norm(), rtol=1e-10, atol=1e-12)
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_a_weight_without_a_moment_is_left_alone():
+    """As one that has been unfrozen."""
+    model = setting()
+    model[2].weight.requires_grad_(False)
+    optimizer = adam(model.parameters())
+    loss_of(model, 1).backward()
+    optimizer.step()
+    model[2].weight.requires_grad_(True)
+    moments = functools.partial(first_moments, optimizer)
+    before = [w.detach().clone() for w in model.parameters()]
+    with Perturbation(model.named_parameters(), RHO, moments=moments):
+        moved = [not torch.equal(w, b) for w, b in zip(model.parameters(), before)]
+    assert moved == [True, True, False, True]
+
+
+def test_bad_input_is_refused():
+    model = setting()
+    for base in (torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.RMSprop(model.parameters())):
+        with pytest.raises(ValueError, match=f"^{type(base).__name__} keeps no first moment"):
+            SharpnessAware(base, model, rho=0.1, direction="momentum")
+    with pytest.raises(ValueError, match="direction is 'up', but it must be one of gradient, momentum"):
+        SharpnessAware(adam(model.parameters()), model, rho=0.1, direction="up")
+    with pytest.raises(ValueError, match="Adam has only a part of the weights' first moments"):
+        SharpnessAware(adam(model[0].parameters()), model, rho=0.1, direction="momentum")
+    adagrad = torch.optim.Adagrad(model.parameters())
+    loss_of(model, 1).backward()
+    adagrad.step()
+    with pytest.raises(ValueError, match="Adagrad keeps no first moment"):
+        first_moments(adagrad)
