@@ -47,7 +47,8 @@ def train(options: TrainOptions) -> dict[str, Any]:
 
     - ``options``: those that decide what is computed;
     - ``epochs``: a record of each, with ``epoch``, ``train_loss`` (at w, with label smoothing and augmented
-      images), ``train_accuracy``, ``sharpness`` (the mean of L(w + epsilon) - L(w); 0 if there is none),
+      images), ``train_accuracy``, ``sharpness`` (the mean of L(w + epsilon) - L(w) where it was measured; 0
+      for sgd),
       ``test_loss``, ``test_accuracy``, ``test_top5_accuracy`` and ``seconds`` of training;
     - ``train_loss``, ``train_accuracy``, ``test_loss``, ``test_accuracy``, ``test_top5_accuracy`` after the
       last epoch: in evaluation mode, without label smoothing and augmentation, but with label noise;
@@ -321,5 +322,5 @@ class Meter:
         return {
             "loss": loss / max(count, 1),
             "accuracy": accuracy / max(count, 1),
-            "sharpness": sharpness / max(finite, 1),
+            "sharpness": sharpness / finite if finite else math.nan,
         }
