@@ -16,30 +16,37 @@ class RandomState:
     It saves the states of the generators of Python, torch and numpy. It also records the seeds of generators
     that ``numpy.random.default_rng()`` makes on this thread, until the next RandomState is made or
     :meth:`release` is called: fairseq's wav2vec draws its masks from such fresh generators.
+
+    Attributes:
+        lock: held while the states are saved and restored. Another thread that seeds a generator for a while,
+            as to load data, must hold it meanwhile.
     """
 
+    lock = threading.RLock()
     # The object that records seeds now, and numpy's own default_rng, which ours replaces meanwhile.
     _current: RandomState | None = None
     _default_rng: Any = None
 
     def __init__(self):
-        self._python, self._torch = random.getstate(), torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
         self._numpy = None
-        if "numpy" in sys.modules:  # torch works without numpy, and so does this package
-            self._numpy = sys.modules["numpy"].random.get_state()
+        with self.lock:
+            self._python, self._torch = random.getstate(), torch.get_rng_state()
+            if "numpy" in sys.modules:  # torch works without numpy, and so does this package
+                self._numpy = sys.modules["numpy"].random.get_state()
         self._thread = threading.get_ident()
         self._seeds: list[int] = []
         self._begin()
 
     def restore(self) -> None:
         """Put all generators back, so that the same random numbers follow again."""
-        random.setstate(self._python)
-        torch.set_rng_state(self._torch)
         if self._cuda is not None:
             torch.cuda.set_rng_state_all(self._cuda)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
+        with self.lock:
+            random.setstate(self._python)
+            torch.set_rng_state(self._torch)
+            if self._numpy is not None:
+                sys.modules["numpy"].random.set_state(self._numpy)
         self._begin()
 
     @classmethod

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fairseq import options, tasks, utils
+from fairseq.data import data_utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.distributed import LegacyDistributedDataParallel
 from fairseq.file_io import PathManager
@@ -20,6 +21,7 @@ from omegaconf import DictConfig
 
 from fairseq_asam.optim import SHARPNESS_AWARE, sharpness_aware_optimizer, validate_config
 from fairseq_asam.sharpness.late_start import first_ascent
+from fairseq_asam.sharpness.random_state import RandomState
 
 from .train_step import SharpnessAwareTask, with_sharpness_awareness
 
@@ -190,6 +192,18 @@ def _no_sync_until_left(self: LegacyDistributedDataParallel) -> Iterator[None]:
         self.accumulate_grads = before
 
 
+def _numpy_seed_under_lock(numpy_seed):
+    # With --num-workers 0, a thread loads data while passes are made. Where it seeds numpy to draw noise, as
+    # for masked language models, the pass at w + epsilon must not restore numpy's state in between.
+    @functools.wraps(numpy_seed)
+    @contextlib.contextmanager
+    def numpy_seed_under_lock(*args, **kwargs):
+        with RandomState.lock, numpy_seed(*args, **kwargs):
+            yield
+
+    return numpy_seed_under_lock
+
+
 def _with_help_for_optimizers(parse_args_and_arch):
     # fairseq answers --help before it adds the options of the optimizer, so add them first.
     @functools.wraps(parse_args_and_arch)
@@ -204,6 +218,7 @@ def _with_help_for_optimizers(parse_args_and_arch):
     return with_help
 
 
+data_utils.numpy_seed = _numpy_seed_under_lock(data_utils.numpy_seed)
 tasks.setup_task = _checked_setup_task(tasks.setup_task)
 options.parse_args_and_arch = _with_help_for_optimizers(options.parse_args_and_arch)
 # Change tasks in the Trainer, which meets every one. Subclasses made in advance would not reach them all:

@@ -120,9 +120,9 @@ def test_momentum_moves_half_precision_weights_from_their_masters(corpus, flags)
         trainer.train_step([batches[i]])
     perturbation = trainer.optimizer.fp32_optimizer if flags else trainer.optimizer
     perturbation = perturbation.two_passes(trainer).perturbation
-    names = {w: name for name, w in trainer.model.named_parameters()}
     masters, moments = master_weights(trainer.optimizer), model_moments(trainer.optimizer)
-    assert set(moments) == set(names)
+    names = {w: name for name, w in trainer.model.named_parameters() if w in moments}
+    assert len(names) == len(moments) > 40
     w = {p: masters.get(p, p).detach().double() for p in names}
     T = {p: torch.ones_like(w[p]) if "bias" in names[p] else w[p].abs() + 0.01 for p in names}
     norm = sum((T[p] * moments[p].double()).square().sum() for p in names).sqrt()

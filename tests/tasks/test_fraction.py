@@ -12,7 +12,7 @@ from fairseq import utils
 from fairseq.logging import metrics
 
 from fairseq_asam.tasks.fraction import random_part
-from tests.commands import PLUGIN, SIZES, recipe
+from tests.commands import FOR_INFERENCE_TOO, PLUGIN, SIZES, recipe
 from tests.training import FLOAT64_THROUGHOUT, configuration, trainer_and_batches
 
 ENCODER, DECODER = SIZES[: len(SIZES) // 2], SIZES[len(SIZES) // 2 :]
@@ -67,6 +67,8 @@ TEXT = {
         *("--mask", "0.3", "--mask-length", "span-poisson", "--replace-length", "1", *SOME_SENTENCES),
     ],
 }
+if FOR_INFERENCE_TOO:
+    del TEXT["denoising"]  # fairseq 0.12.2's own parser refuses this task with a Transformer
 
 
 @pytest.fixture(scope="module")

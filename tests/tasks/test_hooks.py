@@ -1,13 +1,18 @@
 """What is refused at start-up and what is not; what the plugin leaves alone."""
 
+import threading
+import time
 from argparse import Namespace
 
+import numpy as np
 import pytest
 from fairseq import options, tasks
+from fairseq.data import data_utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.tasks.language_modeling import LanguageModelingConfig
 from omegaconf import OmegaConf
 
+from fairseq_asam.sharpness.random_state import RandomState
 from fairseq_asam.tasks.hooks import check_configuration
 from tests.commands import PLUGIN, checkpoint, recipe
 
@@ -33,6 +38,25 @@ def test_a_task_without_data_trains(fairseq, tmp_path, flags):
     assert result.status == 0, result.output[-3000:]
     assert result.output.count('"sharpness": "') == 3
     assert checkpoint(tmp_path)["optimizer_history"][-1]["num_updates"] == 3
+
+
+def test_data_that_a_thread_loads_during_the_passes_have_the_noise_of_their_seed():
+    """As with --num-workers 0, when both passes of an update restore the state of numpy."""
+    drawn = []
+
+    def load():
+        for seed in range(200):
+            with data_utils.numpy_seed(seed):
+                first = np.random.rand()
+                time.sleep(1e-4)
+                drawn.append((first, np.random.rand()))
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    while thread.is_alive():
+        RandomState().restore()
+    RandomState.release()
+    assert drawn == [tuple(np.random.RandomState(seed).rand(2)) for seed in range(200)]
 
 
 def configuration(data, *flags, optimizer="asam"):

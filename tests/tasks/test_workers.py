@@ -6,10 +6,10 @@ import fairseq.trainer
 import pytest
 import torch
 
+from tests.commands import BACKENDS
 from tests.training import merged, on_workers, trainer_and_batches
 
 UPDATES, MICRO_BATCHES = 20, 4
-BACKENDS = ["legacy_ddp", "pytorch_ddp"]
 
 
 def trained(cfg, rank, split, dtype=torch.float64):

@@ -7,7 +7,7 @@ import torch
 
 from recipes.faults.faults import Training
 from recipes.faults.injection import Fault, Kind, Place
-from tests.commands import assert_same_state, checkpoint
+from tests.commands import BACKENDS, assert_same_state, checkpoint
 from tests.training import on_workers, trainer_and_batches
 
 from .test_workers import assert_close, trained, weights
@@ -17,7 +17,7 @@ pytest.importorskip("fairscale", reason="fairseq shards with fairscale")
 SHARDED = ["--zero-sharding", "os", "--ddp-backend"]
 
 
-@pytest.mark.parametrize("backend", ["legacy_ddp", "pytorch_ddp"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_two_workers_are_one_with_the_whole_batch(corpus, backend):
     """The criterion has weights too."""
     flags = ["asam", "--criterion", "scaled_cross_entropy"]

@@ -8,13 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fairseq
 import pytest
 
 from tests.commands import ROOT
-
-#: This fairseq's Transformers have weights that only its inference uses.
-FOR_INFERENCE_TOO = fairseq.__version__ == "0.12.2"
 
 
 def output_of(script: str, *arguments: str | Path) -> str:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.benchmark.scripts import FOR_INFERENCE_TOO, assert_refused, output_of, rows_of
+from tests.commands import FOR_INFERENCE_TOO
+from tests.recipes.benchmark.scripts import assert_refused, output_of, rows_of
 
 
 def test_perturbation_without_others_has_no_ratio(tmp_path: Path):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.benchmark.scripts import FOR_INFERENCE_TOO, assert_refused, output_of, rows_of
+from tests.commands import FOR_INFERENCE_TOO
+from tests.recipes.benchmark.scripts import assert_refused, output_of, rows_of
 
 
 def test_step_cost_has_the_time_and_the_memory_of_every_optimizer(tmp_path: Path):

@@ -10,7 +10,7 @@ from tests.recipes.translation.scripts import refusal, run, script, succeeded
 
 def test_rho_is_the_one_with_the_highest_validation_bleu(corpus: Path, tmp_path: Path):
     search = ("quickstart", "--data", corpus, "--out", tmp_path, "--optimizers", "asam", "--epochs", "3")
-    search += ("--rho", "0.1", "50", "--jobs", "2", "--cpu", "--warmup-updates", "10")
+    search += ("--rho", "0.1", "50", "--jobs", "2", "--cpu", "--warmup-updates", "10", "--max-tokens", "150")
     printed = succeeded(script("rho_search", *search)).stdout
     points = json.loads((tmp_path / "rho_search.json").read_text())
     assert [point["rho"] for point in points] == [0.1, 50]
