@@ -27,7 +27,7 @@ import torch
 from allpairspy import AllPairs
 from fairseq.optim import FP16Optimizer
 
-from tests.commands import FOR_INFERENCE_TOO, ROOT, SIZES, generate_corpus
+from tests.commands import BACKENDS, ROOT, SIZES, generate_corpus
 from tests.training import configuration, on_workers, trainer_and_batches
 
 from .reference import Reference
@@ -94,8 +94,7 @@ AXES = {
     },
     "workers": {
         "1 worker": [],
-        "2 legacy_ddp": ["--ddp-backend", "legacy_ddp"],
-        "2 pytorch_ddp": ["--ddp-backend", "pytorch_ddp"],
+        **{f"2 {backend}": ["--ddp-backend", backend] for backend in BACKENDS},
     },
     "accumulation": {"update-freq 1": [], "update-freq 2": ["--update-freq", "2"]},
     "clipping": {"unclipped": [], "clip 0.05": ["--clip-norm", "0.05"]},
@@ -143,6 +142,7 @@ REFUSED = [
             "--find-unused-parameters does not go with",
         )
         for value in ("fraction 0.4", "fresh masks")
+        if "pytorch_ddp" in BACKENDS
     ),
 ]
 
@@ -162,8 +162,6 @@ def allowed(combination: dict[str, str]) -> bool:
         {"ema", "batch norm"},  # fairseq cannot average the counts of batches
         {"ema", "fconv"},  # nor copy normalized weights
     ]
-    if FOR_INFERENCE_TOO:
-        apart += [{"2 pytorch_ddp", "transformer"}, {"2 pytorch_ddp", "batch norm"}]
     return not any(values >= pair for pair in apart)
 
 
