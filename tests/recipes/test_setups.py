@@ -24,6 +24,7 @@ def test_the_configuration_for_hydra_is_the_papers_set_up(corpus: Path):
     cfg = configured("iwslt14", corpus, "--optimizer", file["optimizer"]["_name"], *languages)
     model = file.pop("model")
     assert cfg.model.arch == model.pop("_name")
+    assert model.pop("base_layers") == 0  # none, as on a command line
     assert {name: getattr(cfg.model, name) for name in model} == model
     for group, options in file.items():
         for name, value in options.items():
