@@ -7,7 +7,7 @@ import torch
 
 from recipes.faults.faults import Training
 from recipes.faults.injection import Fault, Kind, Place
-from tests.commands import BACKENDS, assert_same_state, checkpoint
+from tests.commands import BACKENDS, FOR_INFERENCE_TOO, assert_same_state, checkpoint
 from tests.training import on_workers, trainer_and_batches
 
 from .test_workers import assert_close, trained, weights
@@ -94,12 +94,14 @@ def test_stopped_or_killed_and_resumed_is_uninterrupted(training):
 
 def test_a_run_goes_on_with_and_without_sharding(training):
     """The state in the checkpoint is whole; of a run with --ascent-interval it loses the components."""
-    assert training("run", "--ascent-interval", "3", "--max-update", "6", workers=1).run().statuses == [0]
-    assert training("run", "--max-update", "9").run().statuses == [0, 0]
-    one = training("run", "--max-update", "12", workers=1)
+    assert training("run", "--ascent-interval", "3", "--max-update", "3", workers=1).run().statuses == [0]
+    assert training("run", "--max-update", "5").run().statuses == [0, 0]
+    one = training("run", "--max-update", "7", workers=1)
     saved = checkpoint(one.folder)
     states = saved["last_optimizer_state"]["state"].values()
-    assert [(state["step"], "ascent_component" in state) for state in states] == [(9, False)] * len(states)
+    # Two workers step weights that only inference uses too, with zeros.
+    assert {state["step"] for state in states} == ({5, 2} if FOR_INFERENCE_TOO else {5})
+    assert not any("ascent_component" in state for state in states)
     assert len(states) == len(saved["last_optimizer_state"]["param_groups"][0]["params"])
     assert one.run().statuses == [0]
-    assert one.updates() == 12
+    assert one.updates() == 7
