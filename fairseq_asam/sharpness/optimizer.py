@@ -49,8 +49,9 @@ class SharpnessAware(torch.optim.Optimizer):
         weights: a module, or pairs of name and parameter as :class:`~fairseq_asam.Perturbation` takes them.
             Give the module if the model is compiled: with pairs, a hook has to find the modules that run.
         rho, **options: of :class:`~fairseq_asam.Perturbation`.
-        direction: ``gradient``: of the loss at w. ``momentum``: the first moment of *base* (Momentum-SAM,
-            arXiv 2401.12033). A step then runs the closure once, at w + epsilon, and the first one at w.
+        direction: what epsilon is made of. ``gradient``: that of the loss at w. ``momentum``: minus the first
+            moment of *base* (Momentum-SAM, arXiv 2401.12033). A step then runs the closure once, at w +
+            epsilon. The first step has no moment yet and runs it at w.
 
     Attributes:
         base: the base optimizer.
@@ -96,11 +97,10 @@ class SharpnessAware(torch.optim.Optimizer):
         if isinstance(weights, nn.Module):
             reshard(weights.modules())
             modules, weights = [weights], weights.named_parameters()
-        if direction == "momentum":
-            first_moments(base)  # raises if it keeps none
-            options["moments"] = functools.partial(first_moments, base)
         perturbation = Perturbation(weights, rho, **options)
         if direction == "momentum":
+            perturbation.moments = functools.partial(first_moments, base)
+            perturbation.moments()  # raises if the base keeps none
             trained = {parameter for parameter in perturbation.parameters if parameter.requires_grad}
             if hasattr(base, "optim") or not trained <= set(_parameters(base)):
                 raise ValueError(

@@ -262,8 +262,6 @@ class Perturbation(Displacement):
     def _perturb(self, gradients: dict[Tensor, Tensor]) -> None:
         q = dual(self.p)
         blocks = self._blocks_and_norm(gradients, q)
-        if not gradients:
-            return
         inverse = 1.0 / self.norm
         usable = torch.isfinite(self.norm) & torch.isfinite(inverse)
         on_cpu = self.norm.device.type == "cpu"  # on other devices, reading a value would stall them

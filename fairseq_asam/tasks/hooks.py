@@ -149,6 +149,12 @@ def _make_task_sharpness_aware(trainer: Trainer) -> None:
         trainer.task.__class__ = with_sharpness_awareness(type(trainer.task))
 
 
+def _set_first_ascent(trainer: Trainer, batches: int | None) -> None:
+    """Tell the task when sharpness-aware updates begin, given the *batches* of an epoch."""
+    updates = count_updates(trainer.cfg.optimization, batches)
+    trainer.task.first_ascent = first_ascent(trainer.cfg.optimizer.ascent_from, updates)
+
+
 def _sharpness_aware_get_train_iterator(get_train_iterator):
     # Change the task before it makes its batches: see checkpoints.py.
     @functools.wraps(get_train_iterator)
@@ -160,8 +166,7 @@ def _sharpness_aware_get_train_iterator(get_train_iterator):
         with _refusals_as_a_sentence():
             # Epochs that take turns with parts of the data have different numbers of batches.
             differ = self.task.has_sharded_data(self.cfg.dataset.train_subset)
-            updates = count_updates(self.cfg.optimization, None if differ else len(batches))
-            self.task.first_ascent = first_ascent(self.cfg.optimizer.ascent_from, updates)
+            _set_first_ascent(self, None if differ else len(batches))
         return batches
 
     return sharpness_aware_get_train_iterator
@@ -175,8 +180,7 @@ def _sharpness_aware_train_step(train_step):
             _make_task_sharpness_aware(self)
             with _refusals_as_a_sentence():
                 if self.task.first_ascent is None:  # the program makes batches without the Trainer
-                    updates = count_updates(self.cfg.optimization, None)
-                    self.task.first_ascent = first_ascent(self.cfg.optimizer.ascent_from, updates)
+                    _set_first_ascent(self, None)
                 asam.begin_update(self, len(samples))
         return train_step(self, samples, raise_oom)
 

@@ -97,7 +97,8 @@ class TrainOptions:
         metavar="M",
     )
     ascent_direction: str = _option(
-        "what epsilon is made of; momentum: SGD's, against it, in one pass (arXiv 2401.12033)",
+        "what epsilon is made of: the gradient at w, or minus SGD's momentum, for which an update costs one "
+        "pass (arXiv 2401.12033)",
         "gradient",
         choices=DIRECTIONS,
     )
