@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from fairseq.optim import FairseqOptimizer, FP16Optimizer
 from torch import Tensor
-
-from fairseq_asam.sharpness.momentum import first_moments
 
 
 def model_parameters(optimizer: FairseqOptimizer) -> list[Tensor]:
@@ -21,13 +22,16 @@ def master_weights(optimizer: FairseqOptimizer) -> dict[Tensor, Tensor]:
     return dict(zip(optimizer.fp16_params, as_model_parameters(optimizer, masters)))
 
 
-def model_moments(optimizer: FairseqOptimizer) -> dict[Tensor, Tensor]:
-    """Return the first moment of each of the model's parameters that *optimizer* has stepped.
+def of_model_parameters(
+    moments: Callable[[torch.optim.Optimizer], dict[Tensor, Tensor]], optimizer: FairseqOptimizer
+) -> dict[Tensor, Tensor]:
+    """Return what *moments* returns, with the model's parameters for those that torch's optimizer steps.
 
-    Raises:
-        ValueError: the optimizer keeps none.
+    Args:
+        moments: a function of :mod:`fairseq_asam.sharpness.moments`.
+        optimizer: the Trainer's.
     """
-    stepped = first_moments(getattr(optimizer, "fp32_optimizer", optimizer).optimizer)
+    stepped = moments(getattr(optimizer, "fp32_optimizer", optimizer).optimizer)
     if not isinstance(optimizer, FP16Optimizer) or not stepped:
         return stepped
     if optimizer.has_flat_params:

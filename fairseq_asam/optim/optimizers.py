@@ -16,10 +16,11 @@ from fairseq.optim import OPTIMIZER_REGISTRY, FairseqOptimizer, register_optimiz
 from fairseq.trainer import Trainer
 
 from fairseq_asam.sharpness import SELECTIONS, Perturbation, TwoPasses, selected_parameters
+from fairseq_asam.sharpness.moments import adam_diagonals, first_moments, second_moments
 
-from .half_precision import master_weights, model_moments
+from .half_precision import master_weights, of_model_parameters
 from .looksam import LookSAM, drop_components
-from .options import ASAMConfig, SAMConfig, region, validate_config
+from .options import ASAMConfig, SAMConfig, by_momentum, in_adams_metric, region, validate_config
 
 
 @dataclass
@@ -100,13 +101,15 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
                     f"--perturbed-weights is {selection}, but the model trains no such weights: choose "
                     f"{' or '.join(name for name in SELECTIONS if name != selection)}"
                 )
-            by_momentum = str(cfg.ascent_direction) == "momentum"
+            moments = functools.partial(of_model_parameters, first_moments, trainer.optimizer)
+            diagonals = functools.partial(of_model_parameters, adam_diagonals, trainer.optimizer)
             perturbation = Perturbation(
                 selected,
                 **region(cfg),
                 normalize_bias=getattr(cfg, "normalize_bias", False),
                 masters=master_weights(trainer.optimizer),
-                moments=functools.partial(model_moments, trainer.optimizer) if by_momentum else None,
+                moments=moments if by_momentum(cfg) else None,
+                diagonals=diagonals if in_adams_metric(cfg) else None,
             )
             self._two_passes = TwoPasses(perturbation, modules, fresh_masks=cfg.fresh_masks)
         return self._two_passes
@@ -115,13 +118,16 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         """Begin an update of *num_micro_batches*, whatever became of the last one.
 
         Raises:
-            ValueError: see :meth:`two_passes`; or the base optimizer keeps no first moment, from which
-                ``--ascent-direction momentum`` makes epsilon.
+            ValueError: see :meth:`two_passes`; or the base optimizer does not keep the moments of which
+                ``--ascent-direction momentum`` or ``--normalization adam`` makes epsilon.
         """
         two_passes, number = self.two_passes(trainer), trainer.get_num_updates()
         two_passes.reset()
-        if two_passes.perturbation.moments is not None:
-            two_passes.perturbation.moments()  # raises here, where that becomes a sentence
+        # Ask for moments now, where an error becomes a sentence.
+        if by_momentum(self.sharpness_config):
+            first_moments(self.optimizer)
+        if in_adams_metric(self.sharpness_config):
+            second_moments(self.optimizer)
         self.update = Update(two_passes, num_micro_batches, ascends=number >= trainer.task.first_ascent)
         if self.update.ascends and self.looksam is not None:
             self.update.looksam = self.looksam

@@ -8,7 +8,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 from fairseq_asam.sharpness import NORMALIZATIONS, SELECTIONS
 from fairseq_asam.sharpness.late_start import validate_start
-from fairseq_asam.sharpness.momentum import DIRECTIONS
+from fairseq_asam.sharpness.moments import ADAM, DIRECTIONS
 from fairseq_asam.sharpness.perturbation import validate
 
 # No "from __future__ import annotations" here: fairseq's parser needs types, not their names.
@@ -94,11 +94,12 @@ class ASAMConfig(SAMConfig):
         default=0.01,
         metadata={"help": "added to the normalization operator for stability (Section 3)"},
     )
-    normalization: ChoiceEnum(list(NORMALIZATIONS)) = field(  # type: ignore[valid-type]
+    normalization: ChoiceEnum([*NORMALIZATIONS, ADAM]) = field(  # type: ignore[valid-type]
         default="element-wise",
         metadata={
             "help": "normalization operator T_w (Section 3, Equation 5); none is SAM, layer-wise takes the "
-            "l2 norm of the whole weight"
+            "l2 norm of the whole weight; adam is (sqrt(v_hat) + eps)^(-1/2) of Adam's second moment, for "
+            "biases too (arXiv 2502.02407)"
         },
     )
     normalize_bias: bool = field(
@@ -108,13 +109,22 @@ class ASAMConfig(SAMConfig):
 
 
 def region(cfg: Any) -> dict[str, Any]:
-    """Return the maximization region of *cfg* as arguments of ``Perturbation``. ``sam`` has T = 1."""
-    return {
-        "rho": cfg.rho,
-        "p": cfg.p_norm,
-        "eta": getattr(cfg, "eta", 0.0),
-        "normalization": str(getattr(cfg, "normalization", "none")),
-    }
+    """Return the maximization region of *cfg* as arguments of ``Perturbation``, but for Adam's metric.
+
+    ``sam`` has T = 1.
+    """
+    normalization = "none" if in_adams_metric(cfg) else str(getattr(cfg, "normalization", "none"))
+    return {"rho": cfg.rho, "p": cfg.p_norm, "eta": getattr(cfg, "eta", 0.0), "normalization": normalization}
+
+
+def by_momentum(cfg: Any) -> bool:
+    """Return whether epsilon is made of the base optimizer's first moment."""
+    return str(cfg.ascent_direction) == "momentum"
+
+
+def in_adams_metric(cfg: Any) -> bool:
+    """Return whether T is that of the base optimizer's second moment."""
+    return str(getattr(cfg, "normalization", None)) == ADAM
 
 
 def validate_config(cfg: Any) -> None:
@@ -132,7 +142,7 @@ def validate_config(cfg: Any) -> None:
         raise ValueError(f"--ascent-interval is {interval}, but it must be at least 1 (LookSAM: 5)")
     if reuse is not None and not 0.0 <= reuse < math.inf:
         raise ValueError(f"--ascent-reuse is {reuse}, but it must be a finite number >= 0 (LookSAM: 0.7)")
-    if str(cfg.ascent_direction) == "momentum":
+    if by_momentum(cfg):
         others = {
             "--ascent-scope micro-batch": str(cfg.ascent_scope) == "micro-batch",
             "--fresh-masks": cfg.fresh_masks,

@@ -57,7 +57,7 @@ class Block:
         self.weights: list[Tensor] = []
         self.copies: list[Tensor] = []
         self.masters: list[Tensor] = []
-        # Set from outside if the diagonals depend on other processes.
+        # Set from outside, for one move, if the diagonals depend on other processes or on the optimizer.
         self.diagonals: list[Tensor] | None = None
         self.size = 0
 
@@ -79,7 +79,7 @@ class Block:
 
     def move(self, gradients: list[Tensor], ascent: Ascent) -> None:
         """Add epsilon to the weights. Their copies hold w already."""
-        diagonals = self._diagonals()
+        diagonals, self.diagonals = self._diagonals(), None
         normalized = self._normalized(gradients, diagonals)
         epsilon = torch._foreach_mul(normalized, ascent.inverse.to(normalized[0].device))
         # The host has not read `usable` (that would synchronize). Multiply bit patterns, because 0 * inf and
@@ -176,6 +176,7 @@ class Blocks:
     def with_gradients(
         self,
         gradients: Mapping[Tensor, Tensor],
+        diagonals: Mapping[Tensor, Tensor] | None,
         operator_of: Callable[[Tensor], NormalizationOperator],
         eta: float,
         p: float,
@@ -188,6 +189,8 @@ class Blocks:
 
         Args:
             gradients: this process's part of the gradient of each weight that has one.
+            diagonals: its part of the diagonal of T of each of these weights, if all have the operator
+                ``GIVEN``; otherwise ``None``.
             operator_of: returns the normalization operator of a weight.
             eta: stability term.
             p: order of the norm that bounds the region.
@@ -209,6 +212,10 @@ class Blocks:
             if weight in self._alone:
                 self._alone[weight].diagonals = [diagonal]
         slices = [piece for w in present for piece in _slices(gradients[w], self._limits[w])]
+        if diagonals is not None:
+            of_slices = [piece for w in present for piece in _slices(diagonals[w], self._limits[w])]
+            for block in self._blocks:
+                block.diagonals = [of_slices[number] for number in block.numbers]
         return [(block, [slices[number] for number in block.numbers]) for block in self._blocks]
 
     def _plan(

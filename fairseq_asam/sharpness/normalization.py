@@ -95,6 +95,10 @@ class ElementWise(NormalizationOperator):
         return _squared_error(magnitude, minus_eta, _NO_REDUCTION, out=memory)
 
 
+class Given(NormalizationOperator):
+    """T comes from outside, such as from the optimizer's state, and is given to the blocks of weights."""
+
+
 class _NormOverDims(NormalizationOperator):
     """T = the l2 norm of the weight over :meth:`summed_dims` + eta."""
 
@@ -132,7 +136,7 @@ class LayerWise(_NormOverDims):
         return tuple(range(weight.dim()))
 
 
-IDENTITY, ELEMENT_WISE = Identity(), ElementWise()
+IDENTITY, ELEMENT_WISE, GIVEN = Identity(), ElementWise(), Given()
 
 #: The normalization operators by name.
 NORMALIZATIONS: Mapping[str, NormalizationOperator] = {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .momentum import DIRECTIONS, first_moments
+from .moments import ADAM, DIRECTIONS, adam_diagonals, first_moments, second_moments
 from .perturbation import Perturbation
 from .shards import is_sharded, local, reshard
 from .two_passes import TwoPasses, loss_of
@@ -48,7 +48,9 @@ class SharpnessAware(torch.optim.Optimizer):
             maximizes, epsilon goes down the gradient of the objective.
         weights: a module, or pairs of name and parameter as :class:`~fairseq_asam.Perturbation` takes them.
             Give the module if the model is compiled: with pairs, a hook has to find the modules that run.
-        rho, **options: of :class:`~fairseq_asam.Perturbation`.
+        rho, **options: of :class:`~fairseq_asam.Perturbation`. Besides, ``normalization="adam"`` is T =
+            (sqrt(v_hat) + eps)^(-1/2) of *base*, a kind of Adam, for biases too (arXiv 2502.02407). The first
+            step has no v_hat yet, and epsilon is 0.
         direction: what epsilon is made of. ``gradient``: that of the loss at w. ``momentum``: minus the first
             moment of *base* (Momentum-SAM, arXiv 2401.12033). A step then runs the closure once, at w +
             epsilon. The first step has no moment yet and runs it at w.
@@ -61,8 +63,8 @@ class SharpnessAware(torch.optim.Optimizer):
 
     Raises:
         TypeError: *base* is not an optimizer.
-        ValueError: *base* cannot make the step, or keeps no first moment of all the weights for momentum's
-            direction; all that :class:`~fairseq_asam.Perturbation` raises.
+        ValueError: *base* cannot make the step, or does not keep the moments of all weights that *direction*
+            or ``normalization="adam"`` needs; all that :class:`~fairseq_asam.Perturbation` raises.
     """
 
     # A torch.amp.GradScaler then sets `found_inf` before it calls step(), which refuses it.
@@ -97,15 +99,22 @@ class SharpnessAware(torch.optim.Optimizer):
         if isinstance(weights, nn.Module):
             reshard(weights.modules())
             modules, weights = [weights], weights.named_parameters()
-        perturbation = Perturbation(weights, rho, **options)
+        in_adams_metric = options.get("normalization") == ADAM
+        if in_adams_metric:
+            second_moments(base)  # raises if the base keeps none
+            options["normalization"] = "none"
+            options["diagonals"] = functools.partial(adam_diagonals, base)
         if direction == "momentum":
-            perturbation.moments = functools.partial(first_moments, base)
-            perturbation.moments()  # raises if the base keeps none
+            first_moments(base)  # raises if the base keeps none
+            options["moments"] = functools.partial(first_moments, base)
+        perturbation = Perturbation(weights, rho, **options)
+        if in_adams_metric or direction == "momentum":
             trained = {parameter for parameter in perturbation.parameters if parameter.requires_grad}
             if hasattr(base, "optim") or not trained <= set(_parameters(base)):
                 raise ValueError(
-                    f"{type(base).__name__} has only a part of the weights' first moments, as with "
-                    "ZeroRedundancyOptimizer: use the direction gradient, or an optimizer with all of them"
+                    f"{type(base).__name__} has only a part of the weights' moments, as with "
+                    "ZeroRedundancyOptimizer: use an optimizer with all of them, or neither direction "
+                    "momentum nor normalization adam"
                 )
         self._passes = TwoPasses(perturbation, modules, _parameters(base))
         self.ascends = True

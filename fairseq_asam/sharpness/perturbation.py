@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from .kernels import Ascent, Block, Blocks
-from .normalization import NORMALIZATIONS, NormalizationOperator, operator_of
+from .normalization import GIVEN, NORMALIZATIONS, NormalizationOperator, operator_of
 from .shards import Agreement, Shards, is_sharded, local, local_gradient, norm_over, shards_of
 
 
@@ -137,9 +137,12 @@ class Perturbation(Displacement):
             Masters are read and never changed.
         maximize: the objective is to be maximized, so epsilon goes down its gradient.
         moments: returns the first moment m of each weight that has one, such as
-            :func:`~fairseq_asam.sharpness.momentum.first_moments` of the optimizer. On entry, g = -m then
+            :func:`~fairseq_asam.sharpness.moments.first_moments` of the optimizer. On entry, g = -m then
             takes the place of the gradients (Momentum-SAM, arXiv 2401.12033). No pass at w is needed. Without
             any moment, as before the first step, nothing is perturbed.
+        diagonals: returns the diagonal of T for each weight, such as
+            :func:`~fairseq_asam.sharpness.moments.adam_diagonals` of the optimizer. On entry, it takes the
+            place of *normalization*, for biases too. A weight that it leaves out is not perturbed.
 
     Attributes:
         parameters: those given, without duplicates and without those that are not real.
@@ -167,11 +170,12 @@ class Perturbation(Displacement):
         masters: Mapping[Tensor, Tensor] | None = None,
         maximize: bool = False,
         moments: Callable[[], Mapping[Tensor, Tensor]] | None = None,
+        diagonals: Callable[[], Mapping[Tensor, Tensor]] | None = None,
     ):
         super().__init__()
         self.rho, self.eta, self.p = rho, eta, p
         self.normalization, self.normalize_bias = normalization, normalize_bias
-        self.maximize, self.moments = maximize, moments
+        self.maximize, self.moments, self.diagonals = maximize, moments, diagonals
         self.norm: Tensor | None = None
         masters = dict(masters or {})
         self._names: dict[Tensor, str] = {}
@@ -226,14 +230,18 @@ class Perturbation(Displacement):
     def _move(self) -> None:
         try:
             gradients = self._gradients()
+            diagonals = None if self.diagonals is None else self.diagonals()
         except (ValueError, RuntimeError):
             if self._shards:
                 # Take part in the sums that other processes wait for, and raise our own error, not theirs.
                 with contextlib.suppress(RuntimeError):
-                    self._blocks_and_norm({}, dual(self.p))
+                    self._blocks_and_norm({}, None, dual(self.p))
             raise
+        if diagonals is not None:
+            diagonals = {p: local(diagonals[p]) for p in gradients if p in diagonals}
+            gradients = {p: gradients[p] for p in diagonals}
         self._remember_places(gradients)
-        self._perturb(gradients)
+        self._perturb(gradients, diagonals)
 
     def _gradients(self) -> dict[Tensor, Tensor]:
         """Return this process's part of the gradient, or of the moment, of each parameter that has one."""
@@ -259,9 +267,9 @@ class Perturbation(Displacement):
         return {parameter: local_gradient(parameter, self._names[parameter]) for parameter in present}
 
     @torch.no_grad()
-    def _perturb(self, gradients: dict[Tensor, Tensor]) -> None:
+    def _perturb(self, gradients: dict[Tensor, Tensor], diagonals: dict[Tensor, Tensor] | None) -> None:
         q = dual(self.p)
-        blocks = self._blocks_and_norm(gradients, q)
+        blocks = self._blocks_and_norm(gradients, diagonals, q)
         inverse = 1.0 / self.norm
         usable = torch.isfinite(self.norm) & torch.isfinite(inverse)
         on_cpu = self.norm.device.type == "cpu"  # on other devices, reading a value would stall them
@@ -276,10 +284,13 @@ class Perturbation(Displacement):
             block.move(of_block, ascent)
 
     @torch.no_grad()
-    def _blocks_and_norm(self, gradients: dict[Tensor, Tensor], q: float) -> list[tuple[Block, list[Tensor]]]:
+    def _blocks_and_norm(
+        self, gradients: dict[Tensor, Tensor], diagonals: dict[Tensor, Tensor] | None, q: float
+    ) -> list[tuple[Block, list[Tensor]]]:
         """Return the weights in blocks, each with its gradients, and set :attr:`norm`."""
+        settings = self.normalization, self.normalize_bias, self.diagonals is None
         blocks = self._blocks.with_gradients(
-            gradients, self._operator_of, self.eta, self.p, self.normalization, self.normalize_bias
+            gradients, diagonals, self._operator_of, self.eta, self.p, *settings
         )
         # Powers other than squares soon leave the range of float32. Take them in units of the largest number.
         unit = None if q in (1.0, 2.0) else self._norm(blocks, math.inf)
@@ -324,6 +335,8 @@ class Perturbation(Displacement):
         return total[0].pow(1.0 / order).to(norm)
 
     def _operator_of(self, parameter: Tensor) -> NormalizationOperator:
+        if self.diagonals is not None:
+            return GIVEN
         return operator_of(self._names[parameter], parameter, self.normalization, self.normalize_bias)
 
 

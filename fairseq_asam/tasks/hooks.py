@@ -20,6 +20,7 @@ from fairseq.trainer import Trainer
 from omegaconf import DictConfig
 
 from fairseq_asam.optim import SHARPNESS_AWARE, sharpness_aware_optimizer, validate_config
+from fairseq_asam.optim.options import by_momentum, in_adams_metric
 from fairseq_asam.sharpness.late_start import first_ascent
 from fairseq_asam.sharpness.random_state import RandomState
 
@@ -46,11 +47,14 @@ def check_configuration(cfg: Any) -> None:
     noised = "each forward pass overwrites the weights with noised ones, at w + epsilon too"
     in_shards, reuses = distributed.zero_sharding != "none", cfg.optimizer.ascent_interval > 1
     component = "the component that it reuses would have to be shared out like the optimizer's state"
-    by_momentum = str(cfg.optimizer.ascent_direction) == "momentum"
+    uses_moments = {
+        "--ascent-direction momentum": by_momentum(cfg.optimizer),
+        "--normalization adam": in_adams_metric(cfg.optimizer),
+    }
     scaled = getattr(cfg.optimizer, "fp16_adam_stats", False)
-    moments = "a worker has the first moments of its part of the weights only"
+    moments = "a worker has the optimizer's state of its part of the weights only"
     scales = "each weight's moment then has a scale of its own"
-    gradient = "use --ascent-direction gradient"
+    drop = "use one of them"
     bfloat16 = "use fairseq-hydra-train with common.bf16=true, or --fp16"
     pytorch_ddp = "use --ddp-backend pytorch_ddp"
     backends = {"fully_sharded": flattened, "slowmo": moves_weights}
@@ -62,8 +66,14 @@ def check_configuration(cfg: Any) -> None:
         ("--model-parallel-size", common.model_parallel_size > 1, in_parts, "use data parallelism"),
         ("--pipeline-model-parallel", distributed.pipeline_model_parallel, over_gpus, "use data parallelism"),
         ("--ascent-interval with --zero-sharding os", in_shards and reuses, component, "use one of them"),
-        ("--ascent-direction momentum with --zero-sharding os", in_shards and by_momentum, moments, gradient),
-        ("--ascent-direction momentum with --fp16-adam-stats", by_momentum and scaled, scales, gradient),
+        *[
+            (f"{flag} with --zero-sharding os", in_shards and on, moments, drop)
+            for flag, on in uses_moments.items()
+        ],
+        *[
+            (f"{flag} with --fp16-adam-stats", scaled and on, scales, drop)
+            for flag, on in uses_moments.items()
+        ],
         ("--use-bmuf", cfg.optimization.use_bmuf, moves_weights, pytorch_ddp),
         (f"--ddp-backend {backend}", backend in backends, backends.get(backend), pytorch_ddp),
         (

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from fairseq_asam.optim import sharpness_aware_optimizer
+from fairseq_asam.optim.options import by_momentum
 from fairseq_asam.sharpness import TwoPasses
 
 from .fraction import extrapolate_, random_part
@@ -74,7 +75,7 @@ class SharpnessAwareTask(FairseqTask):
         )
         if not update.ascends:
             return step(sample)
-        if str(cfg.ascent_direction) == "momentum":
+        if by_momentum(cfg):
             set_num_updates: Any = model.set_num_updates
             set_num_updates(update_num)  # at w, of which some models step a moving average then
             with _no_new_update(model):

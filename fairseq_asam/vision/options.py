@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Optional, get_args, get_type_hints
 
 from fairseq_asam.sharpness.late_start import validate_start
-from fairseq_asam.sharpness.momentum import DIRECTIONS
+from fairseq_asam.sharpness.moments import DIRECTIONS
 from fairseq_asam.sharpness.normalization import IDENTITY, NORMALIZATIONS
 from fairseq_asam.sharpness.perturbation import validate
 
@@ -153,9 +153,11 @@ class TrainOptions:
     def _check(self) -> None:
         validate(rho=self.rho, eta=self.eta, p=self.p_norm)
         validate_start(self.ascent_from)
-        if self.optimizer == "sgd" and (self.rho or self.m or self.ascent_from):
+        of_epsilon = self.rho or self.m or self.ascent_from or self.ascent_direction != "gradient"
+        if self.optimizer == "sgd" and of_epsilon:
             raise ValueError(
-                "sgd has no epsilon and takes no rho, m or ascent_from: choose sam or asam to use them"
+                "sgd has no epsilon and takes no rho, m, ascent_from or ascent_direction: choose sam or asam "
+                "to use them"
             )
         if self.ascent_direction == "momentum" and (self.m or not self.momentum):
             raise ValueError(

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fairseq_asam import Perturbation
 from fairseq_asam.sharpness.late_start import first_ascent
-from fairseq_asam.sharpness.momentum import first_moments
+from fairseq_asam.sharpness.moments import first_moments
 
 from . import data, models
 from .batches import Batches, evaluation_loader, seed_of, training_loader

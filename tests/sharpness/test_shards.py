@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_asam import NORMALIZATIONS, Perturbation, Region, SharpnessAware, TwoPasses, measure
-from fairseq_asam.sharpness.momentum import first_moments
+from fairseq_asam.sharpness.moments import adam_diagonals, first_moments
 from tests.processes import in_processes
 
 INF = math.inf
@@ -179,9 +179,12 @@ def trained(model, options, share, shares, updates, accumulate=1):
     """The sharpness of each update, and the last gradient and weights."""
     optimizer = ADAM(model.parameters())
     by_momentum = options.get("direction") == "momentum"
-    options = {k: v for k, v in options.items() if k != "direction"}
     moments = functools.partial(first_moments, optimizer) if by_momentum else None
-    two_passes = TwoPasses(Perturbation(model.named_parameters(), **options, moments=moments), [model])
+    in_adams_metric = options.get("normalization") == "adam"
+    diagonals = functools.partial(adam_diagonals, optimizer) if in_adams_metric else None
+    options = {k: v for k, v in options.items() if k != "direction" and v != "adam"}
+    perturbation = Perturbation(model.named_parameters(), **options, moments=moments, diagonals=diagonals)
+    two_passes = TwoPasses(perturbation, [model])
     seen = []
     for step in range(updates):
         for part in range(accumulate):
@@ -211,7 +214,7 @@ REGIONS = [
         ("layer-wise", 3.0),
     ]
 ]
-REGIONS.append(dict(rho=0.5, direction="momentum"))
+REGIONS += [dict(rho=0.5, direction="momentum"), dict(rho=0.1, normalization="adam")]
 
 
 def trainings(processes, updates):

@@ -109,12 +109,20 @@ class Reference:
     def epsilon(self, g):
         """rho T sign(g) |T g|^(q-1) / ||T g||_q^(q-1), with 1/p + 1/q = 1."""
         q = 1.0 if math.isinf(self.p) else self.p / (self.p - 1)
-        T = {n: self.operator(n, self.weights[n].detach()) for n in g if self.is_perturbed(self.weights[n])}
+        T = {n: self.operator(n, self.weights[n]) for n in g if self.is_perturbed(n)}
+        if not T:
+            return {}
         norm = sum((T[n] * g[n]).abs().pow(q).sum() for n in T) ** (1 / q)
         return {n: self.rho * T[n] * g[n].sign() * ((T[n] * g[n]).abs() / norm) ** (q - 1) for n in T}
 
+    @torch.no_grad()
     def operator(self, name, w):
         """The diagonal of T_w + eta I."""
+        if self.normalization == "adam":
+            base = self.trainer.optimizer.optimizer
+            (group,) = base.param_groups
+            v_hat = base.state[w]["exp_avg_sq"] / (1 - group["betas"][1] ** base.state[w]["step"])
+            return (v_hat.sqrt() + group["eps"]) ** -0.5
         is_bias = "bias" in name.split(".")[-1].split("_")
         if self.normalization == "none" or (is_bias and not self.normalize_bias):
             return torch.ones_like(w)
@@ -124,7 +132,10 @@ class Reference:
             return torch.full_like(w, w.norm()) + self.eta
         return w.abs() + self.eta
 
-    def is_perturbed(self, w):
+    def is_perturbed(self, name):
+        w = self.weights[name]
+        if self.normalization == "adam" and not self.trainer.optimizer.optimizer.state.get(w):
+            return False
         if self.perturbed == "normalization-layers":
             return w in self.gains
         return self.perturbed == "all" or w not in self.embeddings

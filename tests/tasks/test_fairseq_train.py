@@ -226,6 +226,10 @@ def test_the_installed_commands_work_from_the_repository_root(corpus, tmp_path):
         (["--use-bmuf"], "--use-bmuf does not go with --optimizer asam"),
         (["--ddp-backend", "fully_sharded"], "--ddp-backend fully_sharded does not go with --optimizer asam"),
         (
+            ["--zero-sharding", "os", "--normalization", "adam"],
+            "--normalization adam with --zero-sharding os does not go with --optimizer asam: a worker has",
+        ),
+        (
             ["--zero-sharding", "os", "--ascent-interval", "5"],
             "--ascent-interval with --zero-sharding os does not go with --optimizer asam: the component that",
         ),

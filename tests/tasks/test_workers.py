@@ -53,7 +53,7 @@ def assert_close(actual, expected):
         ["sam", "--clip-norm", "0.05"],
         ["asam", "--criterion", "scaled_cross_entropy"],
         ["asam", "--ascent-interval", "3"],
-        ["asam", "--ascent-direction", "momentum"],
+        ["asam", "--ascent-direction", "momentum", "--normalization", "adam"],
     ],
 )
 def test_scope_update_depends_on_the_batch_alone(corpus, optimizer):

@@ -12,7 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from fairseq_asam import Perturbation
-from fairseq_asam.sharpness.momentum import first_moments
+from fairseq_asam.sharpness.moments import first_moments
 from fairseq_asam.vision.update import Update
 
 LR, DECAY, RHO, ETA, SMOOTHING = 0.3, 0.01, 0.4, 0.01, 0.1

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fairseq_asam import Perturbation, SharpnessAware
-from fairseq_asam.sharpness.momentum import first_moments
+from fairseq_asam.sharpness.moments import first_moments
 
 ETA, RHO, LR = 0.01, 0.3, 0.05
 
@@ -36,8 +36,11 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, lr=LR, momentum=0.9)
 
 
-def by_hand(base: str, normalization: str, updates: int) -> list[torch.Tensor]:
-    """epsilon = rho T^2 g / ||T g|| with g = -m, and a step of *base* with the gradient at w + epsilon."""
+def by_hand(base: str, normalization: str, direction: str, updates: int) -> list[torch.Tensor]:
+    """epsilon = rho T^2 g / ||T g||, and a step of *base* with the gradient at w + epsilon.
+
+    With the direction momentum, g = -m. The first update has no moments, and no epsilon made of them.
+    """
     model = setting()
     weights = dict(model.named_parameters())
     m = {name: torch.zeros_like(w) for name, w in weights.items()}
@@ -45,14 +48,20 @@ def by_hand(base: str, normalization: str, updates: int) -> list[torch.Tensor]:
     for t in range(1, updates + 1):
         w = {name: weight.detach().clone() for name, weight in weights.items()}
         if t > 1:
-            T = {
-                n: torch.ones_like(w[n]) if normalization == "none" or "bias" in n else w[n].abs() + ETA
-                for n in w
-            }
-            norm = sum((T[n] * m[n]).square().sum() for n in w).sqrt()
+            if direction == "momentum":
+                ascent = {n: -m[n] for n in w}
+            else:
+                ascent = dict(zip(w, torch.autograd.grad(loss_of(model, t), list(weights.values()))))
+            T = {n: torch.ones_like(w[n]) for n in w}
+            for n in w:
+                if normalization == "adam":
+                    T[n] = ((v[n] / (1 - 0.95 ** (t - 1))).sqrt() + 1e-6) ** -0.5
+                elif normalization == "element-wise" and "bias" not in n:
+                    T[n] = w[n].abs() + ETA
+            norm = sum((T[n] * ascent[n]).square().sum() for n in w).sqrt()
             with torch.no_grad():
                 for n, weight in weights.items():
-                    weight -= RHO * T[n] ** 2 * m[n] / norm
+                    weight += RHO * T[n] ** 2 * ascent[n] / norm
         gradients = torch.autograd.grad(loss_of(model, t), list(weights.values()))
         with torch.no_grad():
             for (n, weight), g in zip(weights.items(), gradients):
@@ -66,12 +75,21 @@ def by_hand(base: str, normalization: str, updates: int) -> list[torch.Tensor]:
     return list(model.parameters())
 
 
-@pytest.mark.parametrize("base", [adam, sgd])
-@pytest.mark.parametrize("normalization", ["none", "element-wise"])
-def test_twenty_updates(base, normalization):
+@pytest.mark.parametrize(
+    "base, normalization, direction",
+    [
+        (adam, "none", "momentum"),
+        (adam, "element-wise", "momentum"),
+        (sgd, "none", "momentum"),
+        (sgd, "element-wise", "momentum"),
+        (adam, "adam", "gradient"),
+        (adam, "adam", "momentum"),
+    ],
+)
+def test_twenty_updates(base, normalization, direction):
     model = setting()
     options = {"rho": RHO, "eta": ETA, "normalization": normalization}
-    optimizer = SharpnessAware(base(model.parameters()), model, direction="momentum", **options)
+    optimizer = SharpnessAware(base(model.parameters()), model, direction=direction, **options)
     losses = []
     for t in range(1, 21):
 
@@ -82,9 +100,13 @@ def test_twenty_updates(base, normalization):
             losses.append(loss.item())
             return loss
 
-        assert optimizer.step(closure).item() == losses[-1]
-    assert len(losses) == 20 and optimizer.sharpness is None
-    for weight, expected in zip(model.parameters(), by_hand(base.__name__, normalization, 20)):
+        loss = optimizer.step(closure).item()
+        assert loss == losses[-1 if direction == "momentum" else -2]
+    if direction == "momentum":
+        assert len(losses) == 20 and optimizer.sharpness is None
+    else:
+        assert len(losses) == 40 and optimizer.sharpness == losses[-1] - losses[-2]
+    for weight, expected in zip(model.parameters(), by_hand(base.__name__, normalization, direction, 20)):
         torch.testing.assert_close(weight, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -122,6 +144,39 @@ def test_a_weight_without_a_moment_is_left_alone():
     assert moved == [True, True, False, True]
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_in_adam_s_metric_epsilon_has_length_rho(amsgrad):
+    """Over groups with values of their own. A weight that Adam has not stepped is left alone."""
+    model = setting()
+    first = {"params": model[0].parameters(), "betas": (0.9, 0.98), "eps": 1e-3}
+    second = {"params": model[2].parameters(), "betas": (0.5, 0.6), "eps": 1e-5}
+    optimizer = torch.optim.Adam([first, second], lr=LR, amsgrad=amsgrad)
+    key = "max_exp_avg_sq" if amsgrad else "exp_avg_sq"
+    model[2].bias.requires_grad_(False)
+    for step in (1, 2, 3):
+        optimizer.zero_grad()
+        (loss_of(model, step) / step**2).backward()
+        optimizer.step()
+    model[2].bias.requires_grad_(True)
+    optimizer.zero_grad()
+    loss_of(model, 4).backward()
+    perturbation = SharpnessAware(optimizer, model, rho=RHO, normalization="adam").perturbation
+    before = [w.detach().clone() for w in model.parameters()]
+    with perturbation:
+        *epsilons, of_bias = [(w - b).detach() for w, b in zip(model.parameters(), before)]
+    assert not of_bias.any()
+    square, slopes = 0.0, []
+    for weight, epsilon, group in zip(model.parameters(), epsilons, (first, first, second)):
+        v_hat = optimizer.state[weight][key] / (1 - group["betas"][1] ** 3)
+        step_of_adam = weight.grad / (v_hat.sqrt() + group["eps"])
+        square += (epsilon**2 * (v_hat.sqrt() + group["eps"])).sum()
+        slopes.append((epsilon / step_of_adam).flatten())
+    torch.testing.assert_close(square.sqrt().item(), RHO, rtol=1e-10, atol=0.0)
+    slopes = torch.cat(slopes)
+    torch.testing.assert_close(slopes, slopes[0].expand_as(slopes), rtol=1e-9, atol=0.0)
+    assert slopes[0] > 0
+
+
 def test_bad_input_is_refused():
     model = setting()
     for base in (torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.RMSprop(model.parameters())):
@@ -129,8 +184,18 @@ def test_bad_input_is_refused():
             SharpnessAware(base, model, rho=0.1, direction="momentum")
     with pytest.raises(ValueError, match="direction is 'up', but it must be one of gradient, momentum"):
         SharpnessAware(adam(model.parameters()), model, rho=0.1, direction="up")
-    with pytest.raises(ValueError, match="Adam has only a part of the weights' first moments"):
+    with pytest.raises(ValueError, match="Adam has only a part of the weights' moments"):
         SharpnessAware(adam(model[0].parameters()), model, rho=0.1, direction="momentum")
+    for base in (
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        torch.optim.Adadelta(model.parameters()),
+    ):
+        with pytest.raises(ValueError, match=f"^{type(base).__name__} does not keep Adam's second moment"):
+            SharpnessAware(base, model, rho=0.1, normalization="adam")
+    with pytest.raises(ValueError, match="Adam has only a part of the weights' moments"):
+        SharpnessAware(adam(model[0].parameters()), model, rho=0.1, normalization="adam")
+    with pytest.raises(ValueError, match="normalization is 'adam', but it must be one of none"):
+        Perturbation(model.named_parameters(), 0.1, normalization="adam")
     adagrad = torch.optim.Adagrad(model.parameters())
     loss_of(model, 1).backward()
     adagrad.step()

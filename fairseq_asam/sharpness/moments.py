@@ -1,0 +1,94 @@
+"""What the base optimizer keeps of earlier gradients, as a direction of epsilon or as its metric."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .shards import local
+
+#: What epsilon can be made of. ``momentum`` is that of Momentum-SAM (Becker et al., arXiv 2401.12033).
+DIRECTIONS = ("gradient", "momentum")
+#: Name of the normalization operator that :func:`adam_diagonals` computes.
+ADAM = "adam"
+
+
+def first_moments(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
+    """Return the first moment of each weight that *optimizer* has stepped.
+
+    Of Adam it is the running mean of the gradients (``exp_avg``), of SGD the ``momentum_buffer``.
+
+    Raises:
+        ValueError: the optimizer keeps none.
+    """
+    kept = _kept(optimizer, ("exp_avg", "momentum_buffer"))
+    if kept is None or any(group.get("momentum") == 0 for group in optimizer.param_groups):
+        raise ValueError(
+            f"{type(optimizer).__name__} keeps no first moment to take the direction of epsilon from: use an "
+            "optimizer with momentum, such as Adam, or the direction gradient"
+        )
+    return {weight: moment for weight, (moment, _, _) in kept.items()}
+
+
+def second_moments(
+    optimizer: torch.optim.Optimizer,
+) -> dict[Tensor, tuple[Tensor, dict[str, Any], dict[str, Any]]]:
+    """Return Adam's second moment v of each weight that *optimizer* has stepped, its group and its state.
+
+    With AMSGrad, v is the largest so far.
+
+    Raises:
+        ValueError: the optimizer keeps none.
+    """
+    kept = _kept(optimizer, ("max_exp_avg_sq", "exp_avg_sq"))
+    if kept is None or any("betas" not in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"{type(optimizer).__name__} does not keep Adam's second moment, from which the normalization "
+            "adam is made: use Adam, or another normalization"
+        )
+    return kept
+
+
+@torch.no_grad()
+def adam_diagonals(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
+    """Return T = (sqrt(v_hat) + eps)^(-1/2) of each weight that *optimizer* has stepped.
+
+    v_hat is Adam's second moment without its bias to 0, and eps the one of Adam. In this metric epsilon of
+    the gradient g is along g / (sqrt(v_hat) + eps), as Adam's step is (arXiv 2502.02407). Of weights in
+    shards, it is this process's part.
+
+    Raises:
+        ValueError: the optimizer keeps no second moment.
+    """
+    kept = second_moments(optimizer)
+    if not kept:
+        return {}
+    unbiased = [
+        (1.0 - group["betas"][1] ** float(state["step"])) ** -0.5 for _, group, state in kept.values()
+    ]
+    diagonals = list(torch._foreach_sqrt([local(moment) for moment, _, _ in kept.values()]))
+    torch._foreach_mul_(diagonals, unbiased)
+    torch._foreach_add_(diagonals, [group["eps"] for _, group, _ in kept.values()])
+    torch._foreach_pow_(diagonals, -0.5)
+    return dict(zip(kept, diagonals))
+
+
+def _kept(
+    optimizer: torch.optim.Optimizer, keys: Sequence[str]
+) -> dict[Tensor, tuple[Tensor, dict[str, Any], dict[str, Any]]] | None:
+    """Return the first of *keys* that the state of each weight has, with the weight's group and state.
+
+    Weights without a state are left out. ``None`` if there are states, but none of them has such a key.
+    """
+    kept, others = {}, False
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            state = optimizer.state.get(weight, {})
+            found = next((state[key] for key in keys if isinstance(state.get(key), Tensor)), None)
+            if found is not None:
+                kept[weight] = found, group, state
+            others = others or bool(state and found is None)
+    return None if others and not kept else kept
