@@ -113,6 +113,7 @@ def complete(runs: Sequence[Run], jobs: int = 1, watch: Watch | None = None) -> 
         desc="runs",
         bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.3g} of {total} [{elapsed}<{remaining}{postfix}]",
         mininterval=0.5 if sys.stderr.isatty() else 60,
+        miniters=0,  # otherwise, after a resumed run has jumped to its share, tqdm waits for as large a step
     )
     with bar, _ending_signals() as received, contextlib.ExitStack() as stack:
         underway: dict[Run, Iterator[None]] = {}

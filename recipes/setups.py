@@ -56,7 +56,8 @@ class Setup:
         training: Its other flags. A later flag wins over an earlier one. UPDATES stands for the number of
             updates of the run.
         epochs: How many epochs a run has.
-        rho: The values to search for each optimizer.
+        rho: The values to search for each optimizer, by what follows --optimizer of fairseq-train. Without an
+            entry of its own, a form such as "asam --ascent-from 0.75" has the values of its first word.
     """
 
     corpus: str

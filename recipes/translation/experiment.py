@@ -54,9 +54,9 @@ def experiment_run(
     epochs: int,
     seed: int,
     rho: float | None = None,
-    form: Sequence[str] = (),
 ) -> Run:
-    """Return one training of an experiment; *form* are its own flags of fairseq-train."""
+    """Return one training of an experiment. *optimizer* is what follows --optimizer of fairseq-train."""
+    optimizer, *form = optimizer.split()
     own = [*([] if rho is None else ["--rho", f"{rho:g}"]), *form]
     name = "-".join([optimizer, f"{epochs}-epochs", *(word.lstrip("-") for word in own), f"seed-{seed}"])
     flags = ["--max-epoch", str(epochs), "--seed", str(seed), "--keep-last-epochs", str(AVERAGED)]

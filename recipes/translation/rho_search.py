@@ -11,6 +11,7 @@ what is missing.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +34,13 @@ from recipes.translation.score import read_lines
 
 def main() -> None:
     parser = experiment_parser("Search rho on validation BLEU.")
-    parser.add_argument("--optimizers", nargs="+", choices=["sam", "asam"], default=["sam", "asam"])
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        default=["sam", "asam"],
+        metavar="FLAGS",
+        help="what follows --optimizer of fairseq-train, as 'asam --ascent-from 0.75' (default: sam asam)",
+    )
     parser.add_argument("--seed", type=int, default=1, help="of every run (default: 1)")
     args = experiment_arguments(parser)
     points = {optimizer: search(args, optimizer, args.seed) for optimizer in args.optimizers}
@@ -43,11 +50,21 @@ def main() -> None:
 
 
 def search(args: argparse.Namespace, optimizer: str, seed: int) -> list[dict]:
-    """Complete a run of *optimizer* for each value of rho, and return their points."""
-    values = args.rho or SETUPS[args.setup].rho[optimizer]
+    """Complete a run of *optimizer* for each value of rho, and return their points.
+
+    Args:
+        args: Those of the experiment.
+        optimizer: What follows --optimizer of fairseq-train.
+        seed: Of every run.
+    """
+    name = optimizer.split()[0]
+    of_setup = SETUPS[args.setup].rho
+    if name not in of_setup:
+        sys.exit(f"'{optimizer}' has no rho to search: begin with {' or '.join(of_setup)}.")
+    values = args.rho or of_setup.get(optimizer) or of_setup[name]
     runs = [experiment_run(args, optimizer, args.epochs, seed, rho) for rho in values]
     complete_and_score(args.data, runs, ["valid"], args.jobs)
-    return [validation_point(run) for run in runs]
+    return [{**validation_point(run), "optimizer": optimizer} for run in runs]
 
 
 def validation_point(run: Run) -> dict:

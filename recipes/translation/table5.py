@@ -186,8 +186,8 @@ def difference(test: dict | None) -> tuple[str, str]:
     """Return two cells: the difference with its interval, and p; empty ones for the baseline."""
     if test is None:
         return "", ""
-    low, high = test["interval"]
-    return f"{test['difference']:+.2f} ({low:+.2f} to {high:+.2f})", f"{test['p_value']:.3f}"
+    (low, high), p = test["interval"], test["p_value"]
+    return f"{test['difference']:+.2f} ({low:+.2f} to {high:+.2f})", f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def spread(row: dict, key: str, digits: int = 2) -> str:

@@ -27,7 +27,7 @@ def test_rho_is_the_one_with_the_highest_validation_bleu(corpus: Path, tmp_path:
     assert (tmp_path / "rho_search.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", ["rho_search", "table5", "fewer_passes"])
+@pytest.mark.parametrize("name", ["rho_search", "table5", "gain_and_cost"])
 def test_bad_input_is_named_in_one_sentence(name: str, corpus: Path, tmp_path: Path):
     arguments = ("help_8000", "--data", corpus, "--out", tmp_path)
     assert refusal(name, *arguments, "--epochs", "0") == "--epochs is 0, but it must be at least 1."

@@ -1,0 +1,172 @@
+"""What the forms of sharpness-aware training buy, and what they cost, in the setting of table5.py.
+
+    python -m recipes.translation.gain_and_cost SETUP [--forms NAME ...] [--seeds 1 2 3] [--search-only]
+                                                [--rho 0.1 0.2 ...] [--jobs N] [fairseq-train flags]
+
+FORMS lists them: SAM and ASAM with two passes for each update, Adam's metric, and forms with fewer passes.
+Some have a search over rho of their own, by validation BLEU of the first seed; the others have the rho of SAM
+or ASAM. `--search-only` ends after the searches, which leave the test set alone. Adam and its averaged
+weights are the baseline. Times can be compared only if nothing else uses the machine; the number of passes
+always can. Writes gain_and_cost.{json,md,png} and gain_and_cost_search.{json,png} to OUT (default:
+runs/translation/SETUP), beside the folders of the runs, which table5.py shares. Run again, it does what is
+missing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from fairseq_asam.files import write_json
+from recipes.reporter import markdown_table, shown, write_figure, write_text
+from recipes.translation import rho_search
+from recipes.translation.experiment import (
+    average_of,
+    complete_and_score,
+    experiment_arguments,
+    experiment_parser,
+    experiment_run,
+)
+from recipes.translation.table5 import collect, difference, spread, time_ratio
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of sharpness-aware training.
+
+    Attributes:
+        optimizer: What follows --optimizer.
+        passes: Forward and backward passes of an update, on average.
+        rho_of: The optimizer whose search gives rho; its own if it is None.
+    """
+
+    optimizer: str
+    passes: float
+    rho_of: str | None = None
+
+
+FORMS = {
+    "SAM": Form("sam", 2.0),
+    "ASAM": Form("asam", 2.0),
+    "Adam's metric": Form("asam --normalization adam", 2.0),
+    "late start 0.75": Form("asam --ascent-from 0.75", 1.25),
+    "late start 0.9": Form("asam --ascent-from 0.9", 1.1),
+    "momentum, SAM": Form("sam --ascent-direction momentum", 1.0),
+    "momentum, ASAM": Form("asam --ascent-direction momentum", 1.0),
+    "fraction 0.25": Form("asam --ascent-fraction 0.25", 1.25, rho_of="asam"),
+    "interval 2": Form("asam --ascent-interval 2", 1.5, rho_of="asam"),
+}
+QUALITY = {"best_valid_loss": "best validation loss", "test BLEU": "test BLEU", "test chrF2": "test chrF2"}
+
+
+def main() -> None:
+    parser = experiment_parser("What the forms of sharpness-aware training buy, and what they cost.")
+    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS), metavar="NAME")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="default: 1 2 3 4 5")
+    parser.add_argument("--search-only", action="store_true", help="end after the searches over rho")
+    args = experiment_arguments(parser)
+    seeds = list(dict.fromkeys(args.seeds))
+    forms = {name: FORMS[name] for name in args.forms}
+
+    searched = {name: form.rho_of or form.optimizer for name, form in forms.items()}
+    points = {each: rho_search.search(args, each, seeds[0]) for each in dict.fromkeys(searched.values())}
+    everything = [point for found in points.values() for point in found]
+    write_json(args.out / "gain_and_cost_search.json", everything)
+    write_figure(args.out / "gain_and_cost_search.png", rho_search.draw(everything))
+    if args.search_only:
+        return
+
+    systems = {"Adam": [experiment_run(args, "adam", args.epochs, seed) for seed in seeds]}
+    for name, form in forms.items():
+        rho = rho_search.best(points[searched[name]])
+        systems[name] = [experiment_run(args, form.optimizer, args.epochs, seed, rho) for seed in seeds]
+    averaged = {"Adam, averaged": [average_of(run) for run in systems["Adam"]]}
+    for group in (systems, averaged):
+        # Go seed by seed, so that a change on the machine meets all forms alike.
+        every = [run for runs in zip(*group.values()) for run in runs]
+        complete_and_score(args.data, every, ["valid", "test"], args.jobs)
+
+    results = collect(args, {**systems, **averaged})
+    for row in results["systems"]:
+        row["passes"] = forms[row["system"]].passes if row["system"] in forms else 1.0
+        row["share of ASAM's gain"] = share_of_gain(row, results["systems"])
+    table = as_markdown(results)
+    write_json(args.out / "gain_and_cost.json", results)
+    write_text(args.out / "gain_and_cost.md", table)
+    write_figure(args.out / "gain_and_cost.png", draw(results))
+    print(table, end="")
+
+
+def share_of_gain(row: dict, systems: list[dict]) -> float | None:
+    """Return the gain of *row* in validation loss over Adam, divided by ASAM's; None where there is none."""
+    loss = {each["system"]: each["mean"].get("best_valid_loss") for each in systems}
+    adam, asam, own = loss["Adam"], loss.get("ASAM"), loss[row["system"]]
+    if own is None or asam is None or asam >= adam:
+        return None
+    return (adam - own) / (adam - asam)
+
+
+def as_markdown(results: dict) -> str:
+    """Return the table of cost and quality."""
+    systems = results["systems"]
+    seeds = ", ".join(str(run["seed"]) for run in systems[0]["runs"])
+    rows = []
+    for row in systems:
+        trained = "training_seconds" in row["mean"]
+        against = row.get("against baseline", {})
+        tested = {metric: difference(against.get(metric)) for metric in ("BLEU", "chrF2")}
+        rows.append(
+            [
+                row["system"],
+                "" if row["rho"] is None else f"{row['rho']:g}",
+                f"{row['passes']:g}",
+                time_ratio(results, row) if trained else "",
+                spread(row, "best_valid_loss", 3) if trained else "",
+                shown(row["share of ASAM's gain"]),
+                spread(row, "valid BLEU"),
+                *(spread(row, "test BLEU"), *tested["BLEU"]),
+                *(spread(row, "test chrF2"), *tested["chrF2"]),
+            ]
+        )
+    header = [
+        *("", "rho", "passes", "time / Adam's", "best validation loss", "share of ASAM's gain in it"),
+        *("validation BLEU", "test BLEU", "difference", "p", "test chrF2", "difference", "p"),
+    ]
+    return (
+        f"Set-up `{results['setup']}`, seeds {seeds}; mean ± standard deviation over the seeds. Passes are "
+        "those of an update, on average. Losses in bits per token. Scores by sacrebleu, "
+        f"{', '.join(f'`{signature}`' for signature in results['signatures'])}. Differences of the test "
+        "scores from Adam's, with their 95 % interval and p, by a paired bootstrap over seeds and "
+        "sentences.\n\n" + markdown_table(header, rows)
+    )
+
+
+def draw(results: dict) -> Figure:
+    """Return a figure of quality over passes and over time: a row of panels for each cost.
+
+    Bars are standard deviations over the seeds.
+    """
+    systems = results["systems"]
+    seconds = systems[0]["mean"]["training_seconds"]
+    costs = {
+        "passes of an update": [row["passes"] for row in systems],
+        "training time / Adam's": [row["mean"].get("training_seconds", seconds) / seconds for row in systems],
+    }
+    figure = Figure(figsize=(5 * len(QUALITY), 4 * len(costs)), layout="constrained")
+    for row_of_panels, (cost, values) in zip(figure.subplots(len(costs), len(QUALITY)), costs.items()):
+        for axes, (key, label) in zip(row_of_panels, QUALITY.items()):
+            for number, (row, value) in enumerate(zip(systems, values)):
+                if key in row["mean"]:  # averaged weights have no loss
+                    style = {"fmt": "os^D"[number % 4], "color": f"C{number}", "label": row["system"]}
+                    axes.errorbar(value, row["mean"][key], row["sd"][key], capsize=3, **style)
+            axes.set(xlabel=cost, ylabel=label)
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recipes.translation.gain_and_cost import FORMS, share_of_gain
+from tests.recipes.translation.scripts import script, succeeded
+
+
+def test_the_share_of_asam_s_gain_is_that_of_its_fall_in_loss():
+    def systems(**losses: float) -> list[dict]:
+        return [{"system": name, "mean": {"best_valid_loss": loss}} for name, loss in losses.items()]
+
+    half, worse = systems(Adam=4.0, ASAM=3.5, half=3.75, worse=4.5)[-2:]
+    assert share_of_gain(half, systems(Adam=4.0, ASAM=3.5, half=3.75)) == 0.5
+    assert share_of_gain(worse, systems(Adam=4.0, ASAM=3.5, worse=4.5)) == -1.0
+    assert share_of_gain(half, systems(Adam=4.0, ASAM=4.5, half=3.75)) is None  # ASAM has not gained
+    averaged = {"system": "Adam, averaged", "mean": {}}
+    assert share_of_gain(averaged, [*systems(Adam=4.0, ASAM=3.5), averaged]) is None
+
+
+@pytest.mark.slow
+def test_forms_stand_beside_adam_with_their_cost(corpus: Path, tmp_path: Path):
+    names = ["ASAM", "late start 0.75", "momentum, SAM", "fraction 0.25"]
+    setting = ("help_8000", "--data", corpus, "--out", tmp_path, "--seeds", "1", "--forms", *names)
+    setting += ("--epochs", "1", "--rho", "0.1", "0.2", "--jobs", "2")
+    setting += ("--cpu", "--warmup-updates", "5", "--max-tokens", "150")
+    succeeded(script("gain_and_cost", *setting, "--search-only"))
+    points = json.loads((tmp_path / "gain_and_cost_search.json").read_text())
+    searched = [FORMS[name].optimizer for name in names[:3]]
+    assert [(point["optimizer"], point["rho"]) for point in points] == [
+        (each, rho) for each in searched for rho in (0.1, 0.2)
+    ]
+    assert not list(tmp_path.glob("*/test.hyp"))
+
+    printed = succeeded(script("gain_and_cost", *setting)).stdout
+    results = json.loads((tmp_path / "gain_and_cost.json").read_text())
+    rows = {row["system"]: row for row in results["systems"]}
+    assert list(rows) == ["Adam", *names, "Adam, averaged"]
+    assert all(row["passes"] == (FORMS[name].passes if name in FORMS else 1) for name, row in rows.items())
+    trained = [row for name, row in rows.items() if name != "Adam, averaged"]
+    losses = {(row["mean"]["best_valid_loss"], row["mean"]["last_train_loss"]) for row in trained}
+    assert len(losses) == len(trained)
+    assert (tmp_path / f"asam-1-epochs-rho-{rows['ASAM']['rho']:g}-ascent-fraction-0.25-seed-1").exists()
+    assert "| late start 0.75 | " in printed and "| Adam, averaged |  | 1 | " in printed
+    assert printed == (tmp_path / "gain_and_cost.md").read_text()
+    for picture in ("gain_and_cost.png", "gain_and_cost_search.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
