@@ -470,7 +470,7 @@ def state_in(path: Path) -> State:
     # Importing fairseq takes seconds and talks.
     import fairseq_asam.tasks.checkpoints  # noqa: F401  tells torch what a checkpoint may hold
 
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = torch.load(path, map_location="cpu")
     weights = {name: w for name, w in saved["model"].items() if not _UNUSED.search(name)}
     updates = saved["optimizer_history"][-1]["num_updates"]
     return State(updates, digest(weights), digest(saved["last_optimizer_state"]))
