@@ -100,7 +100,11 @@ SETUPS = {
         model=f"{SMALL_MODEL} --dropout 0.2",
         training=f"{SMALL_TRAINING} {BEST_BY_BLEU} {GREEDY} --eval-bleu-remove-bpe sentencepiece",
         epochs=30,
-        rho={"sam": (0.02, 0.05, 0.1, 0.2), "asam": (0.1, 0.2, 0.5, 1.0)},
+        rho={
+            "sam": (0.02, 0.05, 0.1, 0.2),
+            "asam": (0.1, 0.2, 0.5, 1.0),
+            "asam --normalization adam": (0.001, 0.002, 0.005, 0.01),
+        },
     ),
     # The paper's, but for the number of epochs, which it does not give.
     "iwslt14": Setup(

@@ -45,6 +45,9 @@ OPTIMIZERS = (
     "asam --ascent-fraction 0.5",
     "asam --ascent-fraction 0.25",
     "asam --ascent-interval 5",
+    "asam --normalization adam",
+    "sam --ascent-direction momentum",
+    "asam --ascent-direction momentum",
 )
 
 _processes = multiprocessing.get_context("spawn")

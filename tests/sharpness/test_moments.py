@@ -1,4 +1,4 @@
-"""The direction of momentum against the formulas of Momentum-SAM, by hand."""
+"""Epsilon made of a base optimizer's moments: the direction of momentum and Adam's metric, by hand."""
 
 from __future__ import annotations
 

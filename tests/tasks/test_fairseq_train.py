@@ -130,7 +130,12 @@ def test_the_paper_s_values_are_the_defaults(train):
 
 @pytest.mark.parametrize(
     "optimizer",
-    [["sam"], ["asam"], ["asam", "--ascent-interval", "5"], ["sam", "--ascent-fraction", "0.5"]],
+    [
+        ["asam"],
+        ["asam", "--ascent-interval", "5"],
+        ["sam", "--ascent-fraction", "0.5"],
+        ["asam", "--ascent-direction", "momentum", "--normalization", "adam"],
+    ],
 )
 def test_stopped_and_resumed_is_uninterrupted(train, optimizer):
     """Stopped inside an epoch and between two."""
