@@ -50,7 +50,8 @@ TASKS = {
 @pytest.fixture
 def train(fairseq, corpus, tmp_path):
     def run(name, *flags, data=None):
-        arguments = recipe(data or corpus / "bin", tmp_path / name, "--max-epoch", "2", *flags)
+        few = ["--max-epoch", "2", "--max-tokens", "1600"]
+        arguments = recipe(data or corpus / "bin", tmp_path / name, *few, *flags)
         result = fairseq("train", *arguments, *PLUGIN)
         assert result.status == 0, result.output[-3000:]
         lines = re.findall(r"\| train \| (\{.*\})", result.output)
