@@ -258,7 +258,7 @@ def results(function, processes, *arguments):
     return in_processes(processes, function, processes, *arguments)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 def test_epsilon_is_that_of_whole_weights(normalization, processes):
     for on_one in results(epsilons, processes):
@@ -332,7 +332,7 @@ def measured(processes):
     return found
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sharpness_is_that_of_whole_weights(processes):
     for on_one in results(measured, processes):
         for key, (sharded, whole) in on_one.items():

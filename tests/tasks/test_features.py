@@ -73,7 +73,17 @@ def is_adam_at_rho_zero_and_learns(train, *flags, data=None):
     return asam
 
 
-@pytest.mark.parametrize("feature", FEATURES)
+#: Features that others of them test in part.
+SLOW = {
+    "layer drop, epsilon at intervals",
+    "epsilon from a fraction",
+    "epsilon at intervals for each micro-batch",
+}
+
+
+@pytest.mark.parametrize(
+    "feature", [pytest.param(each, marks=[pytest.mark.slow] if each in SLOW else []) for each in FEATURES]
+)
 def test_feature(train, feature):
     asam = is_adam_at_rho_zero_and_learns(train, "--dropout", "0.2", *FEATURES[feature])
     assert ("ema" in asam["extra_state"]) == ("--store-ema" in FEATURES[feature])
@@ -95,7 +105,13 @@ def test_less_than_two_passes_in_any_task(train, task, cheaper, request):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("base", ["sgd", "nag", "adagrad", "adadelta", "adamax", "adafactor"])
+@pytest.mark.parametrize(
+    "base",
+    [
+        *("nag", "adafactor"),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("sgd", "adagrad", "adadelta", "adamax")),
+    ],
+)
 def test_any_base_optimizer(train, base):
     """With flags of the base's own, and resumed from its state."""
     flags = {"sgd": ["--momentum", "0.9"], "nag": ["--momentum", "0.9"]}.get(base, ["--weight-decay", "0.01"])

@@ -157,8 +157,13 @@ def test_out_of_memory_in_one_worker_at_an_ascent(corpus, scope, call):
     weights(2, corpus, *flags, split=(1, call), function=trained_out_of_memory)
 
 
-@pytest.mark.parametrize("call", [5, 6, 7, 8])
-@pytest.mark.parametrize("scope", ["update", "micro-batch"])
+@pytest.mark.parametrize(
+    "scope, call",
+    [
+        *(("update", call) for call in (5, 6, 7, 8)),
+        *(pytest.param("micro-batch", call, marks=pytest.mark.slow) for call in (5, 6, 7, 8)),
+    ],
+)
 def test_out_of_memory_in_one_worker(corpus, scope, call):
     """In the second update of two micro-batches each: a pass at w or at w + epsilon, the first or the last
     of the update. As without this plugin, legacy_ddp goes on with the gradients of the other worker."""

@@ -17,10 +17,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="package")
 def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Finished and scored runs of adam and asam."""
+    """Finished and scored runs of adam and asam, with the checkpoints of their last two epochs."""
     folder = tmp_path_factory.mktemp("runs")
     finished = [folder / "adam", folder / "asam"]
     for each in finished:
-        succeeded(train(corpus, each, each.name))
+        succeeded(train(corpus, each, each.name, "--keep-last-epochs", "2"))
         succeeded(script("score", corpus, each))
     return finished

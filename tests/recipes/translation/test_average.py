@@ -5,14 +5,12 @@ from pathlib import Path
 import torch
 
 from tests.commands import checkpoint
-from tests.recipes.translation.scripts import script, succeeded, train
+from tests.recipes.translation.scripts import script, succeeded
 
 
-def test_the_last_epochs_average_in_float64(corpus: Path, tmp_path: Path):
-    flags = ("--keep-last-epochs", "2", "--max-epoch", "3")
-    succeeded(train(corpus, tmp_path / "adam", "adam", *flags))
-    weights = [checkpoint(tmp_path / "adam", f"checkpoint{epoch}.pt")["model"] for epoch in (2, 3)]
-    succeeded(script("average", tmp_path / "adam", tmp_path / "mean", "--last", "2"))
+def test_the_last_epochs_average_in_float64(corpus: Path, runs: list[Path], tmp_path: Path):
+    weights = [checkpoint(runs[0], f"checkpoint{epoch}.pt")["model"] for epoch in (4, 5)]
+    succeeded(script("average", runs[0], tmp_path / "mean", "--last", "2"))
     mean = checkpoint(tmp_path / "mean", "checkpoint_best.pt")["model"]
     assert all(
         torch.equal(mean[name], ((weight.double() + weights[1][name].double()) / 2).float())
@@ -20,5 +18,5 @@ def test_the_last_epochs_average_in_float64(corpus: Path, tmp_path: Path):
     )
     succeeded(script("score", corpus, tmp_path / "mean"))
 
-    too_many = script("average", tmp_path / "adam", tmp_path / "mean", "--last", "3")
+    too_many = script("average", runs[0], tmp_path / "mean", "--last", "3")
     assert "has the checkpoints of 2 epochs, not of 3" in too_many.stderr

@@ -8,6 +8,7 @@ import pytest
 from tests.recipes.translation.scripts import refusal, run, script, succeeded
 
 
+@pytest.mark.slow
 def test_rho_is_the_one_with_the_highest_validation_bleu(corpus: Path, tmp_path: Path):
     search = ("quickstart", "--data", corpus, "--out", tmp_path, "--optimizers", "asam", "--epochs", "3")
     search += ("--rho", "0.1", "50", "--jobs", "2", "--cpu", "--warmup-updates", "10", "--max-tokens", "150")

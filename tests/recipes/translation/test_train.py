@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from tests.commands import ROOT, assert_same_state, checkpoint
 from tests.recipes.translation.scripts import ENVIRONMENT, FLAGS, compared, refusal, script, succeeded, train
 
@@ -116,6 +118,7 @@ def test_checkpoints_of_unknown_options_are_refused(corpus: Path, tmp_path: Path
     assert sentence.startswith(f"'{tmp_path}' holds checkpoints of unknown options")
 
 
+@pytest.mark.slow
 def test_a_launcher_starts_several_workers(corpus: Path, tmp_path: Path):
     """fairseq takes ranks from torchrun on GPUs alone; on a CPU they have to be passed on."""
     worker = tmp_path / "worker"
