@@ -163,11 +163,16 @@ class DatasetLoss:
             self.batches = random.Random(seed).sample(self.batches, batches)
 
     def __call__(self) -> Iterator[tuple[Tensor, float]]:
+        for sample in self.samples():
+            loss, sample_size, _ = self.criterion(self.model, sample)
+            yield loss, float(sample_size)
+
+    def samples(self) -> Iterator[dict[str, Any]]:
+        """Yield each batch as the model takes it, on its device."""
         cuda = next(self.model.parameters()).is_cuda
         for batch in self.batches:
             sample = self.dataset.collater([self.dataset[i] for i in batch])
-            loss, sample_size, _ = self.criterion(self.model, utils.move_to_cuda(sample) if cuda else sample)
-            yield loss, float(sample_size)
+            yield utils.move_to_cuda(sample) if cuda else sample
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from argparse import ArgumentParser
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +78,10 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             self.looksam = LookSAM(self.optimizer, cfg.ascent_interval, cfg.ascent_reuse, per_worker)
         self.update: Update | None = None
         self._two_passes: TwoPasses | None = None
+        wanted = {first_moments: by_momentum(cfg), second_moments: in_adams_metric(cfg)}
+        self._missing_moments: list[Callable] = [
+            moments for moments, is_wanted in wanted.items() if is_wanted
+        ]
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:
@@ -123,11 +128,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         """
         two_passes, number = self.two_passes(trainer), trainer.get_num_updates()
         two_passes.reset()
-        # Ask for moments now, where an error becomes a sentence.
-        if by_momentum(self.sharpness_config):
-            first_moments(self.optimizer)
-        if in_adams_metric(self.sharpness_config):
-            second_moments(self.optimizer)
+        # Ask for moments now, where an error becomes a sentence, until there are some.
+        self._missing_moments = [each for each in self._missing_moments if not each(self.optimizer)]
         self.update = Update(two_passes, num_micro_batches, ascends=number >= trainer.task.first_ascent)
         if self.update.ascends and self.looksam is not None:
             self.update.looksam = self.looksam
