@@ -78,10 +78,12 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             self.looksam = LookSAM(self.optimizer, cfg.ascent_interval, cfg.ascent_reuse, per_worker)
         self.update: Update | None = None
         self._two_passes: TwoPasses | None = None
-        wanted = {first_moments: by_momentum(cfg), second_moments: in_adams_metric(cfg)}
-        self._missing_moments: list[Callable] = [
-            moments for moments, is_wanted in wanted.items() if is_wanted
-        ]
+        # Functions that return the moments which epsilon is made of, until the base optimizer has such moments.
+        self._missing_moments: list[Callable] = []
+        if by_momentum(cfg):
+            self._missing_moments.append(first_moments)
+        if in_adams_metric(cfg):
+            self._missing_moments.append(second_moments)
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:
