@@ -78,7 +78,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             self.looksam = LookSAM(self.optimizer, cfg.ascent_interval, cfg.ascent_reuse, per_worker)
         self.update: Update | None = None
         self._two_passes: TwoPasses | None = None
-        # Functions that return the moments which epsilon is made of, until the base optimizer has such moments.
+        # Functions that return the moments of which epsilon is made, while the base optimizer has none yet.
         self._missing_moments: list[Callable] = []
         if by_momentum(cfg):
             self._missing_moments.append(first_moments)
