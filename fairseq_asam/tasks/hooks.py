@@ -47,14 +47,19 @@ def check_configuration(cfg: Any) -> None:
     noised = "each forward pass overwrites the weights with noised ones, at w + epsilon too"
     in_shards, reuses = distributed.zero_sharding != "none", cfg.optimizer.ascent_interval > 1
     component = "the component that it reuses would have to be shared out like the optimizer's state"
-    uses_moments = {
+    scaled = getattr(cfg.optimizer, "fp16_adam_stats", False)
+    needs_moments = {
         "--ascent-direction momentum": by_momentum(cfg.optimizer),
         "--normalization adam": in_adams_metric(cfg.optimizer),
     }
-    scaled = getattr(cfg.optimizer, "fp16_adam_stats", False)
-    moments = "a worker has the optimizer's state of its part of the weights only"
-    scales = "each weight's moment then has a scale of its own"
-    drop = "use one of them"
+    without_moments = [
+        (
+            "--zero-sharding os",
+            in_shards,
+            "a worker has the optimizer's state of its part of the weights only",
+        ),
+        ("--fp16-adam-stats", scaled, "each weight's moment then has a scale of its own"),
+    ]
     bfloat16 = "use fairseq-hydra-train with common.bf16=true, or --fp16"
     pytorch_ddp = "use --ddp-backend pytorch_ddp"
     backends = {"fully_sharded": flattened, "slowmo": moves_weights}
@@ -66,14 +71,11 @@ def check_configuration(cfg: Any) -> None:
         ("--model-parallel-size", common.model_parallel_size > 1, in_parts, "use data parallelism"),
         ("--pipeline-model-parallel", distributed.pipeline_model_parallel, over_gpus, "use data parallelism"),
         ("--ascent-interval with --zero-sharding os", in_shards and reuses, component, "use one of them"),
-        *[
-            (f"{flag} with --zero-sharding os", in_shards and on, moments, drop)
-            for flag, on in uses_moments.items()
-        ],
-        *[
-            (f"{flag} with --fp16-adam-stats", scaled and on, scales, drop)
-            for flag, on in uses_moments.items()
-        ],
+        *(
+            (f"{flag} with {other}", needed and given, reason, "use one of them")
+            for flag, needed in needs_moments.items()
+            for other, given, reason in without_moments
+        ),
         ("--use-bmuf", cfg.optimization.use_bmuf, moves_weights, pytorch_ddp),
         (f"--ddp-backend {backend}", backend in backends, backends.get(backend), pytorch_ddp),
         (

@@ -77,7 +77,8 @@ def figures_of(run: Path, data: Path, split: str) -> dict[str, float | None]:
             output = checkpoint.model(**sample["net_input"])
             log_probabilities = checkpoint.model.get_normalized_probs(output, log_probs=True)
             of_batch = sums_over_tokens(log_probabilities, sample["target"], checkpoint.criterion.padding_idx)
-            of_batch["loss"] = checkpoint.criterion(checkpoint.model, sample)[0].item() / math.log(2)
+            loss, _ = checkpoint.criterion.compute_loss(checkpoint.model, output, sample)
+            of_batch["loss"] = loss.item() / math.log(2)
             sums = {name: sums.get(name, 0.0) + value for name, value in of_batch.items()}
     tokens = sums.pop("tokens")
     means = {name: value / tokens for name, value in sums.items()}

@@ -28,7 +28,7 @@ from recipes.translation.experiment import (
     experiment_parser,
     experiment_run,
 )
-from recipes.translation.table5 import collect, difference, spread, time_ratio
+from recipes.translation.table5 import about_scores, collect, difference, spread, time_ratio
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def main() -> None:
     forms = {name: FORMS[name] for name in args.forms}
 
     searched = {name: form.rho_of or form.optimizer for name, form in forms.items()}
-    points = {each: rho_search.search(args, each, seeds[0]) for each in dict.fromkeys(searched.values())}
+    points = rho_search.search(args, dict.fromkeys(searched.values()), seeds[0])
     everything = [point for found in points.values() for point in found]
     write_json(args.out / "gain_and_cost_search.json", everything)
     write_figure(args.out / "gain_and_cost_search.png", rho_search.draw(everything))
@@ -135,10 +135,8 @@ def as_markdown(results: dict) -> str:
     ]
     return (
         f"Set-up `{results['setup']}`, seeds {seeds}; mean ± standard deviation over the seeds. Passes are "
-        "those of an update, on average. Losses in bits per token. Scores by sacrebleu, "
-        f"{', '.join(f'`{signature}`' for signature in results['signatures'])}. Differences of the test "
-        "scores from Adam's, with their 95 % interval and p, by a paired bootstrap over seeds and "
-        "sentences.\n\n" + markdown_table(header, rows)
+        f"those of an update, on average. Losses in bits per token. {about_scores(results)}\n\n"
+        + markdown_table(header, rows)
     )
 
 

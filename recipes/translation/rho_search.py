@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -43,28 +43,36 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=1, help="of every run (default: 1)")
     args = experiment_arguments(parser)
-    points = {optimizer: search(args, optimizer, args.seed) for optimizer in args.optimizers}
+    points = search(args, args.optimizers, args.seed)
     write(args.out, [point for found in points.values() for point in found])
     for optimizer, found in points.items():
         print(f"{optimizer}: the best rho is {best(found):g}")
 
 
-def search(args: argparse.Namespace, optimizer: str, seed: int) -> list[dict]:
-    """Complete a run of *optimizer* for each value of rho, and return their points.
+def search(args: argparse.Namespace, optimizers: Iterable[str], seed: int) -> dict[str, list[dict]]:
+    """Complete a run of each of *optimizers* for each value of rho, and return their points by optimizer.
 
     Args:
         args: Those of the experiment.
-        optimizer: What follows --optimizer of fairseq-train.
+        optimizers: What follows --optimizer of fairseq-train.
         seed: Of every run.
+
+    Raises:
+        SystemExit: One of *optimizers* has no rho. No run has begun then.
     """
-    name = optimizer.split()[0]
     of_setup = SETUPS[args.setup].rho
-    if name not in of_setup:
-        sys.exit(f"'{optimizer}' has no rho to search: begin with {' or '.join(of_setup)}.")
-    values = args.rho or of_setup.get(optimizer) or of_setup[name]
-    runs = [experiment_run(args, optimizer, args.epochs, seed, rho) for rho in values]
-    complete_and_score(args.data, runs, ["valid"], args.jobs)
-    return [{**validation_point(run), "optimizer": optimizer} for run in runs]
+    runs = {}
+    for optimizer in optimizers:
+        name = optimizer.partition(" ")[0]
+        if name not in of_setup:
+            sys.exit(f"'{optimizer}' has no rho to search: begin with sam or asam.")
+        values = args.rho or of_setup.get(optimizer) or of_setup[name]
+        runs[optimizer] = [experiment_run(args, optimizer, args.epochs, seed, rho) for rho in values]
+    complete_and_score(args.data, [run for each in runs.values() for run in each], ["valid"], args.jobs)
+    return {
+        optimizer: [{**validation_point(run), "optimizer": optimizer} for run in each]
+        for optimizer, each in runs.items()
+    }
 
 
 def validation_point(run: Run) -> dict:

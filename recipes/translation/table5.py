@@ -44,7 +44,7 @@ def main() -> None:
     args = experiment_arguments(parser)
     seeds = list(dict.fromkeys(args.seeds))
 
-    points = {optimizer: search(args, optimizer, seeds[0]) for optimizer in ("sam", "asam")}
+    points = search(args, ("sam", "asam"), seeds[0])
 
     def runs(optimizer: str, epochs: int = args.epochs, rho: float | None = None) -> list[Run]:
         return [experiment_run(args, optimizer, epochs, seed, rho) for seed in seeds]
@@ -150,7 +150,6 @@ def as_markdown(results: dict) -> str:
             [name, *(spread(row, f"{split} BLEU of tokens") for split in ("valid", "test")), *paper]
         )
     seeds = ", ".join(str(run["seed"]) for run in results["systems"][0]["runs"])
-    counts = results["sentences"]
     return "\n".join(
         [
             f"Set-up `{results['setup']}`, seeds {seeds}; mean ± standard deviation over the seeds. "
@@ -162,10 +161,7 @@ def as_markdown(results: dict) -> str:
                 ],
                 training,
             ),
-            f"Scores by sacrebleu, {counts['valid']} validation and {counts['test']} test sentences, "
-            f"{', '.join(f'`{signature}`' for signature in results['signatures'])}. Differences of the test "
-            "scores from Adam's, with their 95 % interval and p, by a paired bootstrap over seeds and "
-            "sentences:\n",
+            f"{about_scores(results)}\n",
             markdown_table(
                 [
                     *("optimizer", "validation BLEU", "test BLEU", "difference", "p"),
@@ -179,6 +175,16 @@ def as_markdown(results: dict) -> str:
                 ["optimizer", "validation", "test", "paper: validation", "paper: test"], of_tokens
             ),
         ]
+    )
+
+
+def about_scores(results: dict) -> str:
+    """Return what scores and differences are of, and how they are made."""
+    counts = results["sentences"]
+    return (
+        f"Scores by sacrebleu, {counts['valid']} validation and {counts['test']} test sentences, "
+        f"{', '.join(f'`{signature}`' for signature in results['signatures'])}. Differences of the test "
+        "scores from Adam's, with their 95 % interval and p, by a paired bootstrap over seeds and sentences:"
     )
 
 

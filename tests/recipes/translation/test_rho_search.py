@@ -34,3 +34,11 @@ def test_bad_input_is_named_in_one_sentence(name: str, corpus: Path, tmp_path: P
     assert refusal(name, *arguments, "--epochs", "0") == "--epochs is 0, but it must be at least 1."
     assert refusal(name, *arguments, "--jobs", "0") == "--jobs is 0, but it must be at least 1."
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("optimizer", ["adam", ""])
+def test_an_optimizer_without_rho_is_refused_before_any_run(optimizer: str, corpus: Path, tmp_path: Path):
+    arguments = ("help_8000", "--data", corpus, "--out", tmp_path, "--optimizers", "sam", optimizer)
+    message = refusal("rho_search", *arguments)
+    assert message == f"'{optimizer}' has no rho to search: begin with sam or asam."
+    assert list(tmp_path.iterdir()) == []
