@@ -18,16 +18,24 @@ def by(key: str, rows: list[dict], value: str) -> dict[str, float]:
 
 
 def test_step_cost():
-    large, small = figures("step_cost")["models"]
-    (
-        (_, sam, asam, half, quarter, fifth),
-        (_, small_sam, small_asam, small_half, small_quarter, small_fifth),
-    ) = ([f"{row['ratio']:.2f}" for row in model["seconds"]] for model in (large, small))
-    assert f"with the large model sam costs {sam} and asam {asam} times adam" in README
-    assert f"with the small one {small_sam} and {small_asam}." in README
-    assert f"brings asam down to {half} and {small_half}, 0.25 to {quarter} and {small_quarter}," in README
-    assert f"`--ascent-interval 5` to {fifth} and {small_fifth}." in README
-    copies = by("optimizer", large["memory"], "copies")
+    models = figures("step_cost")["models"]
+    large, small = (
+        {name: f"{ratio:.2f}" for name, ratio in by("optimizer", model["seconds"], "ratio").items()}
+        for model in models
+    )
+
+    def both(name: str) -> str:
+        return f"{large[name]} and {small[name]}"
+
+    assert f"with the large model sam costs {large['sam']} and asam {large['asam']} times adam" in README
+    assert f"with the small one {small['sam']} and {small['asam']}, and Adam's metric" in README
+    assert f"Adam's metric {both('asam --normalization adam')}." in README
+    assert f"brings asam down to {both('asam --ascent-fraction 0.5')}, 0.25" in README
+    assert f"0.25 to {both('asam --ascent-fraction 0.25')}, and" in README
+    assert f"`--ascent-interval 5` to {both('asam --ascent-interval 5')}." in README
+    assert f"momentum`, sam costs {both('sam --ascent-direction momentum')}, asam" in README
+    assert f"asam {both('asam --ascent-direction momentum')}:" in README
+    copies = by("optimizer", models[0]["memory"], "copies")
     assert f"asam takes {copies['asam']:.2f} copies of the weights" in README
     assert f"with `--ascent-interval 5` {copies['asam --ascent-interval 5']:.2f}." in README
 
