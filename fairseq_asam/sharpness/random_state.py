@@ -23,9 +23,6 @@ class RandomState:
     """
 
     lock = threading.RLock()
-    # The object that records seeds now, and numpy's own default_rng, which ours replaces meanwhile.
-    _current: RandomState | None = None
-    _default_rng: Any = None
 
     def __init__(self):
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
@@ -34,7 +31,6 @@ class RandomState:
             self._python, self._torch = random.getstate(), torch.get_rng_state()
             if "numpy" in sys.modules:  # torch works without numpy, and so does this package
                 self._numpy = sys.modules["numpy"].random.get_state()
-        self._thread = threading.get_ident()
         self._seeds: list[int] = []
         self._begin()
 
@@ -49,19 +45,20 @@ class RandomState:
                 sys.modules["numpy"].random.set_state(self._numpy)
         self._begin()
 
-    @classmethod
-    def release(cls) -> None:
-        """Give numpy its own ``default_rng()`` back."""
-        cls._current = None
+    @staticmethod
+    def release() -> None:
+        """Stop recording on this thread, and give numpy its own ``default_rng()`` back."""
+        _recording.state = None
         if "numpy" in sys.modules and sys.modules["numpy"].random.default_rng is _default_rng:
-            sys.modules["numpy"].random.default_rng = cls._default_rng
+            sys.modules["numpy"].random.default_rng = _numpys_default_rng
 
     def _begin(self) -> None:
+        global _numpys_default_rng
         self._used = 0
-        RandomState._current = self
+        _recording.state = self
         numpy_random = None if self._numpy is None else sys.modules["numpy"].random
         if numpy_random is not None and numpy_random.default_rng is not _default_rng:
-            RandomState._default_rng = staticmethod(numpy_random.default_rng)
+            _numpys_default_rng = numpy_random.default_rng
             numpy_random.default_rng = _default_rng
 
     def _seed(self) -> int:
@@ -71,9 +68,14 @@ class RandomState:
         return self._seeds[self._used - 1]
 
 
+# The RandomState that records seeds, of each thread. It must not be an attribute of a class: CPython replaces
+# such an attribute before it forgets where the old object was, and freeing a tensor lets other threads run.
+_recording = threading.local()
+_numpys_default_rng: Any = None  # which ours replaces while seeds are recorded
+
+
 def _default_rng(seed: Any = None) -> Any:
-    current = RandomState._current
-    # Leave other threads alone: those that load data draw at any time.
-    if seed is None and current is not None and threading.get_ident() == current._thread:
-        seed = current._seed()
-    return RandomState._default_rng(seed)
+    state = getattr(_recording, "state", None)
+    if seed is None and state is not None:
+        seed = state._seed()
+    return _numpys_default_rng(seed)

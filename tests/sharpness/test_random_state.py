@@ -1,13 +1,16 @@
 """RandomState: whatever a pass draws, the next draws again."""
 
 import random
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from fairseq_asam.sharpness.random_state import RandomState
+from tests.processes import forkserver
 
 DEFAULT_RNG = np.random.default_rng
 
@@ -62,3 +65,31 @@ def test_seeds_of_the_caller_s_own_and_other_threads_are_left_alone():
         thread.start()
         thread.join()
     assert drawn[0] != drawn[1]
+
+
+def _record_while_others_draw(seconds):
+    sys.setswitchinterval(1e-6)
+    generator = np.random.default_rng(3)
+    end = time.monotonic() + seconds
+
+    def draw():
+        while time.monotonic() < end:
+            for _ in range(100):
+                np.random.default_rng(generator)
+
+    threads = [threading.Thread(target=draw) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while time.monotonic() < end:
+        RandomState()
+        RandomState.release()
+    for thread in threads:
+        thread.join()
+
+
+def test_threads_that_load_data_may_draw_at_any_time():
+    """As with fairseq's --num-workers 0. A fault ends the process, hence one of its own."""
+    process = forkserver.Process(target=_record_while_others_draw, args=(1.5,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
