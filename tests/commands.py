@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
 import os
 import re
+import runpy
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +34,15 @@ class Result:
     output: str
 
 
-def _main(command: str, arguments: list[str], log: str) -> None:
-    with open(log, "w") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
+def _write_to(stdout: Path, stderr: Path) -> None:
+    for descriptor, file in enumerate((stdout, stderr), start=1):
+        with open(file, "a") as stream:
+            os.dup2(stream.fileno(), descriptor)
+
+
+def _main(command: str, arguments: list[str], log: Path) -> None:
+    log.unlink(missing_ok=True)
+    _write_to(log, log)
     sys.argv = [f"fairseq-{command}", *arguments]
     if command == "train":
         from fairseq_cli.train import cli_main
@@ -47,9 +56,38 @@ def start(command: str, arguments: list, log: Path):
 
     It is as if started afresh, but sooner: see ``tests/processes.py``.
     """
-    process = forkserver.Process(target=_main, args=(command, [str(a) for a in arguments], str(log)))
+    process = forkserver.Process(target=_main, args=(command, [str(a) for a in arguments], log))
     process.start()
     return process
+
+
+def _run_module(name: str, arguments: list[str], environment: dict[str, str], folder: Path) -> None:
+    _write_to(folder / "stdout", folder / "stderr")
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["", *arguments]
+    # Those of a new Python: the forkserver and fairseq have set others.
+    multiprocessing.set_start_method(None, force=True)
+    logging.root.handlers.clear()
+    logging.root.setLevel(logging.WARNING)
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def run_module(name: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess:
+    """Run ``python -m name`` with *arguments* in the root of the repository, sooner (``tests/processes.py``).
+
+    *variables* are added to the environment.
+    """
+    arguments = [str(argument) for argument in arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        process = forkserver.Process(
+            target=_run_module, args=(name, arguments, {**os.environ, **variables}, Path(folder))
+        )
+        process.start()
+        process.join()
+        outputs = [Path(folder, name).read_text("utf-8") for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess([name, *arguments], process.exitcode, *outputs)
 
 
 SIZES = [

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.commands import ROOT
+from tests.commands import run_module
 
 
 def command(module: str, *arguments: object) -> list[str]:
@@ -15,10 +14,7 @@ def command(module: str, *arguments: object) -> list[str]:
 
 
 def run(module: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, **variables}
-    return subprocess.run(
-        command(module, *arguments), cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    return run_module(f"data_prep.{module}", *arguments, **variables)
 
 
 def assert_refused(result: subprocess.CompletedProcess, *telling: object) -> None:

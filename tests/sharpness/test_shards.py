@@ -267,7 +267,7 @@ def test_epsilon_is_that_of_whole_weights(normalization, processes):
         assert max(mine.values()) < 1e-12, max(mine, key=mine.get)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("updates", [5, pytest.param(20, marks=pytest.mark.slow)])
 def test_updates_are_those_of_one_process_with_the_whole_batch(processes, updates):
     for on_one in results(trainings, processes, updates):

@@ -56,7 +56,7 @@ def test_adam_with_the_plugin_is_a_run_without_it(train, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["asam"], ["sam"], ["asam", "--ascent-scope", "micro-batch"]])
-@pytest.mark.parametrize("update_freq", ["1", "3"])
+@pytest.mark.parametrize("update_freq", [pytest.param("1", marks=pytest.mark.slow), "3"])
 def test_rho_zero_is_adam(train, flags, update_freq):
     """With dropout on: both passes draw the same masks."""
     common = ["--max-epoch", "2", "--dropout", "0.2", "--clip-norm", "0.5", "--update-freq", update_freq]
@@ -131,10 +131,10 @@ def test_the_paper_s_values_are_the_defaults(train):
 @pytest.mark.parametrize(
     "optimizer",
     [
-        ["asam"],
         ["asam", "--ascent-interval", "5"],
-        ["sam", "--ascent-fraction", "0.5"],
         ["asam", "--ascent-direction", "momentum", "--normalization", "adam"],
+        pytest.param(["asam"], marks=pytest.mark.slow),
+        pytest.param(["sam", "--ascent-fraction", "0.5"], marks=pytest.mark.slow),
     ],
 )
 def test_stopped_and_resumed_is_uninterrupted(train, optimizer):

@@ -27,9 +27,14 @@ DUMMY += ["--max-update", "3", "--lr", "0.01", "--log-format", "json", "--log-in
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--task", "dummy_lm", "--tokens-per-sample", "16", *LANGUAGE_MODEL],
-        ["--task", "dummy_masked_lm", "--tokens-per-sample", "16", *ROBERTA, "--criterion", "masked_lm"],
         ["--task", "dummy_mt", "--src-len", "8", "--tgt-len", "8", "--arch", "transformer_tiny"],
+        pytest.param(
+            ["--task", "dummy_lm", "--tokens-per-sample", "16", *LANGUAGE_MODEL], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["--task", "dummy_masked_lm", "--tokens-per-sample", "16", *ROBERTA, "--criterion", "masked_lm"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda flags: flags[1],
 )

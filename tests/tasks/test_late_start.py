@@ -27,7 +27,13 @@ def train(fairseq, corpus, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("own", [[], ["--ascent-interval", "3"]], ids=["both passes", "an interval"])
+@pytest.mark.parametrize(
+    "own",
+    [
+        pytest.param([], id="both passes", marks=pytest.mark.slow),
+        pytest.param(["--ascent-interval", "3"], id="an interval"),
+    ],
+)
 def test_before_it_is_adam_and_after_it_asam_resumed_from_adam(train, tmp_path, own):
     asam = ["--optimizer", "asam", *own]
     train("adam", "--optimizer", "adam", "--max-update", "8")

@@ -49,11 +49,11 @@ def assert_close(actual, expected):
 @pytest.mark.parametrize(
     "optimizer",
     [
-        ["asam"],
-        ["sam", "--clip-norm", "0.05"],
         ["asam", "--criterion", "scaled_cross_entropy"],
-        ["asam", "--ascent-interval", "3"],
         ["asam", "--ascent-direction", "momentum", "--normalization", "adam"],
+        pytest.param(["asam"], marks=pytest.mark.slow),
+        pytest.param(["sam", "--clip-norm", "0.05"], marks=pytest.mark.slow),
+        pytest.param(["asam", "--ascent-interval", "3"], marks=pytest.mark.slow),
     ],
 )
 def test_scope_update_depends_on_the_batch_alone(corpus, optimizer):
@@ -68,6 +68,7 @@ def trained_in_float32(cfg, rank, split):
     return trained(cfg, rank, split, torch.float32)
 
 
+@pytest.mark.slow
 def test_in_float32_a_split_costs_no_more_digits_than_with_adam(corpus):
     """The order of additions does; twice what it does to Adam is allowed, over both splits together, as that
     of a single one changes by as much with any change in rounding."""
@@ -85,7 +86,7 @@ def test_in_float32_a_split_costs_no_more_digits_than_with_adam(corpus):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("interval", ["1", "3"])
+@pytest.mark.parametrize("interval", [pytest.param("1", marks=pytest.mark.slow), "3"])
 def test_scope_micro_batch_depends_on_the_micro_batches_alone(corpus, backend, interval):
     """Whichever worker has them; one worker is held against a computation by hand in test_train_step."""
     flags = ["asam", "--ascent-interval", interval]
@@ -96,7 +97,7 @@ def test_scope_micro_batch_depends_on_the_micro_batches_alone(corpus, backend, i
     assert any(abs(update[name] - w).max() > 1e-6 for name, w in one.items())
 
 
-@pytest.mark.parametrize("scope", ["update", "micro-batch"])
+@pytest.mark.parametrize("scope", [pytest.param("update", marks=pytest.mark.slow), "micro-batch"])
 def test_with_a_fraction_the_workers_stay_the_same(corpus, scope):
     flags = ["asam", "--ascent-scope", scope, "--ascent-fraction", "0.5"]
     two = weights(2, corpus, *flags, "--ddp-backend", "legacy_ddp")
@@ -118,7 +119,7 @@ def trained_until_one_runs_out(cfg, rank, _):
     return {name: w.detach().numpy() for name, w in trainer.get_model().named_parameters()}
 
 
-@pytest.mark.parametrize("scope", ["update", "micro-batch"])
+@pytest.mark.parametrize("scope", ["update", pytest.param("micro-batch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_worker_without_data_neither_hangs_nor_disturbs(corpus, scope, backend):
     flags = ["asam", "--ascent-scope", scope]
@@ -148,7 +149,13 @@ def trained_out_of_memory(cfg, rank, failing):
 
 
 @pytest.mark.parametrize(
-    "scope, call", [("update", 2), ("update", 8), ("micro-batch", 3), ("micro-batch", 9)]
+    "scope, call",
+    [
+        ("update", 8),
+        ("micro-batch", 9),
+        pytest.param("update", 2, marks=pytest.mark.slow),
+        pytest.param("micro-batch", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_out_of_memory_in_one_worker_at_an_ascent(corpus, scope, call):
     """In the last pass at w, with which the worker finds what later updates reuse: of the first update, and
@@ -160,7 +167,8 @@ def test_out_of_memory_in_one_worker_at_an_ascent(corpus, scope, call):
 @pytest.mark.parametrize(
     "scope, call",
     [
-        *(("update", call) for call in (5, 6, 7, 8)),
+        *(("update", call) for call in (6, 7)),
+        *(pytest.param("update", call, marks=pytest.mark.slow) for call in (5, 8)),
         *(pytest.param("micro-batch", call, marks=pytest.mark.slow) for call in (5, 6, 7, 8)),
     ],
 )
@@ -192,7 +200,7 @@ def trained_on_a_nan(cfg, rank, _):
         return "ended", trainer.get_num_updates()
 
 
-@pytest.mark.parametrize("scope", ["update", "micro-batch"])
+@pytest.mark.parametrize("scope", ["update", pytest.param("micro-batch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gradient_at_w_that_is_not_finite_counts_on_every_worker(corpus, tmp_path, scope, backend):
     """Although the pass at w + epsilon, with other masks, might be finite."""

@@ -17,7 +17,9 @@ pytest.importorskip("fairscale", reason="fairseq shards with fairscale")
 SHARDED = ["--zero-sharding", "os", "--ddp-backend"]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "backend", [BACKENDS[0], *(pytest.param(each, marks=pytest.mark.slow) for each in BACKENDS[1:])]
+)
 def test_two_workers_are_one_with_the_whole_batch(corpus, backend):
     """The criterion has weights too."""
     flags = ["asam", "--criterion", "scaled_cross_entropy"]

@@ -160,7 +160,13 @@ def test_in_bf16_the_weights_stay_in_float32(tmp_path):
     assert result["epochs"][0]["test_loss"] != exact["test_loss"]
 
 
-@pytest.mark.parametrize("m", [0, 64], ids=["one epsilon", "an epsilon per process"])
+@pytest.mark.parametrize(
+    "m",
+    [
+        pytest.param(0, id="one epsilon"),
+        pytest.param(64, id="an epsilon per process", marks=pytest.mark.slow),
+    ],
+)
 def test_two_processes_make_the_weights_of_one(m, tmp_path):
     """Epsilon from the gradient over both processes is that of one process with the whole batch; epsilon from
     each process's own is m-sharpness with m = half the batch."""

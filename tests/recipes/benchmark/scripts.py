@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import importlib
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT
+from tests.commands import run_module
 
 
 def output_of(script: str, *arguments: str | Path) -> str:
     """What the script printed; it must have ended well."""
-    command = [sys.executable, "-m", f"recipes.benchmark.{script}", *map(str, arguments)]
-    process = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    process = run_module(f"recipes.benchmark.{script}", *arguments)
     assert process.returncode == 0, process.stderr
     return process.stdout
 

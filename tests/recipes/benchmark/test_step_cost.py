@@ -9,6 +9,7 @@ from tests.commands import FOR_INFERENCE_TOO
 from tests.recipes.benchmark.scripts import assert_refused, output_of, rows_of
 
 
+@pytest.mark.slow
 def test_step_cost_has_the_time_and_the_memory_of_every_optimizer(tmp_path: Path):
     optimizers = ["adam", "asam --ascent-interval 2", "sam --ascent-fraction 0.25"]
     text = output_of(

@@ -3,20 +3,18 @@ happened."""
 
 import json
 import signal
-import subprocess
-import sys
 from collections import Counter, defaultdict
 
 import pytest
 
 from recipes.faults.faults import Training
 from recipes.faults.injection import Fault, Kind, Place
-from tests.commands import assert_same_state, checkpoint
+from tests.commands import assert_same_state, checkpoint, run_module
 
-SCRIPT = ("-m", "recipes.faults.faults")
+SCRIPT = "recipes.faults.faults"
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_w_plus_epsilon_and_resumed_is_uninterrupted(corpus, tmp_path, workers):
     """With two workers the second is killed, and the first must end by itself."""
     epochs = ["--max-epoch", "3"]
@@ -36,8 +34,7 @@ def test_killed_at_w_plus_epsilon_and_resumed_is_uninterrupted(corpus, tmp_path,
 @pytest.mark.slow
 @pytest.mark.parametrize("workers, kills, name", [(1, 5, "faults"), (2, 3, "faults-2-workers")])
 def test_the_script_tables_every_fault(tmp_path, workers, kills, name):
-    command = [sys.executable, *SCRIPT, "--kills", kills, "--workers", workers, "--out", tmp_path]
-    process = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    process = run_module(SCRIPT, "--kills", kills, "--workers", workers, "--out", tmp_path)
     assert process.returncode == 0, process.stdout + process.stderr
     results = json.loads((tmp_path / f"{name}.json").read_text())
     assert results["workers"] == workers
@@ -75,7 +72,6 @@ def test_bad_arguments_get_a_sentence(tmp_path):
         (["--workers", "3"], "--workers is 3, but"),
         (["--out", tmp_path / "file"], f"--out '{tmp_path / 'file'}' is a file"),
     ):
-        command = [sys.executable, *SCRIPT, *flags]
-        process = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        process = run_module(SCRIPT, *flags)
         assert process.returncode == 2 and process.stderr.startswith(f"faults.py: {sentence}")
         assert len(process.stderr.splitlines()) == 1

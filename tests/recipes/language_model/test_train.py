@@ -22,6 +22,9 @@ from recipes.language_model.train import main
 from tests.commands import ROOT
 from tests.processes import started
 
+# One worker of pytest-xdist makes the run that all of them use.
+pytestmark = pytest.mark.xdist_group("language_model")
+
 TINY = [
     *("--device", "cpu", "--layers", "2", "--width", "32", "--context", "16", "--batch-size", "8"),
     *("--lr", "5e-3", "--save-every", "100", "--optimizer", "asam", "--data", str(ROOT / "README.md")),

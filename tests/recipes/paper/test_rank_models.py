@@ -74,6 +74,7 @@ def test_the_numbers_are_those_in_the_results(tmp_path, command):
         assert model["generalization_gap"] == pytest.approx(before["generalization_gap"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_model_that_misses_the_criterion_is_counted_and_left_out(tmp_path, command):
     grid = ["--batch-size", "32", "--lr", "1e-5", "0.05", "0.1", "--dropout", "0"]
     out = command(*grid)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT
+from tests.commands import ROOT, SIZES, run_module
 
 ENVIRONMENT = {
     **os.environ,
@@ -19,8 +19,8 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 PAIRED = ("-m", "bleu", "--paired-bs", "-f", "json")
-# Of fairseq-train, with which the quickstart's model learns the tiny corpus.
-FLAGS = ("--lr", "0.003", "--warmup-updates", "20", "--max-tokens", "150", "--max-epoch", "5", "--cpu")
+# Of fairseq-train, with which a smaller model than the quickstart's learns the tiny corpus.
+FLAGS = (*SIZES, "--lr", "0.01", "--warmup-updates", "20", "--max-tokens", "600", "--max-epoch", "5", "--cpu")
 
 
 def run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess:
@@ -30,7 +30,7 @@ def run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess:
 
 
 def script(name: str, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess:
-    return run(sys.executable, "-m", f"recipes.translation.{name}", *arguments, **variables)
+    return run_module(f"recipes.translation.{name}", *arguments, **{**ENVIRONMENT, **variables})
 
 
 def train(
