@@ -377,6 +377,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "matrix", help="default: runs/matrix")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
+    logging.disable(logging.INFO)
     os.environ.update(LOGLEVEL="ERROR", PYTHONWARNINGS="ignore")  # of fairseq in the workers
     numbers = ["largest", "distance", "base", "effect"]
     table, rows = [], []
