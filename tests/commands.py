@@ -36,7 +36,7 @@ class Result:
 
 def _write_to(stdout: Path, stderr: Path) -> None:
     for descriptor, file in enumerate((stdout, stderr), start=1):
-        with open(file, "a") as stream:
+        with open(file, "a") as stream:  # both may go to one file
             os.dup2(stream.fileno(), descriptor)
 
 
@@ -79,15 +79,15 @@ def run_module(name: str, *arguments: object, **variables: str) -> subprocess.Co
 
     *variables* are added to the environment.
     """
-    arguments = [str(argument) for argument in arguments]
+    words = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as folder:
         process = forkserver.Process(
-            target=_run_module, args=(name, arguments, {**os.environ, **variables}, Path(folder))
+            target=_run_module, args=(name, words, {**os.environ, **variables}, Path(folder))
         )
         process.start()
         process.join()
-        outputs = [Path(folder, name).read_text("utf-8") for name in ("stdout", "stderr")]
-    return subprocess.CompletedProcess([name, *arguments], process.exitcode, *outputs)
+        outputs = [Path(folder, stream).read_text("utf-8") for stream in ("stdout", "stderr")]
+    return subprocess.CompletedProcess([name, *words], process.exitcode, *outputs)
 
 
 SIZES = [
@@ -115,8 +115,7 @@ def recipe(data: Path, save_dir: Path, *flags) -> list:
 
 def generate_corpus(destination: Path) -> Path:
     """Make the generated corpus, prepared: ``bin/`` is what fairseq-preprocess wrote."""
-    command = [sys.executable, "-m", "data_prep.generated", str(destination), "--pairs", "1000"]
-    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    run_module("data_prep.generated", destination, "--pairs", "1000").check_returncode()
     return destination
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.commands import PLUGIN, Result, generate_corpus, start, trained
+from tests.commands import PLUGIN, Result, generate_corpus, run_module, start, trained
 
 
 @pytest.fixture
@@ -35,8 +34,8 @@ def monolingual(corpus, tmp_path_factory) -> Path:
     """The English side of the corpus, binarized word by word."""
     destination = tmp_path_factory.mktemp("monolingual")
     prefixes = [f"--{split}pref={corpus}/{split}.en" for split in ("train", "valid", "test")]
-    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", *prefixes]
-    subprocess.run([*command, f"--destdir={destination}"], check=True, capture_output=True)
+    preprocess = ("fairseq_cli.preprocess", "--only-source", *prefixes, f"--destdir={destination}")
+    run_module(*preprocess).check_returncode()
     return destination
 
 

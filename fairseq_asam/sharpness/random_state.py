@@ -68,8 +68,8 @@ class RandomState:
         return self._seeds[self._used - 1]
 
 
-# The RandomState that records seeds, of each thread. It must not be an attribute of a class: CPython replaces
-# such an attribute before it forgets where the old object was, and freeing a tensor lets other threads run.
+# Each thread's RandomState that records seeds. Do not keep it in a class attribute: CPython frees a replaced
+# value before it clears its cache of such attributes, and freeing a tensor lets other threads run.
 _recording = threading.local()
 _numpys_default_rng: Any = None  # which ours replaces while seeds are recorded
 

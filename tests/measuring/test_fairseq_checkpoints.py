@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from fairseq_asam.measuring.fairseq_checkpoints import DatasetLoss, load
-from tests.commands import checkpoint, trained
+from tests.commands import checkpoint, run_module, trained
 from tests.measuring.edited import edited
 
 LANGUAGE_MODEL = [
@@ -54,8 +52,8 @@ def test_what_does_not_fit_is_refused_in_a_sentence(adam, asam, corpus, data, tm
     torch.save({"weights": torch.ones(2)}, tmp_path / "other.pt")
     monolingual = tmp_path / "monolingual"
     prefixes = [f"--{split}pref={corpus}/{split}.en" for split in ("train", "valid")]
-    preprocess = [sys.executable, "-m", "fairseq_cli.preprocess", "--only-source", *prefixes]
-    subprocess.run([*preprocess, f"--destdir={monolingual}"], check=True, capture_output=True)
+    preprocess = ("fairseq_cli.preprocess", "--only-source", *prefixes, f"--destdir={monolingual}")
+    run_module(*preprocess).check_returncode()
     language_model = trained(tmp_path / "lm", monolingual, "--optimizer", "adam", *LANGUAGE_MODEL)
     assert load(language_model, str(monolingual), cpu=True).task.source_dictionary is not None
 

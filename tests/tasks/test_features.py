@@ -73,11 +73,10 @@ def is_adam_at_rho_zero_and_learns(train, *flags, data=None):
     return asam
 
 
-#: Features that others of them test in part.
+#: Features that others of them, or test_matrix.py, test in part.
 SLOW = {
     "layer drop",
     "normalization layers",
-    "sentence average",
     "epsilon from a fraction",
     "epsilon at intervals",
     "epsilon at intervals for each micro-batch",
