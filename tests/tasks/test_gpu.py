@@ -1,6 +1,7 @@
 """What needs a GPU; run by recipes/benchmark/gpu_check.sh."""
 
 import copy
+import functools
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import fairseq_asam.optim.optimizers as plugin
 from fairseq_asam import NORMALIZATIONS, Perturbation
+from fairseq_asam.sharpness.moments import adam_diagonals, first_moments
 from tests.commands import checkpoint, recipe
 from tests.training import configuration, mean_sharpness, trainer_and_batches
 
@@ -48,6 +50,29 @@ def test_epsilon_is_that_of_the_cpu_and_needs_no_synchronization(normalization, 
             torch.cuda.set_sync_debug_mode("default")
         assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
         epsilons[device] = [(m - w).double().cpu() for m, w in zip(moved, before.values())]
+    for on_gpu, on_cpu in zip(epsilons["cuda"], epsilons["cpu"]):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["moments", "diagonals"])
+def test_epsilon_from_what_adam_keeps_is_that_of_the_cpu_and_needs_no_synchronization(source):
+    read = {"moments": first_moments, "diagonals": adam_diagonals}[source]
+    epsilons = {}
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+        model = model_with_gradients(device, dtype)
+        adam = torch.optim.Adam(model.parameters(), lr=0.0)
+        adam.step()
+        before = copy.deepcopy(model.state_dict())
+        perturbation = Perturbation(model.named_parameters(), 5.0, **{source: functools.partial(read, adam)})
+        torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+        try:
+            with perturbation:
+                moved = [w.detach().clone() for w in model.parameters()]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+        epsilons[device] = [(m - w).double().cpu() for m, w in zip(moved, before.values())]
+    assert any(epsilon.any() for epsilon in epsilons["cpu"])
     for on_gpu, on_cpu in zip(epsilons["cuda"], epsilons["cpu"]):
         torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-5)
 
@@ -94,6 +119,20 @@ def test_half_precision_sees_the_sharpness_of_float32(trained, corpus, monkeypat
 
 
 @pytest.mark.parametrize(
+    "form", [["--ascent-direction", "momentum"], ["--normalization", "adam", "--rho", "0.01"]], ids=" ".join
+)
+def test_half_precision_learns_as_float32_does_from_what_adam_keeps(trained, corpus, form):
+    weights, _ = trained
+
+    def losses(*flags):
+        trainer, batches = setting(corpus, *form, *flags, weights=weights)
+        return [float(trainer.train_step([batches[i % len(batches)]])["loss"]) for i in range(20)]
+
+    expected = losses()
+    assert losses("--fp16") == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(
     "flags", [["--fp16"], ["--fp16", "--fp16-no-flatten-grads"], ["--amp"]], ids=" ".join
 )
 def test_overflow_skips_the_update_and_lowers_the_scale(corpus, flags):
@@ -112,13 +151,17 @@ def test_overflow_skips_the_update_and_lowers_the_scale(corpus, flags):
 
 @pytest.mark.parametrize("scope", ["update", "micro-batch"])
 def test_rho_zero_is_adam(corpus, tmp_path, monkeypatch, scope):
-    """Up to the order of the GPU's atomic additions."""
+    """Up to rounding: torch has no deterministic form of some operations."""
     saved = {}
     for name, flags in (("adam", []), ("asam", ["--rho", "0", "--ascent-scope", scope])):
         arguments = recipe(corpus / "bin", tmp_path / name, "--optimizer", name, *flags)
         arguments = [str(a) for a in arguments if a != "--cpu"] + ["--max-update", "20", "--update-freq", "2"]
         monkeypatch.setattr("sys.argv", ["fairseq-train", *arguments, "--dropout", "0.2"])
-        cli_main()
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            cli_main()
+        finally:
+            torch.use_deterministic_algorithms(False)
         saved[name] = checkpoint(tmp_path / name)["model"]
     for name, w in saved["adam"].items():
         torch.testing.assert_close(saved["asam"][name], w, rtol=1e-3, atol=1e-4)
