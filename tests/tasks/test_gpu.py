@@ -11,6 +11,7 @@ from torch import nn
 
 import fairseq_asam.optim.optimizers as plugin
 from fairseq_asam import NORMALIZATIONS, Perturbation
+from fairseq_asam.optim.half_precision import master_weights
 from fairseq_asam.sharpness.moments import adam_diagonals, first_moments
 from tests.commands import checkpoint, recipe
 from tests.training import configuration, mean_sharpness, trainer_and_batches
@@ -97,12 +98,23 @@ def setting(corpus, *flags, weights=None):
     return trainer_and_batches(cfg, torch.float32, weights)
 
 
+def sharpness_at(weights, corpus, *flags):
+    """The mean sharpness of some batches at *weights*, which a learning rate of 0 leaves as they are."""
+    trainer, batches = setting(corpus, *flags, "--lr", "0", weights=weights)
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    with torch.no_grad():
+        for parameter, master in master_weights(trainer.optimizer).items():
+            master.copy_(weights[names[parameter]])  # it was made of the rounded weight
+    return mean_sharpness(trainer, batches)
+
+
 @pytest.fixture(scope="module")
 def trained(corpus):
+    """Weights after 40 updates in float32, and their sharpness."""
     trainer, batches = setting(corpus)
     mean_sharpness(trainer, batches)
     weights = {name: w.cpu() for name, w in trainer.model.state_dict().items()}
-    return weights, mean_sharpness(*setting(corpus, weights=weights))
+    return weights, sharpness_at(weights, corpus)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +122,9 @@ def trained(corpus):
 )
 def test_half_precision_sees_the_sharpness_of_float32(trained, corpus, monkeypatch, capsys, flags):
     weights, expected = trained
-    ours = mean_sharpness(*setting(corpus, *flags, weights=weights))
+    ours = sharpness_at(weights, corpus, *flags)
     monkeypatch.setattr(plugin, "master_weights", lambda optimizer: {})
-    naive = mean_sharpness(*setting(corpus, *flags, weights=weights))
+    naive = sharpness_at(weights, corpus, *flags)
     with capsys.disabled():
         print(f"\nmean sharpness: float32 {expected:.4f}, {' '.join(flags)} {ours:.4f}, naive {naive:.4f}")
     assert ours == pytest.approx(expected, rel=0.1)
