@@ -105,12 +105,12 @@ class Block:
         """Return the diagonal of T for each slice, in at least float32; ``None`` if T = 1."""
         if self.diagonals is not None:
             return self.diagonals
-        weights = [weight.to(self.working_dtype) for weight in self.masters or self.weights]
+        weights = _in(self.working_dtype, self.masters or self.weights)
         return self.operator.diagonal(weights, self.eta)
 
     def _normalized(self, gradients: list[Tensor], diagonals: list[Tensor] | None) -> list[Tensor]:
         """Return T g, in at least float32; g itself if T = 1, when *diagonals* is ``None``."""
-        gradients = [gradient.to(self.working_dtype) for gradient in gradients]
+        gradients = _in(self.working_dtype, gradients)
         return gradients if diagonals is None else list(torch._foreach_mul(gradients, diagonals))
 
 
@@ -196,24 +196,25 @@ class Blocks:
             p: order of the norm that bounds the region.
             settings: what *operator_of* depends on.
         """
-        present = [w for w in gradients if local(w).numel() > 0]
+        present = [(w, part, g) for w, g in gradients.items() if (part := local(w)).numel() > 0]
         forms: list[tuple] = [(eta, p, *settings)]
-        for w in present:
-            part, g = local(w), gradients[w]
+        for w, part, g in present:
             form = (id(w), part.data_ptr(), part.shape, part.stride(), part.dtype, part.device)
             forms.append((*form, g.stride(), g.dtype))
-        forms += [(m.data_ptr(), m.stride()) for m in map(self._masters.get, present) if m is not None]
+        if self._masters:
+            masters = (self._masters[w] for w, _, _ in present if w in self._masters)
+            forms += [(m.data_ptr(), m.stride()) for m in masters]
         if forms != self._forms:
             self._forms = []  # plan again next time if an exception interrupts this plan
-            self._plan(present, gradients, operator_of, eta, p)
+            self._plan([w for w, _, _ in present], gradients, operator_of, eta, p)
             self._forms = forms
         # Every process takes part, whether or not it has a gradient: the others wait for it.
         for weight, diagonal in diagonals_over_shards(self._over_shards, eta).items():
             if weight in self._alone:
                 self._alone[weight].diagonals = [diagonal]
-        slices = [piece for w in present for piece in _slices(gradients[w], self._limits[w])]
+        slices = [piece for w, _, g in present for piece in _slices(g, self._limits[w])]
         if diagonals is not None:
-            of_slices = [piece for w in present for piece in _slices(diagonals[w], self._limits[w])]
+            of_slices = [piece for w, _, _ in present for piece in _slices(diagonals[w], self._limits[w])]
             for block in self._blocks:
                 block.diagonals = [of_slices[number] for number in block.numbers]
         return [(block, [slices[number] for number in block.numbers]) for block in self._blocks]
@@ -276,6 +277,12 @@ class Blocks:
         if copy is None or (copy.shape, copy.stride(), copy.dtype, copy.device) != form:
             copy = self._copies[parameter] = _memory_for(part)
         return copy
+
+
+def _in(dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
+    """Return *tensors* in *dtype*."""
+    # Where nothing is to be done, to() takes ten times as long as to ask, and there are hundreds of tensors.
+    return [tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
 
 
 def _memory_for(weight: Tensor) -> Tensor:

@@ -80,15 +80,17 @@ def local_gradient(weight: Tensor, name: str) -> Tensor:
         ValueError: the gradient is whole and the weight in shards, or the other way round.
     """
     gradient = weight.grad
-    if is_sharded(weight) != is_sharded(gradient):
-        kinds = ("in shards", "whole")[:: 1 if is_sharded(weight) else -1]
-        raise ValueError(
-            f"{name} is {kinds[0]}, but its gradient is {kinds[1]}: let backward() make the gradient, and "
-            "call reshard() on the module after a forward pass without a backward"
-        )
-    if is_sharded(weight) and is_sharded(gradient) and gradient.placements != weight.placements:
-        return gradient.redistribute(placements=weight.placements).to_local()
-    return local(gradient)
+    if not is_sharded(weight) and not is_sharded(gradient):
+        return gradient
+    if is_sharded(weight) and is_sharded(gradient):
+        if gradient.placements != weight.placements:
+            gradient = gradient.redistribute(placements=weight.placements)
+        return gradient.to_local()
+    kinds = ("in shards", "whole")[:: 1 if is_sharded(weight) else -1]
+    raise ValueError(
+        f"{name} is {kinds[0]}, but its gradient is {kinds[1]}: let backward() make the gradient, and "
+        "call reshard() on the module after a forward pass without a backward"
+    )
 
 
 def norm_over(shards: Shards | None, norms: list[Tensor], order: float) -> Tensor:
