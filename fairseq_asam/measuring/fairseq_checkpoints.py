@@ -98,7 +98,7 @@ def _task(cfg: Any, path: str, data: str) -> FairseqTask:
             f"but '{data}' has {' and '.join(found) or 'no dictionary'}: give the data set of its training"
         )
     try:
-        return tasks.setup_task(cfg.task)
+        return tasks.setup_task(cfg.task, from_checkpoint=True)
     except Exception as error:  # each task fails in its own way when data is missing
         missing = getattr(error, "filename", None)
         reason = f"'{os.path.basename(missing)}' is missing" if missing else _first_line(error)

@@ -29,6 +29,14 @@ def test_the_loss_at_w_is_the_one_that_fairseq_validates(request, optimizer, dat
     assert bits == pytest.approx(state["val_loss"], abs=1e-3)  # fairseq rounds
 
 
+def test_a_checkpoint_from_before_an_option_was_added_can_be_measured(asam, data, tmp_path):
+    state = torch.load(asam, weights_only=False)
+    del state["cfg"]["optimizer"]["ascent_direction"]
+    torch.save(state, tmp_path / "earlier.pt")
+    loss = DatasetLoss(load(str(tmp_path / "earlier.pt"), data, cpu=True), "valid")
+    assert sum(tokens for _, tokens in loss()) > 0
+
+
 def test_random_batches_are_the_same_for_the_same_seed(adam, data):
     loaded = load(adam, data, cpu=True)
     chosen = [DatasetLoss(loaded, "train", 300, 3, seed).batches for seed in (1, 1, 2)]
