@@ -1,0 +1,142 @@
+"""Whether the flatter of trained models translate better: their sharpness beside their BLEU.
+
+    python -m recipes.translation.flatness DATA OUT RUN RUN... [--split valid] [--rho 0.1 0.2] [--batches 10]
+
+DATA is a corpus folder of data_prep. A RUN is a folder of train.py or average.py of which score.py has
+translated the split; its best checkpoint counts. Sharpness and adaptive sharpness (Equations 2 and 4 of the
+paper, p = 2, in nats per token) are those on random batches of the training set, the same for all runs,
+without dropout. Runs that differ in the seed alone are one system. Kendall's tau is over all runs: it is
+below 0 where the flatter model has the higher BLEU. Writes OUT/flatness.{json,md,png}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from scipy.stats import kendalltau
+from tqdm import tqdm
+
+from fairseq_asam import Region, measure
+from fairseq_asam.files import write_json
+from fairseq_asam.measuring.fairseq_checkpoints import DatasetLoss, load
+from recipes.reporter import markdown_table, mean_and_sd, shown, write_figure, write_text
+
+#: The normalization operator of each kind of sharpness.
+KINDS = {"sharpness": "none", "adaptive sharpness": "element-wise"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Whether the flatter of trained models translate better.")
+    parser.add_argument("data", type=Path, help="corpus folder of data_prep")
+    parser.add_argument("out", type=Path, help="folder for flatness.json, flatness.md and flatness.png")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of train.py or average.py")
+    parser.add_argument("--split", default="valid", help="the split whose BLEU counts (default: valid)")
+    parser.add_argument("--rho", type=float, nargs="+", default=[0.1, 0.2], help="radii (default: 0.1 0.2)")
+    parser.add_argument("--batches", type=int, default=10, help="of the training set (default: 10)")
+    args = parser.parse_args()
+    for file in (run / name for run in args.runs for name in ("checkpoint_best.pt", f"{args.split}.json")):
+        if not file.exists():
+            sys.exit(f"flatness.py: '{file}' is missing: train the run and translate the split first.")
+    try:
+        runs = [
+            figures_of(run, args.data, args.split, args.rho, args.batches)
+            for run in tqdm(args.runs, unit="run", disable=None)
+        ]
+    except ValueError as error:
+        sys.exit(f"flatness.py: {error}.")
+    table = as_markdown(runs, args.split)
+    correlations = {name: correlation(runs, name) for name in runs[0]["measures"]}
+    setting = {"split": args.split, "batches": args.batches}
+    write_json(args.out / "flatness.json", {**setting, "runs": runs, "tau": correlations})
+    write_text(args.out / "flatness.md", table)
+    write_figure(args.out / "flatness.png", draw(runs, args.split))
+    print(table, end="")
+
+
+def figures_of(run: Path, data: Path, split: str, radii: list[float], batches: int) -> dict[str, Any]:
+    """Return what the table and the picture show of *run*.
+
+    Raises:
+        ValueError: The checkpoint does not fit the corpus, or a radius or the number of batches is wrong.
+    """
+    regions = {
+        f"{kind}, rho {rho:g}": Region(rho, normalization=normalization)
+        for rho in radii
+        for kind, normalization in KINDS.items()
+    }
+    checkpoint = load(str(run / "checkpoint_best.pt"), str(data / "bin"))
+    loss = DatasetLoss(checkpoint, "train", batches=batches)
+    measured = measure(loss, checkpoint.model, list(regions.values()))
+    return {
+        "run": str(run),
+        "system": system_of(run),
+        "BLEU": json.loads((run / f"{split}.json").read_text("utf-8"))["BLEU"],
+        "training loss": measured[0].loss,
+        "measures": {name: sharpness.value for name, sharpness in zip(regions, measured)},
+    }
+
+
+def system_of(run: Path) -> str:
+    """Return in words what *run* shares with those that differ in the seed alone."""
+    options = json.loads((run / "run.json").read_text("utf-8"))["options"]
+    words = [options["optimizer"], f"{options['epochs']} epochs"]
+    if options["rho"] is not None:
+        words.insert(1, f"rho {options['rho']:g}")
+    return ", ".join([*words, *(["averaged"] if "averaged epochs" in options else [])])
+
+
+def correlation(runs: list[dict[str, Any]], measure: str) -> dict[str, float]:
+    """Return Kendall's tau of *measure* and BLEU over *runs*, and its p."""
+    found = kendalltau([run["measures"][measure] for run in runs], [run["BLEU"] for run in runs])
+    return {"tau": float(found.statistic), "p": float(found.pvalue)}
+
+
+def systems(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return *runs* by system."""
+    return {name: [run for run in runs if run["system"] == name] for name in {r["system"]: 0 for r in runs}}
+
+
+def as_markdown(runs: list[dict[str, Any]], split: str) -> str:
+    """Return the table of the systems and the correlations."""
+    names = list(runs[0]["measures"])
+    rows = []
+    for system, of_system in systems(runs).items():
+        bleu = shown(*mean_and_sd([run["BLEU"] for run in of_system]))
+        loss = shown(*mean_and_sd([run["training loss"] for run in of_system]), digits=3)
+        values = [shown(*mean_and_sd([run["measures"][n] for run in of_system]), digits=4) for n in names]
+        rows.append([system, str(len(of_system)), bleu, loss, *values])
+    found = [correlation(runs, name) for name in names]
+    for label, figure in (("Kendall's tau with BLEU", "tau"), ("p", "p")):
+        rows.append([label, str(len(runs)), "", "", *(shown(each[figure], digits=3) for each in found)])
+    header = ["", "runs", f"{split} BLEU", "training loss", *names]
+    return markdown_table(header, rows)
+
+
+def draw(runs: list[dict[str, Any]], split: str) -> Figure:
+    """Return a figure of BLEU over each measure, a point for each run."""
+    names = list(runs[0]["measures"])
+    rows = len(names) // len(KINDS)
+    figure = Figure(figsize=(9, 3.6 * rows + 0.4), layout="constrained")
+    panels = figure.subplots(rows, len(KINDS), squeeze=False, sharey=True)
+    for panel, name in zip(panels.flat, names):
+        for number, (system, of_system) in enumerate(systems(runs).items()):
+            x = [run["measures"][name] for run in of_system]
+            panel.scatter(x, [run["BLEU"] for run in of_system], s=24, color=f"C{number}", label=system)
+        panel.set(xlabel=f"{name} (nats per token)")
+        panel.set_title(f"$\\tau$ = {correlation(runs, name)['tau']:.2f}", fontsize=10)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels[:, 0]:
+        panel.set_ylabel(f"{split} BLEU")
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recipes.translation.flatness import correlation
+from tests.commands import run_module
+from tests.recipes.translation.scripts import refusal, script, succeeded
+
+
+def test_the_figures_are_those_that_measuring_prints(corpus: Path, runs: list[Path], tmp_path: Path):
+    flags = ["--split", "test", "--rho", "0.1", "0.2", "--batches", "3"]
+    printed = succeeded(script("flatness", corpus, tmp_path, *runs, *flags)).stdout
+    assert printed == (tmp_path / "flatness.md").read_text()
+    assert (tmp_path / "flatness.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((tmp_path / "flatness.json").read_text())
+    assert [run["system"].partition(",")[0] for run in found["runs"]] == ["adam", "asam"]
+    for run, folder in zip(found["runs"], runs):
+        command = ["fairseq_asam.measuring", corpus / "bin", "--path", folder / "checkpoint_best.pt"]
+        command += ["--gen-subset", "train", "--batches", "3", "--rho", "0.1", "0.2"]
+        run_module(*command, "--json", tmp_path / "measured.json").check_returncode()
+        measured = json.loads((tmp_path / "measured.json").read_text())
+        assert run["training loss"] == pytest.approx(measured["loss"])
+        for region in measured["regions"]:
+            rho = f"rho {region['rho']:g}"
+            assert run["measures"][f"sharpness, {rho}"] == pytest.approx(region["sharpness"])
+            assert run["measures"][f"adaptive sharpness, {rho}"] == pytest.approx(
+                region["adaptive_sharpness"]
+            )
+        assert run["BLEU"] == json.loads((folder / "test.json").read_text())["BLEU"]
+
+
+def test_tau_by_hand():
+    """Of the six pairs, five have the higher BLEU with the higher sharpness."""
+    runs = [{"measures": {"sharpness": s}, "BLEU": b} for s, b in ((1, 20), (2, 22), (3, 21), (4, 23))]
+    assert correlation(runs, "sharpness")["tau"] == pytest.approx((5 - 1) / 6)
+
+
+def test_bad_input_is_named_in_one_sentence(corpus: Path, runs: list[Path], tmp_path: Path):
+    assert "is missing: train the run and translate" in refusal("flatness", corpus, tmp_path, tmp_path / "no")
+    for flags, named in ((["--rho", "-1"], "-1"), (["--batches", "0"], "0")):
+        message = refusal("flatness", corpus, tmp_path, *runs, "--split", "test", *flags)
+        assert message.startswith("flatness.py: ") and named in message
