@@ -105,12 +105,12 @@ class Block:
         """Return the diagonal of T for each slice, in at least float32; ``None`` if T = 1."""
         if self.diagonals is not None:
             return self.diagonals
-        weights = _in(self.working_dtype, self.masters or self.weights)
+        weights = _in_dtype(self.masters or self.weights, self.working_dtype)
         return self.operator.diagonal(weights, self.eta)
 
     def _normalized(self, gradients: list[Tensor], diagonals: list[Tensor] | None) -> list[Tensor]:
         """Return T g, in at least float32; g itself if T = 1, when *diagonals* is ``None``."""
-        gradients = _in(self.working_dtype, gradients)
+        gradients = _in_dtype(gradients, self.working_dtype)
         return gradients if diagonals is None else list(torch._foreach_mul(gradients, diagonals))
 
 
@@ -279,9 +279,8 @@ class Blocks:
         return copy
 
 
-def _in(dtype: torch.dtype, tensors: list[Tensor]) -> list[Tensor]:
-    """Return *tensors* in *dtype*."""
-    # Where nothing is to be done, to() takes ten times as long as to ask, and there are hundreds of tensors.
+def _in_dtype(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    # Ask first: to() takes ten times as long where nothing is to be done, and there are hundreds of tensors.
     return [tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
 
 
