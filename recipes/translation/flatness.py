@@ -49,12 +49,12 @@ def main() -> None:
         ]
     except ValueError as error:
         sys.exit(f"flatness.py: {error}.")
-    table = as_markdown(runs, args.split)
     correlations = {name: correlation(runs, name) for name in runs[0]["measures"]}
+    table = as_markdown(runs, args.split, correlations)
     setting = {"split": args.split, "batches": args.batches}
     write_json(args.out / "flatness.json", {**setting, "runs": runs, "tau": correlations})
     write_text(args.out / "flatness.md", table)
-    write_figure(args.out / "flatness.png", draw(runs, args.split))
+    write_figure(args.out / "flatness.png", draw(runs, args.split, correlations))
     print(table, end="")
 
 
@@ -101,34 +101,33 @@ def systems(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {name: [run for run in runs if run["system"] == name] for name in {r["system"]: 0 for r in runs}}
 
 
-def as_markdown(runs: list[dict[str, Any]], split: str) -> str:
-    """Return the table of the systems and the correlations."""
-    names = list(runs[0]["measures"])
+def as_markdown(runs: list[dict[str, Any]], split: str, correlations: dict[str, dict[str, float]]) -> str:
+    """Return the table of the systems, and below them *correlations*, by measure."""
     rows = []
     for system, of_system in systems(runs).items():
         bleu = shown(*mean_and_sd([run["BLEU"] for run in of_system]))
         loss = shown(*mean_and_sd([run["training loss"] for run in of_system]), digits=3)
-        values = [shown(*mean_and_sd([run["measures"][n] for run in of_system]), digits=4) for n in names]
+        of_measures = [[run["measures"][name] for run in of_system] for name in correlations]
+        values = [shown(*mean_and_sd(of_measure), digits=4) for of_measure in of_measures]
         rows.append([system, str(len(of_system)), bleu, loss, *values])
-    found = [correlation(runs, name) for name in names]
     for label, figure in (("Kendall's tau with BLEU", "tau"), ("p", "p")):
-        rows.append([label, str(len(runs)), "", "", *(shown(each[figure], digits=3) for each in found)])
-    header = ["", "runs", f"{split} BLEU", "training loss", *names]
+        values = [shown(found[figure], digits=3) for found in correlations.values()]
+        rows.append([label, str(len(runs)), "", "", *values])
+    header = ["", "runs", f"{split} BLEU", "training loss", *correlations]
     return markdown_table(header, rows)
 
 
-def draw(runs: list[dict[str, Any]], split: str) -> Figure:
+def draw(runs: list[dict[str, Any]], split: str, correlations: dict[str, dict[str, float]]) -> Figure:
     """Return a figure of BLEU over each measure, a point for each run."""
-    names = list(runs[0]["measures"])
-    rows = len(names) // len(KINDS)
+    rows = len(correlations) // len(KINDS)
     figure = Figure(figsize=(9, 3.6 * rows + 0.4), layout="constrained")
     panels = figure.subplots(rows, len(KINDS), squeeze=False, sharey=True)
-    for panel, name in zip(panels.flat, names):
+    for panel, (name, found) in zip(panels.flat, correlations.items()):
         for number, (system, of_system) in enumerate(systems(runs).items()):
             x = [run["measures"][name] for run in of_system]
             panel.scatter(x, [run["BLEU"] for run in of_system], s=24, color=f"C{number}", label=system)
         panel.set(xlabel=f"{name} (nats per token)")
-        panel.set_title(f"$\\tau$ = {correlation(runs, name)['tau']:.2f}", fontsize=10)
+        panel.set_title(f"$\\tau$ = {found['tau']:.2f}", fontsize=10)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     for panel in panels[:, 0]:

@@ -35,36 +35,13 @@ def model_with_gradients(device, dtype):
     return model
 
 
-@pytest.mark.parametrize("p", [2.0, 1.5, math.inf])
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_epsilon_is_that_of_the_cpu_and_needs_no_synchronization(normalization, p):
+def assert_epsilon_is_that_of_the_cpu_and_needs_no_synchronization(perturbation_of):
+    """*perturbation_of* makes the Perturbation of a model that has gradients."""
     epsilons = {}
     for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
         model = model_with_gradients(device, dtype)
+        perturbation = perturbation_of(model)
         before = copy.deepcopy(model.state_dict())
-        perturbation = Perturbation(model.named_parameters(), 5.0, p=p, normalization=normalization)
-        torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
-        try:
-            with perturbation:
-                moved = [w.detach().clone() for w in model.parameters()]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
-        epsilons[device] = [(m - w).double().cpu() for m, w in zip(moved, before.values())]
-    for on_gpu, on_cpu in zip(epsilons["cuda"], epsilons["cpu"]):
-        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("source", ["moments", "diagonals"])
-def test_epsilon_from_what_adam_keeps_is_that_of_the_cpu_and_needs_no_synchronization(source):
-    read = {"moments": first_moments, "diagonals": adam_diagonals}[source]
-    epsilons = {}
-    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
-        model = model_with_gradients(device, dtype)
-        adam = torch.optim.Adam(model.parameters(), lr=0.0)
-        adam.step()
-        before = copy.deepcopy(model.state_dict())
-        perturbation = Perturbation(model.named_parameters(), 5.0, **{source: functools.partial(read, adam)})
         torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
         try:
             with perturbation:
@@ -76,6 +53,26 @@ def test_epsilon_from_what_adam_keeps_is_that_of_the_cpu_and_needs_no_synchroniz
     assert any(epsilon.any() for epsilon in epsilons["cpu"])
     for on_gpu, on_cpu in zip(epsilons["cuda"], epsilons["cpu"]):
         torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [2.0, 1.5, math.inf])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_epsilon_is_that_of_the_cpu_and_needs_no_synchronization(normalization, p):
+    assert_epsilon_is_that_of_the_cpu_and_needs_no_synchronization(
+        lambda model: Perturbation(model.named_parameters(), 5.0, p=p, normalization=normalization)
+    )
+
+
+@pytest.mark.parametrize("source", ["moments", "diagonals"])
+def test_epsilon_from_what_adam_keeps_is_that_of_the_cpu_and_needs_no_synchronization(source):
+    read = {"moments": first_moments, "diagonals": adam_diagonals}[source]
+
+    def perturbation_of(model):
+        adam = torch.optim.Adam(model.parameters(), lr=0.0)
+        adam.step()
+        return Perturbation(model.named_parameters(), 5.0, **{source: functools.partial(read, adam)})
+
+    assert_epsilon_is_that_of_the_cpu_and_needs_no_synchronization(perturbation_of)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
