@@ -28,6 +28,12 @@ def experiment_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder of the results (default: runs/translation/SETUP)")
     parser.add_argument("--epochs", type=int, help="of each run (default: the set-up's)")
     parser.add_argument("--rho", type=float, nargs="+", help="values to search (default: the set-up's)")
+    parser.add_argument(
+        "--searched",
+        type=Path,
+        metavar="FILE",
+        help="rho_search.json of an earlier search; values that it has for the same seed are not run again",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     return parser
 

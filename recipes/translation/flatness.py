@@ -5,14 +5,15 @@
 DATA is a corpus folder of data_prep. A RUN is a folder of train.py or average.py of which score.py has
 translated the split; its best checkpoint counts. Sharpness and adaptive sharpness (Equations 2 and 4 of the
 paper, p = 2, in nats per token) are those on random batches of the training set, the same for all runs,
-without dropout. Runs that differ in the seed alone are one system. Kendall's tau is over all runs: it is
-below 0 where the flatter model has the higher BLEU. Writes OUT/flatness.{json,md,png}.
+without dropout. Runs that differ in the seed alone are one system. Kendall's tau is over the means of the
+systems: it is below 0 where the flatter system has the higher BLEU. Writes OUT/flatness.{json,md,png}.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ def main() -> None:
     for file in (run / name for run in args.runs for name in ("checkpoint_best.pt", f"{args.split}.json")):
         if not file.exists():
             sys.exit(f"flatness.py: '{file}' is missing: train the run and translate the split first.")
+    names = {system_of(run) for run in args.runs}
+    if len(names) < 2:
+        sys.exit(f"flatness.py: all runs are of one system, '{names.pop()}': name runs of two or more.")
     try:
         runs = [
             figures_of(run, args.data, args.split, args.rho, args.batches)
@@ -84,15 +88,31 @@ def figures_of(run: Path, data: Path, split: str, radii: list[float], batches: i
 def system_of(run: Path) -> str:
     """Return in words what *run* shares with those that differ in the seed alone."""
     options = json.loads((run / "run.json").read_text("utf-8"))["options"]
-    words = [options["optimizer"], f"{options['epochs']} epochs"]
+    words = [options["optimizer"]]
     if options["rho"] is not None:
-        words.insert(1, f"rho {options['rho']:g}")
-    return ", ".join([*words, *(["averaged"] if "averaged epochs" in options else [])])
+        words.append(f"rho {options['rho']:g}")
+    words.append(f"{options['epochs']} epochs")
+    flags = list(options["flags"])
+    for said in ("--rho", "--max-epoch", "--seed", "--keep-last-epochs"):
+        while said in flags:
+            at = flags.index(said)
+            del flags[at : at + 2]
+    if flags:
+        words.append(" ".join(flags))
+    if "averaged epochs" in options:
+        words.append("averaged")
+    return ", ".join(words)
 
 
 def correlation(runs: list[dict[str, Any]], measure: str) -> dict[str, float]:
-    """Return Kendall's tau of *measure* and BLEU over *runs*, and its p."""
-    found = kendalltau([run["measures"][measure] for run in runs], [run["BLEU"] for run in runs])
+    """Return Kendall's tau of *measure* and BLEU over the means of the systems, and its p.
+
+    Seeds of one system say little of other systems, so that tau over all runs would have too small a p.
+    """
+    of_systems = systems(runs).values()
+    values = [[statistics.mean(run["measures"][measure] for run in each) for each in of_systems]]
+    values.append([statistics.mean(run["BLEU"] for run in each) for each in of_systems])
+    found = kendalltau(*values)
     return {"tau": float(found.statistic), "p": float(found.pvalue)}
 
 
@@ -112,7 +132,7 @@ def as_markdown(runs: list[dict[str, Any]], split: str, correlations: dict[str, 
         rows.append([system, str(len(of_system)), bleu, loss, *values])
     for label, figure in (("Kendall's tau with BLEU", "tau"), ("p", "p")):
         values = [shown(found[figure], digits=3) for found in correlations.values()]
-        rows.append([label, str(len(runs)), "", "", *values])
+        rows.append([label, "", "", "", *values])
     header = ["", "runs", f"{split} BLEU", "training loss", *correlations]
     return markdown_table(header, rows)
 

@@ -1,7 +1,7 @@
 """Searches rho on the validation BLEU of one run for each value, and draws what it found.
 
     python -m recipes.translation.rho_search SETUP [--optimizers sam asam] [--rho 0.05 0.1 ...] [--seed 1]
-                                             [--jobs N] [fairseq-train flags]
+                                             [--searched FILE] [--jobs N] [fairseq-train flags]
 
 SETUP is one of recipes/setups.py. Writes rho_search.json and rho_search.png to OUT (default:
 runs/translation/SETUP), beside a folder for each run. The test set stays untouched. Run again, it does only
@@ -11,6 +11,7 @@ what is missing.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,6 +31,9 @@ from recipes.translation.experiment import (
     experiment_run,
 )
 from recipes.translation.score import read_lines
+
+#: What a point says of its run, in the order of experiment_run.
+TRAINED = ("optimizer", "epochs", "seed", "rho")
 
 
 def main() -> None:
@@ -52,27 +56,45 @@ def main() -> None:
 def search(args: argparse.Namespace, optimizers: Iterable[str], seed: int) -> dict[str, list[dict]]:
     """Complete a run of each of *optimizers* for each value of rho, and return their points by optimizer.
 
+    Points that the file `args.searched` has are taken from there.
+
     Args:
         args: Those of the experiment.
         optimizers: What follows --optimizer of fairseq-train.
         seed: Of every run.
 
     Raises:
-        SystemExit: One of *optimizers* has no rho. No run has begun then.
+        SystemExit: One of *optimizers* has no rho, or the file has no points. No run has begun then.
     """
     of_setup = SETUPS[args.setup].rho
-    runs = {}
+    known = {} if args.searched is None else searched(args.searched)
+    wanted = []
     for optimizer in optimizers:
         name = optimizer.partition(" ")[0]
         if name not in of_setup:
             sys.exit(f"'{optimizer}' has no rho to search: begin with sam or asam.")
         values = args.rho or of_setup.get(optimizer) or of_setup[name]
-        runs[optimizer] = [experiment_run(args, optimizer, args.epochs, seed, rho) for rho in values]
-    complete_and_score(args.data, [run for each in runs.values() for run in each], ["valid"], args.jobs)
-    return {
-        optimizer: [{**validation_point(run), "optimizer": optimizer} for run in each]
-        for optimizer, each in runs.items()
-    }
+        wanted += [(optimizer, args.epochs, seed, rho) for rho in values]
+    runs = {key: experiment_run(args, *key) for key in wanted if key not in known}
+    complete_and_score(args.data, list(runs.values()), ["valid"], args.jobs)
+    points: dict[str, list[dict]] = {}
+    for key in wanted:
+        point = known[key] if key in known else {**validation_point(runs[key]), "optimizer": key[0]}
+        points.setdefault(key[0], []).append(point)
+    return points
+
+
+def searched(file: Path) -> dict[tuple[str, int, int, float | None], dict]:
+    """Return the points of an earlier search by optimizer, epochs, seed and rho.
+
+    Raises:
+        SystemExit: *file* has no points.
+    """
+    try:
+        points = json.loads(file.read_text("utf-8"))
+        return {tuple(point[key] for key in TRAINED): point for point in points}
+    except (OSError, ValueError, TypeError, KeyError):
+        sys.exit(f"--searched is '{file}', which is no rho_search.json: name the file of an earlier search.")
 
 
 def validation_point(run: Run) -> dict:
@@ -84,7 +106,7 @@ def validation_point(run: Run) -> dict:
     # A test of one system is sacrebleu's public way to its interval.
     _, scores = PairedTest([("", hypotheses)], {"BLEU": BLEU()}, [references], test_type="bs")()
     (scored,) = scores["BLEU"]
-    trained = {key: run.options[key] for key in ("optimizer", "epochs", "seed", "rho")}
+    trained = {key: run.options[key] for key in TRAINED}
     return {**trained, "BLEU": scored.score, "ci95": float(scored.ci)}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.translation.flatness import correlation
+from recipes.translation.flatness import correlation, system_of
 from tests.commands import run_module
 from tests.recipes.translation.scripts import refusal, script, succeeded
 
@@ -33,13 +33,36 @@ def test_the_figures_are_those_that_measuring_prints(corpus: Path, runs: list[Pa
 
 
 def test_tau_by_hand():
-    """Of the six pairs, five have the higher BLEU with the higher sharpness."""
-    runs = [{"measures": {"sharpness": s}, "BLEU": b} for s, b in ((1, 20), (2, 22), (3, 21), (4, 23))]
+    """Of the six pairs of systems, five have the higher BLEU with the higher sharpness, on average."""
+    figures = ((1, 20), (2, 22), (3, 21), (4, 23))
+    runs = [
+        {"system": str(s), "measures": {"sharpness": s + shift}, "BLEU": b - 3 * shift}
+        for s, b in figures
+        for shift in (-2, 0, 2)
+    ]
     assert correlation(runs, "sharpness")["tau"] == pytest.approx((5 - 1) / 6)
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        (["--max-epoch", "3", "--seed", "2"], "asam, rho 0.1, 3 epochs"),
+        (
+            ["--seed", "1", "--rho", "0.1", "--ascent-from", "0.9", "--seed", "2"],
+            "asam, rho 0.1, 3 epochs, --ascent-from 0.9",
+        ),
+    ],
+)
+def test_a_system_is_what_its_seeds_share(flags: list[str], name: str, tmp_path: Path):
+    options = {"optimizer": "asam", "rho": 0.1, "epochs": 3, "seed": 2, "flags": flags}
+    (tmp_path / "run.json").write_text(json.dumps({"options": options, "finished": True}))
+    assert system_of(tmp_path) == name
 
 
 def test_bad_input_is_named_in_one_sentence(corpus: Path, runs: list[Path], tmp_path: Path):
     assert "is missing: train the run and translate" in refusal("flatness", corpus, tmp_path, tmp_path / "no")
+    message = refusal("flatness", corpus, tmp_path, runs[0], runs[0], "--split", "test")
+    assert message.startswith("flatness.py: all runs are of one system, 'adam, ")
     for flags, named in ((["--rho", "-1"], "-1"), (["--batches", "0"], "0")):
         message = refusal("flatness", corpus, tmp_path, *runs, "--split", "test", *flags)
         assert message.startswith("flatness.py: ") and named in message

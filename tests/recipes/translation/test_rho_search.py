@@ -28,6 +28,32 @@ def test_rho_is_the_one_with_the_highest_validation_bleu(corpus: Path, tmp_path:
     assert (tmp_path / "rho_search.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_values_searched_before_are_not_run_again(corpus: Path, tmp_path: Path):
+    earlier, out = tmp_path / "earlier.json", tmp_path / "out"
+    points = [
+        {"optimizer": "sam", "epochs": 30, "seed": 1, "rho": rho, "BLEU": bleu, "ci95": 1.0}
+        for rho, bleu in ((0.1, 19.0), (0.2, 21.0), (0.5, 20.0))
+    ]
+    earlier.write_text(json.dumps([*points, {**points[0], "seed": 2, "BLEU": 30.0}]))
+    search = ("rho_search", "help_8000", "--data", corpus, "--out", out, "--optimizers", "sam")
+    printed = succeeded(script(*search, "--rho", "0.1", "0.2", "--searched", earlier)).stdout
+    assert printed == "sam: the best rho is 0.2\n"
+    assert json.loads((out / "rho_search.json").read_text()) == points[:2]
+    assert {file.name for file in out.iterdir()} == {"rho_search.json", "rho_search.png"}
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[1]", '[{"rho": 0.1}]'])
+def test_what_is_no_earlier_search_is_refused(text: str | None, corpus: Path, tmp_path: Path):
+    earlier, out = tmp_path / "earlier.json", tmp_path / "out"
+    if text is not None:
+        earlier.write_text(text)
+    arguments = ("help_8000", "--data", corpus, "--out", out, "--searched", earlier)
+    message = refusal("rho_search", *arguments)
+    named = f"--searched is '{earlier}', which is no rho_search.json: name the file of an earlier search."
+    assert message == named
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("name", ["rho_search", "table5", "gain_and_cost"])
 def test_bad_input_is_named_in_one_sentence(name: str, corpus: Path, tmp_path: Path):
     arguments = ("help_8000", "--data", corpus, "--out", tmp_path)
