@@ -5,7 +5,7 @@
 DATA is a corpus folder of data_prep, RUN a folder of train.py. Writes the sources, references and hypotheses,
 one sentence a line, to RUN/SPLIT.src, RUN/SPLIT.ref and RUN/SPLIT.hyp. RUN/SPLIT.json gets sacrebleu's BLEU
 and chrF of these, and the BLEU of tokens that fairseq-generate prints: not to be compared with sacrebleu's.
-A translation that is newer than its checkpoint is not made again.
+A translation is not made again if its checkpoint is older than it, or not there any more.
 
 Where the corpus is of tokenized text (it has bpe.codes), sacremoses detokenizes references and translations.
 """
@@ -39,26 +39,28 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of train.py")
     parser.add_argument("--split", default="test", help="the split to translate (default: test)")
     args = parser.parse_args()
-    checkpoint = args.run / "checkpoint_best.pt"
-    texts = {"src": args.data / f"{args.split}.de", "ref": args.data / f"{args.split}.en"}
-    for file in (checkpoint, *texts.values()):
+    checkpoint, scores = args.run / "checkpoint_best.pt", args.run / f"{args.split}.json"
+    source, reference = args.data / f"{args.split}.de", args.data / f"{args.split}.en"
+    translated = scores.exists() and not is_newer(checkpoint, scores)
+    for file in (source, reference, *([] if translated else [checkpoint])):
         if not file.exists():
             sys.exit(f"score.py: '{file}' is missing: prepare the corpus and train on it first.")
 
-    scores = args.run / f"{args.split}.json"
-    if not scores.exists() or scores.stat().st_mtime < checkpoint.stat().st_mtime:
-        tokenized = (args.data / "bpe.codes").exists()
+    tokenized = (args.data / "bpe.codes").exists()
+    references = detokenized(read_lines(reference)) if tokenized else read_lines(reference)
+    copies = {ending: args.run / f"{args.split}.{ending}" for ending in ("src", "ref")}
+    if not translated or not all(copy.exists() for copy in copies.values()):
+        with whole(copies["src"]) as file:
+            shutil.copyfile(source, file)
+        write_lines(copies["ref"], references)
+    if not translated:
         pieces = "subword_nmt" if tokenized else "sentencepiece"
-        references = read_lines(texts["ref"])
         hypotheses, bleu_of_tokens = translate(
             args.data / "bin", checkpoint, args.split, pieces, len(references)
         )
         if tokenized:
-            hypotheses, references = detokenized(hypotheses), detokenized(references)
-        with whole(args.run / f"{args.split}.src") as file:
-            shutil.copyfile(texts["src"], file)
-        for ending, lines in (("ref", references), ("hyp", hypotheses)):
-            write_text(args.run / f"{args.split}.{ending}", "".join(line + "\n" for line in lines))
+            hypotheses = detokenized(hypotheses)
+        write_lines(args.run / f"{args.split}.hyp", hypotheses)
         metrics = {name: metric() for name, metric in METRICS.items()}
         result = {
             **{name: each.corpus_score(hypotheses, [references]).score for name, each in metrics.items()},
@@ -127,10 +129,20 @@ def translate(
     return [translations[number] for number in range(sentences)], bleu
 
 
+def is_newer(file: Path, other: Path) -> bool:
+    """Return whether *file* exists and was written after *other*."""
+    return file.exists() and file.stat().st_mtime > other.stat().st_mtime
+
+
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a UTF-8 file without their ends; only a newline ends a line."""
     with open(path, encoding="utf-8", newline="\n") as file:
         return [line.rstrip("\n") for line in file]
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    """Write *lines*, each ended by a newline."""
+    write_text(path, "".join(line + "\n" for line in lines))
 
 
 def detokenized(lines: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from sacrebleu.metrics import CHRF
@@ -24,6 +25,16 @@ def test_a_translated_split_is_not_translated_again(corpus: Path, runs: list[Pat
     before = {file: file.stat().st_mtime_ns for file in runs[0].iterdir()}
     assert "BLEU" in succeeded(script("score", corpus, runs[0])).stdout
     assert before == {file: file.stat().st_mtime_ns for file in runs[0].iterdir()}
+
+
+def test_a_translation_outlives_its_checkpoint(corpus: Path, runs: list[Path], tmp_path: Path):
+    """Of a run, the translation and its scores are enough: sources and references are the corpus'."""
+    for name in ("test.hyp", "test.json"):
+        shutil.copy2(runs[0] / name, tmp_path / name)
+    again = succeeded(script("score", corpus, tmp_path)).stdout
+    assert again.partition(",")[2] == succeeded(script("score", corpus, runs[0])).stdout.partition(",")[2]
+    for name in ("test.src", "test.ref", "test.hyp", "test.json"):
+        assert (tmp_path / name).read_bytes() == (runs[0] / name).read_bytes()
 
 
 def test_a_missing_checkpoint_and_a_failure_of_fairseq_are_named(corpus: Path, tmp_path: Path):
