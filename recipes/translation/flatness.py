@@ -147,6 +147,7 @@ def draw(runs: list[dict[str, Any]], split: str, correlations: dict[str, dict[st
             x = [run["measures"][name] for run in of_system]
             panel.scatter(x, [run["BLEU"] for run in of_system], s=24, color=f"C{number}", label=system)
         panel.set(xlabel=f"{name} (nats per token)")
+        panel.locator_params(axis="x", nbins=5)
         panel.set_title(f"$\\tau$ = {found['tau']:.2f}", fontsize=10)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
