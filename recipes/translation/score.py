@@ -47,9 +47,9 @@ def main() -> None:
             sys.exit(f"score.py: '{file}' is missing: prepare the corpus and train on it first.")
 
     tokenized = (args.data / "bpe.codes").exists()
-    references = detokenized(read_lines(reference)) if tokenized else read_lines(reference)
     copies = {ending: args.run / f"{args.split}.{ending}" for ending in ("src", "ref")}
     if not translated or not all(copy.exists() for copy in copies.values()):
+        references = detokenized(read_lines(reference)) if tokenized else read_lines(reference)
         with whole(copies["src"]) as file:
             shutil.copyfile(source, file)
         write_lines(copies["ref"], references)
