@@ -70,7 +70,7 @@ def main() -> None:
     forms = {name: FORMS[name] for name in args.forms}
 
     searched = {name: form.rho_of or form.optimizer for name, form in forms.items()}
-    points = rho_search.search(args, dict.fromkeys(searched.values()), seeds[0])
+    points = rho_search.search(args, dict.fromkeys(searched.values()), seeds[0], args.epochs)
     everything = [point for found in points.values() for point in found]
     write_json(args.out / "gain_and_cost_search.json", everything)
     write_figure(args.out / "gain_and_cost_search.png", rho_search.draw(everything))

@@ -47,13 +47,15 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=1, help="of every run (default: 1)")
     args = experiment_arguments(parser)
-    points = search(args, args.optimizers, args.seed)
+    points = search(args, args.optimizers, args.seed, args.epochs)
     write(args.out, [point for found in points.values() for point in found])
     for optimizer, found in points.items():
         print(f"{optimizer}: the best rho is {best(found):g}")
 
 
-def search(args: argparse.Namespace, optimizers: Iterable[str], seed: int) -> dict[str, list[dict]]:
+def search(
+    args: argparse.Namespace, optimizers: Iterable[str], seed: int, epochs: int
+) -> dict[str, list[dict]]:
     """Complete a run of each of *optimizers* for each value of rho, and return their points by optimizer.
 
     Points that the file `args.searched` has are taken from there.
@@ -62,6 +64,7 @@ def search(args: argparse.Namespace, optimizers: Iterable[str], seed: int) -> di
         args: Those of the experiment.
         optimizers: What follows --optimizer of fairseq-train.
         seed: Of every run.
+        epochs: Of every run.
 
     Raises:
         SystemExit: One of *optimizers* has no rho, or the file has no points. No run has begun then.
@@ -74,7 +77,7 @@ def search(args: argparse.Namespace, optimizers: Iterable[str], seed: int) -> di
         if name not in of_setup:
             sys.exit(f"'{optimizer}' has no rho to search: begin with sam or asam.")
         values = args.rho or of_setup.get(optimizer) or of_setup[name]
-        wanted += [(optimizer, args.epochs, seed, rho) for rho in values]
+        wanted += [(optimizer, epochs, seed, rho) for rho in values]
     runs = {key: experiment_run(args, *key) for key in wanted if key not in known}
     complete_and_score(args.data, list(runs.values()), ["valid"], args.jobs)
     points: dict[str, list[dict]] = {}

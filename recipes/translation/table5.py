@@ -1,20 +1,22 @@
 """Table 5 of the ASAM paper: Adam, SAM and ASAM on German-English translation, over several seeds.
 
-    python -m recipes.translation.table5 SETUP [--seeds 1 2 3] [--jobs N] [--rho ...] [fairseq-train flags]
+    python -m recipes.translation.table5 SETUP [--seeds 1 2 3] [--epochs 50 [--search-epochs 20]] [--jobs N]
+                                         [--rho 0.1 0.2 ...] [fairseq-train flags]
 
 SETUP is one of recipes/setups.py: `iwslt14` is the paper's experiment (Section 5.3), for a GPU; `help_8000`
 is one of the size of 2 cores. For SAM and ASAM, rho is the one with the highest validation BLEU among the
-runs of the first seed (rho_search.py). They take two passes, so there is Adam with twice the epochs as well.
-Each stands in the table a second time, with the weights of its last 5 epochs averaged. Only the runs in the
-table translate the test set. Writes table5.{json,md}, rho_search.{json,png} and, of the first seed,
-curves.png to OUT (default: runs/translation/SETUP), beside the folders of the runs. Run again, it does what
-is missing.
+runs of the first seed (rho_search.py). With `--search-epochs` these are shorter than the runs of the table.
+SAM and ASAM take two passes, so there is Adam with twice the epochs as well. Each stands in the table a
+second time, with the weights of its last 5 epochs averaged. Only the runs in the table translate the test
+set. Writes table5.{json,md}, rho_search.{json,png} and, of the first seed, curves.png to OUT (default:
+runs/translation/SETUP), beside the folders of the runs. Run again, it does what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from fairseq_asam.files import write_json
@@ -41,10 +43,14 @@ PAPER = {"Adam": (35.34, 34.86), "Adam+SAM": (35.52, 34.78), "Adam+ASAM": (35.66
 def main() -> None:
     parser = experiment_parser("Table 5 of the ASAM paper, over several seeds.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="default: 1 2 3 4 5")
+    parser.add_argument("--search-epochs", type=int, help="of each run of the search (default: --epochs)")
     args = experiment_arguments(parser)
     seeds = list(dict.fromkeys(args.seeds))
+    search_epochs = args.epochs if args.search_epochs is None else args.search_epochs
+    if search_epochs < 1:
+        sys.exit(f"--search-epochs is {search_epochs}, but it must be at least 1.")
 
-    points = search(args, ("sam", "asam"), seeds[0])
+    points = search(args, ("sam", "asam"), seeds[0], search_epochs)
 
     def runs(optimizer: str, epochs: int = args.epochs, rho: float | None = None) -> list[Run]:
         return [experiment_run(args, optimizer, epochs, seed, rho) for seed in seeds]
@@ -65,9 +71,10 @@ def main() -> None:
     table = as_markdown(results)
     write_json(args.out / "table5.json", results)
     write_text(args.out / "table5.md", table)
-    others = [run for name in ("Adam+SAM", "Adam+ASAM") for run in systems[name][1:]]
-    others = [validation_point(run) for run in (*systems["Adam"], *others)]
-    write(args.out, [*points["sam"], *points["asam"], *others])
+    others = []
+    if search_epochs == args.epochs:
+        others = systems["Adam"] + [run for name in ("Adam+SAM", "Adam+ASAM") for run in systems[name][1:]]
+    write(args.out, [*points["sam"], *points["asam"], *map(validation_point, others)])
     figure = curves.draw({name: runs[0].log for name, runs in systems.items()})
     write_figure(args.out / "curves.png", figure)
     print(table, end="")

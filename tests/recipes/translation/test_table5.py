@@ -11,7 +11,7 @@ from sacrebleu.metrics import BLEU
 
 from tests.commands import ROOT
 from tests.iwslt14_archive import archived, contents
-from tests.recipes.translation.scripts import lines, script, succeeded
+from tests.recipes.translation.scripts import lines, refusal, script, succeeded
 
 
 @pytest.mark.slow
@@ -44,6 +44,21 @@ def test_table_5_over_two_seeds(corpus: Path, tmp_path: Path):
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/*.pt")}
     assert succeeded(script("table5", *table5)).stdout == printed
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/*.pt")}
+    # A table of other epochs takes rho from this search.
+    rho = {row["system"]: row["rho"] for row in results["systems"]}
+    other = (*table5[: table5.index("--seeds")], "--seeds", "1", "--epochs", "1", "--search-epochs", "2")
+    succeeded(script("table5", *other, "--rho", "0.1", "0.2", "--jobs", "2", "--cpu"))
+    points = json.loads((tmp_path / "rho_search.json").read_text())
+    assert {point["epochs"] for point in points} == {2} and len(points) == 4
+    rows = json.loads((tmp_path / "table5.json").read_text())["systems"]
+    assert {row["system"]: row["rho"] for row in rows} == rho
+    assert {row["epochs"] for row in rows} == {1, 2}
+
+
+def test_a_search_of_no_epochs_is_refused(corpus: Path, tmp_path: Path):
+    message = refusal("table5", "help_8000", "--data", corpus, "--out", tmp_path, "--search-epochs", "0")
+    assert message == "--search-epochs is 0, but it must be at least 1."
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
