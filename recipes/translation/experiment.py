@@ -31,8 +31,10 @@ def experiment_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--searched",
         type=Path,
+        nargs="+",
+        default=[],
         metavar="FILE",
-        help="rho_search.json of an earlier search; values that it has for the same seed are not run again",
+        help="rho_search.json of earlier searches; values that they have for the same seed are not run again",
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     return parser

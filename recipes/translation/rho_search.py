@@ -1,7 +1,7 @@
 """Searches rho on the validation BLEU of one run for each value, and draws what it found.
 
     python -m recipes.translation.rho_search SETUP [--optimizers sam asam] [--rho 0.05 0.1 ...] [--seed 1]
-                                             [--searched FILE] [--jobs N] [fairseq-train flags]
+                                             [--searched FILE ...] [--jobs N] [fairseq-train flags]
 
 SETUP is one of recipes/setups.py. Writes rho_search.json and rho_search.png to OUT (default:
 runs/translation/SETUP), beside a folder for each run. The test set stays untouched. Run again, it does only
@@ -58,7 +58,7 @@ def search(
 ) -> dict[str, list[dict]]:
     """Complete a run of each of *optimizers* for each value of rho, and return their points by optimizer.
 
-    Points that the file `args.searched` has are taken from there.
+    Points that one of the files `args.searched` has are taken from there.
 
     Args:
         args: Those of the experiment.
@@ -67,10 +67,10 @@ def search(
         epochs: Of every run.
 
     Raises:
-        SystemExit: One of *optimizers* has no rho, or the file has no points. No run has begun then.
+        SystemExit: One of *optimizers* has no rho, or a file has no points. No run has begun then.
     """
     of_setup = SETUPS[args.setup].rho
-    known = {} if args.searched is None else searched(args.searched)
+    known = {key: point for file in args.searched for key, point in searched(file).items()}
     wanted = []
     for optimizer in optimizers:
         name = optimizer.partition(" ")[0]

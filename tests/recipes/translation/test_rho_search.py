@@ -29,14 +29,15 @@ def test_rho_is_the_one_with_the_highest_validation_bleu(corpus: Path, tmp_path:
 
 
 def test_values_searched_before_are_not_run_again(corpus: Path, tmp_path: Path):
-    earlier, out = tmp_path / "earlier.json", tmp_path / "out"
+    earlier, other, out = tmp_path / "earlier.json", tmp_path / "other.json", tmp_path / "out"
     points = [
         {"optimizer": "sam", "epochs": 30, "seed": 1, "rho": rho, "BLEU": bleu, "ci95": 1.0}
         for rho, bleu in ((0.1, 19.0), (0.2, 21.0), (0.5, 20.0))
     ]
-    earlier.write_text(json.dumps([*points, {**points[0], "seed": 2, "BLEU": 30.0}]))
+    earlier.write_text(json.dumps([points[0], {**points[0], "seed": 2, "BLEU": 30.0}]))
+    other.write_text(json.dumps(points[1:]))
     search = ("rho_search", "help_8000", "--data", corpus, "--out", out, "--optimizers", "sam")
-    printed = succeeded(script(*search, "--rho", "0.1", "0.2", "--searched", earlier)).stdout
+    printed = succeeded(script(*search, "--rho", "0.1", "0.2", "--searched", earlier, other)).stdout
     assert printed == "sam: the best rho is 0.2\n"
     assert json.loads((out / "rho_search.json").read_text()) == points[:2]
     assert {file.name for file in out.iterdir()} == {"rho_search.json", "rho_search.png"}
