@@ -1,4 +1,4 @@
-"""Draws the loss and sharpness curves of several runs.
+"""Draws the curves of several runs: loss, sharpness and, where training scored it, validation BLEU.
 
 python -m recipes.translation.curves OUT.png RUN RUN...
 """
@@ -18,7 +18,7 @@ from recipes.translation.train_log import read_epochs, read_intervals
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the loss and sharpness curves of several runs.")
+    parser = argparse.ArgumentParser(description="Draw the curves of several runs.")
     parser.add_argument("out", type=Path, help="the PNG file to write")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of train.py")
     args = parser.parse_args()
@@ -30,11 +30,18 @@ def main() -> None:
 
 
 def draw(logs: dict[str, Path]) -> Figure:
-    """Return a figure of two panels: losses over epochs, and the sharpness of the runs that measured it."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    losses, sharpness = figure.subplots(1, 2)
+    """Return a figure of panels over epochs.
+
+    They show the losses, the validation BLEU if all runs scored it (`--eval-bleu`), and the sharpness of the
+    runs that measured it.
+    """
+    with_bleu = all("valid_bleu" in epoch for log in logs.values() for epoch in read_epochs(log))
+    figure = Figure(figsize=(16 if with_bleu else 11, 4.5), layout="constrained")
+    panels = figure.subplots(1, 3 if with_bleu else 2)
+    losses, sharpness = panels[0], panels[-1]
+    bleu = panels[1] if with_bleu else None
     figure.get_layout_engine().set(wspace=0.05)
-    highest = 0.0
+    highest = best = 0.0
     for number, (name, log) in enumerate(logs.items()):
         colour = f"C{number}"
         epochs, intervals = read_epochs(log), read_intervals(log)
@@ -43,6 +50,10 @@ def draw(logs: dict[str, Path]) -> Figure:
         valid = [epoch["valid_loss"] for epoch in epochs]
         losses.plot([epoch["epoch"] for epoch in epochs], valid, color=colour, marker="o", markersize=4)
         highest = max([highest, *valid])
+        if bleu is not None:
+            scores = [epoch["valid_bleu"] for epoch in epochs]
+            bleu.plot([epoch["epoch"] for epoch in epochs], scores, color=colour)
+            best = max([best, *scores])
         if all("sharpness" in interval for interval in intervals):
             sharpness.plot(x, [interval["sharpness"] for interval in intervals], color=colour, label=name)
     losses.set(title="Loss", ylabel="label-smoothed loss (bits per token)")
@@ -50,7 +61,10 @@ def draw(logs: dict[str, Path]) -> Figure:
     losses.set_ylim(top=1.1 * highest)
     sharpness.set(title="Sharpness $L(w+\\epsilon)-L(w)$ in training", ylabel="sharpness (bits per token)")
     sharpness.set_ylim(bottom=0)
-    for axes in (losses, sharpness):
+    if bleu is not None:
+        # What the first epochs score would squeeze the differences between the runs.
+        bleu.set(title="Validation BLEU in training", ylabel="BLEU", ylim=(best / 2, 1.05 * best))
+    for axes in panels:
         axes.set_xlabel("epoch")
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
