@@ -35,7 +35,8 @@ def draw(logs: dict[str, Path]) -> Figure:
     They show the losses, the validation BLEU if all runs scored it (`--eval-bleu`), and the sharpness of the
     runs that measured it.
     """
-    with_bleu = all("valid_bleu" in epoch for log in logs.values() for epoch in read_epochs(log))
+    epochs_of = {name: read_epochs(log) for name, log in logs.items()}
+    with_bleu = all("valid_bleu" in epoch for epochs in epochs_of.values() for epoch in epochs)
     figure = Figure(figsize=(16 if with_bleu else 11, 4.5), layout="constrained")
     panels = figure.subplots(1, 3 if with_bleu else 2)
     losses, sharpness = panels[0], panels[-1]
@@ -44,7 +45,7 @@ def draw(logs: dict[str, Path]) -> Figure:
     highest = best = 0.0
     for number, (name, log) in enumerate(logs.items()):
         colour = f"C{number}"
-        epochs, intervals = read_epochs(log), read_intervals(log)
+        epochs, intervals = epochs_of[name], read_intervals(log)
         x = [interval["update"] for interval in intervals]
         losses.plot(x, [interval["loss"] for interval in intervals], color=colour, linewidth=0.8, alpha=0.7)
         valid = [epoch["valid_loss"] for epoch in epochs]
