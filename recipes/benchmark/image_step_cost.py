@@ -22,6 +22,7 @@ from fairseq_asam import Perturbation
 from fairseq_asam.files import write_json
 from fairseq_asam.vision.models import MODELS, build_model
 from fairseq_asam.vision.update import Update
+from recipes.options import at_least_1
 
 CLASSES = 10
 # Normalization operator of each optimizer's perturbation, and its radius for CIFAR-10 (Section 5.2).
@@ -33,12 +34,10 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", default=["resnet20", "wrn16_8"], choices=list(MODELS), metavar="NAME"
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="default: 32")
-    parser.add_argument("--updates", type=int, default=10, help="in an epoch (default: 10)")
+    parser.add_argument("--batch-size", type=at_least_1, default=32, help="default: 32")
+    parser.add_argument("--updates", type=at_least_1, default=10, help="in an epoch (default: 10)")
     parser.add_argument("--out", type=Path, metavar="F", help="write the figures there too")
     arguments = parser.parse_args()
-    if min(arguments.batch_size, arguments.updates) < 1:
-        parser.error("--batch-size and --updates must be at least 1")
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     epochs = {

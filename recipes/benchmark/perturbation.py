@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from fairseq_asam import Perturbation
 from fairseq_asam.files import write_json
+from recipes.options import at_least_1
 
 # Sizes of the German and the English dictionary of IWSLT'14 as fairseq prepares it.
 VOCABULARIES = (8848, 6632)
@@ -47,14 +48,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--davda54", type=Path, metavar="FILE", help="sam.py of davda54/sam")
     parser.add_argument("--samsung", type=Path, metavar="FILE", help="asam.py of SamsungLabs/ASAM")
-    parser.add_argument("--threads", type=int, default=1, help="default: 1")
+    parser.add_argument("--threads", type=at_least_1, default=1, help="default: 1")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
-    parser.add_argument("--rounds", type=int, default=20, help="default: 20")
+    parser.add_argument("--rounds", type=at_least_1, default=20, help="default: 20")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there too, as JSON")
     args = parser.parse_args()
-    for option in ("threads", "rounds"):
-        if getattr(args, option) < 1:
-            parser.error(f"--{option} must be at least 1, not {getattr(args, option)}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here")
     for file in filter(None, (args.davda54, args.samsung)):

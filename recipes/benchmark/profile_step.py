@@ -26,7 +26,6 @@ from recipes.benchmark.trainers import (
     MODELS,
     Trainer,
     add_machine,
-    check,
     check_max_tokens,
     configuration,
     machine,
@@ -34,8 +33,10 @@ from recipes.benchmark.trainers import (
     synchronize,
     trainer_and_batches,
     update_seconds,
+    use_machine,
     write_corpus,
 )
+from recipes.options import at_least_1
 
 UPDATE = "update"
 STAGES = (
@@ -54,13 +55,13 @@ def main() -> None:
     parser.add_argument("--model", default="transformer_iwslt_de_en", choices=list(MODELS), metavar="NAME")
     parser.add_argument("--optimizer", default="asam", metavar="FLAGS", help="default: asam")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="in a batch (default: the model's)")
-    parser.add_argument("--updates", type=int, default=3, metavar="N", help="to profile (default: 3)")
-    parser.add_argument("--operators", type=int, default=10, metavar="N", help="to list (default: 10)")
+    parser.add_argument("--updates", type=at_least_1, default=3, metavar="N", help="to profile (default: 3)")
+    parser.add_argument("--operators", type=at_least_1, default=10, metavar="N", help="to list (default: 10)")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for chrome://tracing there")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there too, as JSON")
     add_machine(parser)
     args = parser.parse_args()
-    check(parser, args, "updates", "operators")
+    use_machine(parser, args)
     model = MODELS[args.model]
     max_tokens = model.max_tokens if args.max_tokens is None else args.max_tokens
     check_max_tokens(parser, "--max-tokens", max_tokens)

@@ -30,15 +30,16 @@ from recipes.benchmark.trainers import (
     Model,
     Stopwatch,
     add_machine,
-    check,
     check_max_tokens,
     configuration,
     machine,
     surround,
     trainer_and_batches,
     update_seconds,
+    use_machine,
     write_corpus,
 )
+from recipes.options import at_least_1
 from recipes.reporter import write_figure
 
 HEAD = 64  # numbers in an attention head
@@ -57,11 +58,11 @@ def main() -> None:
     add("--tokens", (256, 512, 1024, 2048, 4096), "in a batch, at most", nargs="+")
     add("--width", 256, "of the model that gets the batches of --tokens")
     add("--max-tokens", 512, "in a batch for the models of --widths, at most")
-    add("--rounds", 10, "of updates, after one that warms up")
+    add("--rounds", 10, "of updates, after one that warms up", type=at_least_1)
     add("--out", Path("runs/benchmark"), "folder to write to", type=Path, metavar="FOLDER")
     add_machine(parser)
     args = parser.parse_args()
-    check(parser, args, "rounds")
+    use_machine(parser, args)
     for width in (*args.widths, args.width):
         if width < HEAD or width % HEAD:
             parser.error(f"a width must be a multiple of {HEAD}, the width of an attention head, not {width}")

@@ -31,9 +31,10 @@ from tqdm import tqdm
 
 from fairseq_asam import Perturbation, TwoPasses
 from fairseq_asam.files import write_json
-from recipes.language_model.command_line import REGIONS, at_least_1
+from recipes.language_model.command_line import REGIONS
 from recipes.language_model.train import in_shards, update
 from recipes.language_model.transformer import HEAD, LanguageModel
+from recipes.options import at_least_1
 
 OPTIMIZERS = ("adam", *REGIONS)
 # Collectives of torch, and which argument has what a process gives to them.

@@ -28,15 +28,16 @@ from fairseq_asam.files import write_json
 from recipes.benchmark.trainers import (
     MODELS,
     add_machine,
-    check,
     check_max_tokens,
     configuration,
     machine,
     passes,
     trainer_and_batches,
     update_seconds,
+    use_machine,
     write_corpus,
 )
+from recipes.options import at_least_1
 
 OPTIMIZERS = (
     "adam",
@@ -68,7 +69,7 @@ def main() -> None:
     defaults = ", ".join(f"{model.rounds} for {name}" for name, model in MODELS.items())
     parser.add_argument(
         "--rounds",
-        type=int,
+        type=at_least_1,
         metavar="N",
         help="to time, after one that warms up; each has at least 5 updates, and as many with two passes as "
         f"every --ascent-interval says (default: {defaults})",
@@ -79,7 +80,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there too, as JSON")
     add_machine(parser)
     args = parser.parse_args()
-    check(parser, args, "rounds")
+    use_machine(parser, args)
     if args.max_tokens is not None:
         check_max_tokens(parser, "--max-tokens", args.max_tokens)
 

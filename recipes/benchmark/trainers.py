@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from recipes import setups  # before fairseq, to quieten it
+from recipes.options import at_least_1
 
 # isort: split
 from fairseq import tasks
@@ -67,15 +68,11 @@ MODELS = {
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """Add the options --device and --threads."""
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--threads", type=at_least_1, default=1, metavar="N", help="default: 1")
 
 
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace, *at_least_1: str) -> None:
-    """End the program with a sentence if a value of :func:`add_machine`, or one of *at_least_1*, is wrong."""
-    for option in ("threads", *at_least_1):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            parser.error(f"--{option} must be at least 1, not {value}")
+def use_machine(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Use the threads of :func:`add_machine`; end the program with a sentence if there is no such device."""
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here")
     torch.set_num_threads(args.threads)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes.options import at_least_1
 from recipes.runner import Run, complete, flags
 
 #: (row, column) -> options of `python -m fairseq_asam.vision train`; the paper's are the defaults.
@@ -56,8 +57,10 @@ def arguments(
     parser.add_argument("--digits", action="store_true", help="scikit-learn's digits and a small network")
     parser.add_argument("--data", type=Path, metavar="ROOT", help="folder of the data set; not for digits")
     parser.add_argument("--download", action="store_true", help="fetch CIFAR if it is missing")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
-    parser.add_argument("--seeds", type=int, default=seeds, help="runs of each cell (default: %(default)s)")
+    parser.add_argument("--jobs", type=at_least_1, default=1, help="runs at a time (default: 1)")
+    parser.add_argument(
+        "--seeds", type=at_least_1, default=seeds, help="runs of each cell (default: %(default)s)"
+    )
     if rows:
         some = f"some of {', '.join(rows)}".replace("%", "%%")
         parser.add_argument("--rows", nargs="+", choices=rows, metavar="ROW", help=some)
@@ -69,8 +72,6 @@ def arguments(
     parser.add_argument("--out", type=Path, help="folder of the results (default: that of the runs)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and do nothing")
     args = parser.parse_args()
-    if args.seeds < 1:
-        parser.error(f"--seeds is {args.seeds}, but it must be at least 1")
     if rows:
         args.rows = args.rows or (digits_rows if args.digits else rows)
     args.name = f"{name}-digits" if args.digits else name

@@ -11,6 +11,7 @@ import torch
 
 from data_prep import generated
 from recipes.language_model.transformer import HEAD
+from recipes.options import at_least_1
 
 # Normalization operator and default radius: the paper's for translation (Section 5.3).
 REGIONS = {"sam": ("none", 0.1), "asam": ("element-wise", 0.2)}
@@ -42,12 +43,6 @@ def options(description: str) -> argparse.ArgumentParser:
     add("--device", choices=["cpu", "cuda"], default=device, help="device to train on")
     add("--seed", type=int, default=1, help="decides weights, batches and dropout masks")
     return parser
-
-
-def at_least_1(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return int(text)
 
 
 def positive(text: str) -> float:

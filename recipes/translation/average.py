@@ -18,16 +18,15 @@ from tqdm import tqdm
 
 import fairseq_asam.tasks  # noqa: F401  names the types in a fairseq checkpoint that torch may load
 from fairseq_asam.files import whole
+from recipes.options import at_least_1
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Average the weights of the last epochs of a run.")
     parser.add_argument("run", type=Path, help="folder of train.py")
     parser.add_argument("out", type=Path, help="folder for checkpoint_best.pt")
-    parser.add_argument("--last", type=int, default=10, help="how many epochs (default: 10)")
+    parser.add_argument("--last", type=at_least_1, default=10, help="how many epochs (default: 10)")
     args = parser.parse_args()
-    if args.last < 1:
-        sys.exit(f"average.py: --last is {args.last}: it must be at least 1.")
     kept = {
         int(name[1]): file
         for file in args.run.glob("*")

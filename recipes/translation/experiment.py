@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from recipes.options import at_least_1
 from recipes.runner import Run, complete
 from recipes.setups import SETUPS
 from recipes.translation.train import training, watch
@@ -26,7 +27,7 @@ def experiment_parser(description: str) -> argparse.ArgumentParser:
         "--data", type=Path, help="corpus folder of data_prep (default: the set-up's in data/)"
     )
     parser.add_argument("--out", type=Path, help="folder of the results (default: runs/translation/SETUP)")
-    parser.add_argument("--epochs", type=int, help="of each run (default: the set-up's)")
+    parser.add_argument("--epochs", type=at_least_1, help="of each run (default: the set-up's)")
     parser.add_argument("--rho", type=float, nargs="+", help="values to search (default: the set-up's)")
     parser.add_argument(
         "--searched",
@@ -36,19 +37,13 @@ def experiment_parser(description: str) -> argparse.ArgumentParser:
         metavar="FILE",
         help="rho_search.json of earlier searches; values that they have for the same seed are not run again",
     )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--jobs", type=at_least_1, default=1, help="runs at a time (default: 1)")
     return parser
 
 
 def experiment_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Return the options with their defaults, and as `flags` those for fairseq-train.
-
-    Raises:
-        SystemExit: A value cannot be used.
-    """
+    """Return the options with their defaults, and as `flags` those for fairseq-train."""
     args, flags = parser.parse_known_args()
-    if args.epochs is not None and args.epochs < 1:
-        sys.exit(f"--epochs is {args.epochs}, but it must be at least 1.")
     args.flags = flags
     args.data = SETUPS[args.setup].folder(args.data)
     args.out = args.out or Path("runs/translation", args.setup)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from fairseq_asam import Region, measure
 from fairseq_asam.files import write_json
 from fairseq_asam.measuring.fairseq_checkpoints import DatasetLoss, load
+from recipes.options import at_least_1
 from recipes.reporter import markdown_table, mean_and_sd, shown, write_figure, write_text
 
 #: The normalization operator of each kind of sharpness.
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of train.py or average.py")
     parser.add_argument("--split", default="valid", help="the split whose BLEU counts (default: valid)")
     parser.add_argument("--rho", type=float, nargs="+", default=[0.1, 0.2], help="radii (default: 0.1 0.2)")
-    parser.add_argument("--batches", type=int, default=10, help="of the training set (default: 10)")
+    parser.add_argument("--batches", type=at_least_1, default=10, help="of the training set (default: 10)")
     args = parser.parse_args()
     for file in (run / name for run in args.runs for name in ("checkpoint_best.pt", f"{args.split}.json")):
         if not file.exists():

@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from recipes.options import at_least_1
 from recipes.reporter import write_text
 from recipes.translation.score import read_lines
 
@@ -20,7 +21,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="the Markdown file to write")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of score.py")
     parser.add_argument("--split", default="test", help="the split that was scored (default: test)")
-    parser.add_argument("--count", type=int, default=5, help="how many samples (default: 5)")
+    parser.add_argument("--count", type=at_least_1, default=5, help="how many samples (default: 5)")
     args = parser.parse_args()
     for file in (run / f"{args.split}.hyp" for run in args.runs):
         if not file.exists():

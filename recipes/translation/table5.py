@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from fairseq_asam.files import write_json
+from recipes.options import at_least_1
 from recipes.reporter import markdown_table, mean_and_sd, shown, write_figure, write_text
 from recipes.runner import Run
 from recipes.translation import curves
@@ -43,12 +43,12 @@ PAPER = {"Adam": (35.34, 34.86), "Adam+SAM": (35.52, 34.78), "Adam+ASAM": (35.66
 def main() -> None:
     parser = experiment_parser("Table 5 of the ASAM paper, over several seeds.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="default: 1 2 3 4 5")
-    parser.add_argument("--search-epochs", type=int, help="of each run of the search (default: --epochs)")
+    parser.add_argument(
+        "--search-epochs", type=at_least_1, help="of each run of the search (default: --epochs)"
+    )
     args = experiment_arguments(parser)
     seeds = list(dict.fromkeys(args.seeds))
     search_epochs = args.epochs if args.search_epochs is None else args.search_epochs
-    if search_epochs < 1:
-        sys.exit(f"--search-epochs is {search_epochs}, but it must be at least 1.")
 
     points = search(args, ("sam", "asam"), seeds[0], search_epochs)
 

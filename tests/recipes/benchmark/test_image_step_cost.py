@@ -22,7 +22,7 @@ def test_image_step_cost_has_the_ratio_to_sgd_of_every_optimizer(tmp_path: Path)
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--updates", "0"], "--batch-size and --updates must be at least 1"),
+        (["--updates", "0"], "--updates: must be a whole number from 1, not 0"),
     ],
 )
 def test_bad_input_is_named_in_a_sentence(arguments, message, monkeypatch, capfd):

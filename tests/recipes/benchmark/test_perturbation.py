@@ -22,7 +22,7 @@ def test_perturbation_without_others_has_no_ratio(tmp_path: Path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--rounds", "0"], "--rounds must be at least 1, not 0"),
+        (["--rounds", "0"], "--rounds: must be a whole number from 1, not 0"),
         (["--davda54", "no.py"], "no.py: no such file"),
     ],
 )

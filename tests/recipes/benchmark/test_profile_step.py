@@ -44,7 +44,7 @@ def test_profile_step_accounts_for_all_of_the_update(tmp_path: Path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--updates", "0"], "--updates must be at least 1, not 0"),
+        (["--updates", "0"], "--updates: must be a whole number from 1, not 0"),
     ],
 )
 def test_bad_input_is_named_in_a_sentence(arguments, message, monkeypatch, capfd):

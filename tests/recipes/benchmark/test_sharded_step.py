@@ -33,7 +33,7 @@ def test_sharded_step_has_time_traffic_and_memory_of_every_optimizer(tmp_path: P
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--rounds", "0"], "argument --rounds: must be at least 1, not 0"),
+        (["--rounds", "0"], "argument --rounds: must be a whole number from 1, not 0"),
         (["--width", "40"], "--width must be a multiple of 32, not 40"),
         (["--batch-size", "5"], "--batch-size must be a multiple of --processes 2, not 5"),
     ],

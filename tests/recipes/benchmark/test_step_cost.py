@@ -36,8 +36,8 @@ def test_step_cost_has_the_time_and_the_memory_of_every_optimizer(tmp_path: Path
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--rounds", "0"], "--rounds must be at least 1, not 0"),
-        (["--threads", "0"], "--threads must be at least 1, not 0"),
+        (["--rounds", "0"], "--rounds: must be a whole number from 1, not 0"),
+        (["--threads", "0"], "--threads: must be a whole number from 1, not 0"),
         (["--max-tokens", "20"], "--max-tokens must be at least 100, .* not 20"),
         (["--models", "resnet"], "invalid choice: 'resnet'"),
         (["--optimizers", "adam", "asam --roh 1"], "'--optimizer asam --roh 1': .*--roh"),

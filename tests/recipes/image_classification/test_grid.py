@@ -84,7 +84,7 @@ def test_a_run_that_fails_ends_the_grid_with_its_reason(grid_arguments, capfd):
 def test_fewer_seeds_than_one_are_refused(main, capsys):
     with pytest.raises(SystemExit) as end:
         main("table2", "--seeds", "0")
-    assert end.value.code == 2 and "--seeds is 0, but it must be at least 1" in capsys.readouterr().err
+    assert end.value.code == 2 and "--seeds: must be a whole number from 1, not 0" in capsys.readouterr().err
 
 
 def test_the_readme_says_of_every_script_what_it_makes():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import subprocess
@@ -42,9 +44,16 @@ def train(
 
 def refusal(name: str, *arguments: str | Path) -> str:
     """Run a script in this process; it must end with a sentence, which is returned."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+    said = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stderr(said),
+        pytest.raises(SystemExit) as end,
+    ):
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         importlib.import_module(f"recipes.translation.{name}").main()
+    if end.value.code == 2:  # of argparse, which shows the usage before
+        return said.getvalue().splitlines()[-1]
     assert isinstance(end.value.code, str) and "\n" not in end.value.code
     return end.value.code
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from tests.commands import checkpoint
-from tests.recipes.translation.scripts import script, succeeded
+from tests.recipes.translation.scripts import refusal, script, succeeded
 
 
 def test_the_last_epochs_average_in_float64(corpus: Path, runs: list[Path], tmp_path: Path):
@@ -20,3 +20,5 @@ def test_the_last_epochs_average_in_float64(corpus: Path, runs: list[Path], tmp_
 
     too_many = script("average", runs[0], tmp_path / "mean", "--last", "3")
     assert "has the checkpoints of 2 epochs, not of 3" in too_many.stderr
+    none = refusal("average", runs[0], tmp_path / "mean", "--last", "0")
+    assert none.endswith("--last: must be a whole number from 1, not 0")
