@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from recipes.options import at_least_1
@@ -51,6 +51,24 @@ def experiment_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
+def comparison_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser of the options of an experiment that compares systems over several seeds."""
+    parser = experiment_parser(description)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="default: 1 2 3 4 5")
+    parser.add_argument(
+        "--search-epochs", type=at_least_1, help="of each run of the search over rho (default: --epochs)"
+    )
+    return parser
+
+
+def comparison_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the options with their defaults, each seed once."""
+    args = experiment_arguments(parser)
+    args.seeds = list(dict.fromkeys(args.seeds))
+    args.search_epochs = args.search_epochs or args.epochs
+    return args
+
+
 def experiment_run(
     args: argparse.Namespace,
     optimizer: str,
@@ -83,3 +101,13 @@ def complete_and_score(data: Path, runs: Sequence[Run], splits: Sequence[str], j
         options = {**run.options, "split": split}
         scoring.append(Run(run.folder / split, options, [[*score, str(run.folder), "--split", split]]))
     complete(scoring, jobs)
+
+
+def complete_systems(args: argparse.Namespace, systems: Mapping[str, Sequence[Run]]) -> None:
+    """Complete and score the runs of *systems* on both held-out splits.
+
+    It goes seed by seed: an early stop leaves whole seeds, and a change on the machine meets all systems
+    alike.
+    """
+    every = [run for runs in zip(*systems.values()) for run in runs]
+    complete_and_score(args.data, every, ["valid", "test"], args.jobs)

@@ -1,15 +1,16 @@
 """What the forms of sharpness-aware training buy, and what they cost, in the setting of table5.py.
 
     python -m recipes.translation.gain_and_cost SETUP [--forms NAME ...] [--seeds 1 2 3] [--search-only]
-                                                [--rho 0.1 0.2 ...] [--jobs N] [fairseq-train flags]
+                                                [--rho 0.1 0.2 ...] [--epochs N [--search-epochs N]]
+                                                [--searched FILE ...] [--jobs N] [fairseq-train flags]
 
 FORMS lists them: SAM and ASAM with two passes for each update, Adam's metric, and forms with fewer passes.
 Some have a search over rho of their own, by validation BLEU of the first seed; the others have the rho of SAM
-or ASAM. `--search-only` ends after the searches, which leave the test set alone. Adam and its averaged
-weights are the baseline. Times can be compared only if nothing else uses the machine; the number of passes
-always can. Writes gain_and_cost.{json,md,png} and gain_and_cost_search.{json,png} to OUT (default:
-runs/translation/SETUP), beside the folders of the runs, which table5.py shares. Run again, it does what is
-missing.
+or ASAM. A long training can take rho from a search in shorter ones. `--search-only` ends after the searches,
+which leave the test set alone. Adam and its averaged weights are the baseline. Times can be compared only if
+nothing else uses the machine; the number of passes always can. Writes gain_and_cost.{json,md,png} and
+gain_and_cost_search.{json,png} to OUT (default: runs/translation/SETUP), beside the folders of the runs,
+which table5.py shares. Run again, it does what is missing.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from recipes.reporter import markdown_table, shown, write_figure, write_text
 from recipes.translation import rho_search
 from recipes.translation.experiment import (
     average_of,
-    complete_and_score,
-    experiment_arguments,
-    experiment_parser,
+    comparison_arguments,
+    comparison_parser,
+    complete_systems,
     experiment_run,
 )
 from recipes.translation.table5 import about_scores, collect, difference, spread, time_ratio
@@ -61,31 +62,28 @@ QUALITY = {"best_valid_loss": "best validation loss", "test BLEU": "test BLEU", 
 
 
 def main() -> None:
-    parser = experiment_parser("What the forms of sharpness-aware training buy, and what they cost.")
+    parser = comparison_parser("What the forms of sharpness-aware training buy, and what they cost.")
     parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS), metavar="NAME")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="default: 1 2 3 4 5")
     parser.add_argument("--search-only", action="store_true", help="end after the searches over rho")
-    args = experiment_arguments(parser)
-    seeds = list(dict.fromkeys(args.seeds))
+    args = comparison_arguments(parser)
     forms = {name: FORMS[name] for name in args.forms}
 
     searched = {name: form.rho_of or form.optimizer for name, form in forms.items()}
-    points = rho_search.search(args, dict.fromkeys(searched.values()), seeds[0], args.epochs)
+    optimizers = dict.fromkeys(searched.values())
+    points = rho_search.search(args, optimizers, args.seeds[0], args.search_epochs)
     everything = [point for found in points.values() for point in found]
     write_json(args.out / "gain_and_cost_search.json", everything)
     write_figure(args.out / "gain_and_cost_search.png", rho_search.draw(everything))
     if args.search_only:
         return
 
-    systems = {"Adam": [experiment_run(args, "adam", args.epochs, seed) for seed in seeds]}
+    systems = {"Adam": [experiment_run(args, "adam", args.epochs, seed) for seed in args.seeds]}
     for name, form in forms.items():
         rho = rho_search.best(points[searched[name]])
-        systems[name] = [experiment_run(args, form.optimizer, args.epochs, seed, rho) for seed in seeds]
+        systems[name] = [experiment_run(args, form.optimizer, args.epochs, seed, rho) for seed in args.seeds]
     averaged = {"Adam, averaged": [average_of(run) for run in systems["Adam"]]}
-    for group in (systems, averaged):
-        # Go seed by seed, so that a change on the machine meets all forms alike.
-        every = [run for runs in zip(*group.values()) for run in runs]
-        complete_and_score(args.data, every, ["valid", "test"], args.jobs)
+    complete_systems(args, systems)
+    complete_systems(args, averaged)
 
     results = collect(args, {**systems, **averaged})
     for row in results["systems"]:

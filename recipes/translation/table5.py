@@ -19,16 +19,15 @@ import json
 from pathlib import Path
 
 from fairseq_asam.files import write_json
-from recipes.options import at_least_1
 from recipes.reporter import markdown_table, mean_and_sd, shown, write_figure, write_text
 from recipes.runner import Run
 from recipes.translation import curves
 from recipes.translation.compare import training_figures
 from recipes.translation.experiment import (
     average_of,
-    complete_and_score,
-    experiment_arguments,
-    experiment_parser,
+    comparison_arguments,
+    comparison_parser,
+    complete_systems,
     experiment_run,
 )
 from recipes.translation.rho_search import best, search, validation_point, write
@@ -41,19 +40,11 @@ PAPER = {"Adam": (35.34, 34.86), "Adam+SAM": (35.52, 34.78), "Adam+ASAM": (35.66
 
 
 def main() -> None:
-    parser = experiment_parser("Table 5 of the ASAM paper, over several seeds.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="default: 1 2 3 4 5")
-    parser.add_argument(
-        "--search-epochs", type=at_least_1, help="of each run of the search (default: --epochs)"
-    )
-    args = experiment_arguments(parser)
-    seeds = list(dict.fromkeys(args.seeds))
-    search_epochs = args.epochs if args.search_epochs is None else args.search_epochs
-
-    points = search(args, ("sam", "asam"), seeds[0], search_epochs)
+    args = comparison_arguments(comparison_parser("Table 5 of the ASAM paper, over several seeds."))
+    points = search(args, ("sam", "asam"), args.seeds[0], args.search_epochs)
 
     def runs(optimizer: str, epochs: int = args.epochs, rho: float | None = None) -> list[Run]:
-        return [experiment_run(args, optimizer, epochs, seed, rho) for seed in seeds]
+        return [experiment_run(args, optimizer, epochs, seed, rho) for seed in args.seeds]
 
     systems = {
         "Adam": runs("adam"),
@@ -62,17 +53,15 @@ def main() -> None:
         "Adam+ASAM": runs("asam", rho=best(points["asam"])),
     }
     averages = {f"{name}, averaged": [average_of(run) for run in runs] for name, runs in systems.items()}
-    for group in (systems, averages):
-        # Go seed by seed, so that an early stop leaves whole seeds.
-        every = [run for runs in zip(*group.values()) for run in runs]
-        complete_and_score(args.data, every, ["valid", "test"], args.jobs)
+    complete_systems(args, systems)
+    complete_systems(args, averages)
 
     results = collect(args, {**systems, **averages})
     table = as_markdown(results)
     write_json(args.out / "table5.json", results)
     write_text(args.out / "table5.md", table)
     others = []
-    if search_epochs == args.epochs:
+    if args.search_epochs == args.epochs:
         others = systems["Adam"] + [run for name in ("Adam+SAM", "Adam+ASAM") for run in systems[name][1:]]
     write(args.out, [*points["sam"], *points["asam"], *map(validation_point, others)])
     figure = curves.draw({name: runs[0].log for name, runs in systems.items()})

@@ -25,13 +25,13 @@ def test_the_share_of_asam_s_gain_is_that_of_its_fall_in_loss():
 def test_forms_stand_beside_adam_with_their_cost(corpus: Path, tmp_path: Path):
     names = ["ASAM", "late start 0.75", "momentum, SAM", "fraction 0.25"]
     setting = ("help_8000", "--data", corpus, "--out", tmp_path, "--seeds", "1", "--forms", *names)
-    setting += ("--epochs", "1", "--rho", "0.1", "0.2", "--jobs", "2")
+    setting += ("--epochs", "2", "--search-epochs", "1", "--rho", "0.1", "0.2", "--jobs", "2")
     setting += ("--cpu", "--warmup-updates", "5", "--max-tokens", "150")
     succeeded(script("gain_and_cost", *setting, "--search-only"))
     points = json.loads((tmp_path / "gain_and_cost_search.json").read_text())
     searched = [FORMS[name].optimizer for name in names[:3]]
-    assert [(point["optimizer"], point["rho"]) for point in points] == [
-        (each, rho) for each in searched for rho in (0.1, 0.2)
+    assert [(point["optimizer"], point["rho"], point["epochs"]) for point in points] == [
+        (each, rho, 1) for each in searched for rho in (0.1, 0.2)
     ]
     assert not list(tmp_path.glob("*/test.hyp"))
 
@@ -43,7 +43,7 @@ def test_forms_stand_beside_adam_with_their_cost(corpus: Path, tmp_path: Path):
     trained = [row for name, row in rows.items() if name != "Adam, averaged"]
     losses = {(row["mean"]["best_valid_loss"], row["mean"]["last_train_loss"]) for row in trained}
     assert len(losses) == len(trained)
-    assert (tmp_path / f"asam-1-epochs-rho-{rows['ASAM']['rho']:g}-ascent-fraction-0.25-seed-1").exists()
+    assert (tmp_path / f"asam-2-epochs-rho-{rows['ASAM']['rho']:g}-ascent-fraction-0.25-seed-1").exists()
     assert "| late start 0.75 | " in printed and "| Adam, averaged |  | 1 | " in printed
     assert printed == (tmp_path / "gain_and_cost.md").read_text()
     for picture in ("gain_and_cost.png", "gain_and_cost_search.png"):
