@@ -8,8 +8,8 @@ is one of the size of 2 cores. For SAM and ASAM, rho is the one with the highest
 runs of the first seed (rho_search.py). With `--search-epochs` these are shorter than the runs of the table.
 SAM and ASAM take two passes, so there is Adam with twice the epochs as well. Each stands in the table a
 second time, with the weights of its last 5 epochs averaged. Only the runs in the table translate the test
-set. Writes table5.{json,md}, rho_search.{json,png} and, of the first seed, curves.png to OUT (default:
-runs/translation/SETUP), beside the folders of the runs. Run again, it does what is missing.
+set. Writes table5.{json,md}, rho_search.{json,png} and curves.png, the means over the seeds, to OUT
+(default: runs/translation/SETUP), beside the folders of the runs. Run again, it does what is missing.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
     if args.search_epochs == args.epochs:
         others = systems["Adam"] + [run for name in ("Adam+SAM", "Adam+ASAM") for run in systems[name][1:]]
     write(args.out, [*points["sam"], *points["asam"], *map(validation_point, others)])
-    figure = curves.draw({name: runs[0].log for name, runs in systems.items()})
+    figure = curves.draw({name: [run.log for run in runs] for name, runs in systems.items()})
     write_figure(args.out / "curves.png", figure)
     print(table, end="")
 
