@@ -97,12 +97,14 @@ def complete(runs: Sequence[Run], jobs: int = 1, watch: Watch | None = None) -> 
 
     Args:
         runs: All runs of the experiment, finished ones too.
-        jobs: How many run at the same time, at least 1. They share the processor's threads.
+        jobs: How many run at the same time. They share the processor's threads.
         watch: Says how far a run is.
 
     Raises:
-        SystemExit: A folder holds a run with other options, or a run failed.
+        SystemExit: *jobs* is below 1, a folder holds a run with other options, or a run failed.
     """
+    if jobs < 1:
+        sys.exit(f"--jobs is {jobs}, but it must be at least 1.")
     waiting = [run for run in runs if not run.is_finished()]
     bar = tqdm(
         total=len(runs),

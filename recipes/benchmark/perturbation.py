@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from fairseq_asam import Perturbation
 from fairseq_asam.files import write_json
+from recipes.benchmark.trainers import add_machine, use_machine
 from recipes.options import at_least_1
 
 # Sizes of the German and the English dictionary of IWSLT'14 as fairseq prepares it.
@@ -48,18 +49,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--davda54", type=Path, metavar="FILE", help="sam.py of davda54/sam")
     parser.add_argument("--samsung", type=Path, metavar="FILE", help="asam.py of SamsungLabs/ASAM")
-    parser.add_argument("--threads", type=at_least_1, default=1, help="default: 1")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
     parser.add_argument("--rounds", type=at_least_1, default=20, help="default: 20")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there too, as JSON")
+    add_machine(parser)
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here")
+    use_machine(parser, args)
     for file in filter(None, (args.davda54, args.samsung)):
         if not file.is_file():
             parser.error(f"{file}: no such file")
 
-    torch.set_num_threads(args.threads)
     model = transformer().to(args.device)
     torch.manual_seed(0)
     gradients = [torch.randn_like(parameter) * 1e-3 for parameter in model.parameters()]

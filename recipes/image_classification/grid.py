@@ -57,7 +57,7 @@ def arguments(
     parser.add_argument("--digits", action="store_true", help="scikit-learn's digits and a small network")
     parser.add_argument("--data", type=Path, metavar="ROOT", help="folder of the data set; not for digits")
     parser.add_argument("--download", action="store_true", help="fetch CIFAR if it is missing")
-    parser.add_argument("--jobs", type=at_least_1, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument(
         "--seeds", type=at_least_1, default=seeds, help="runs of each cell (default: %(default)s)"
     )

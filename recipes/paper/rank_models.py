@@ -20,7 +20,6 @@ from typing import Any
 
 from fairseq_asam.files import write_json
 from fairseq_asam.vision import data
-from recipes.options import at_least_1
 from recipes.paper.rank import rank_statistics, table, write
 from recipes.paper.train_models import HYPER_PARAMETERS, MEASURES, arguments, file_name, models
 from recipes.runner import Run, complete, flags
@@ -41,7 +40,7 @@ def main() -> None:
         prog="python -m recipes.paper.rank_models", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--download", action="store_true", help="fetch CIFAR-10 if it is missing")
-    parser.add_argument("--jobs", type=at_least_1, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     args = arguments(parser)
     try:
         rank(args)

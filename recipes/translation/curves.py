@@ -71,12 +71,12 @@ def draw(logs: dict[str, Sequence[Path]]) -> Figure:
             _plot(sharpness, intervals, "update", "sharpness", color=colour, label=name)
     losses.set(title="Loss", ylabel="label-smoothed loss (bits per token)")
     # Cut off the loss before the first validation: it would squeeze all that follows.
-    losses.set_ylim(top=1.1 * max(epoch["valid_loss"] for epoch in every))
+    losses.set_ylim(top=1.1 * max((epoch["valid_loss"] for epoch in every), default=0.0))
     sharpness.set(title="Sharpness $L(w+\\epsilon)-L(w)$ in training", ylabel="sharpness (bits per token)")
     sharpness.set_ylim(bottom=0)
     if bleu is not None:
         # What the first epochs score would squeeze the differences between the runs.
-        best = max(epoch["valid_bleu"] for epoch in every)
+        best = max((epoch["valid_bleu"] for epoch in every), default=0.0)
         bleu.set(title="Validation BLEU in training", ylabel="BLEU", ylim=(best / 2, 1.05 * best))
     for axes in panels:
         axes.set_xlabel("epoch")

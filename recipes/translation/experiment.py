@@ -37,7 +37,7 @@ def experiment_parser(description: str) -> argparse.ArgumentParser:
         metavar="FILE",
         help="rho_search.json of earlier searches; values that they have for the same seed are not run again",
     )
-    parser.add_argument("--jobs", type=at_least_1, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     return parser
 
 

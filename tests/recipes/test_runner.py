@@ -199,6 +199,8 @@ def test_signals_mean_afterwards_what_they_meant_before(tmp_path):
 
 
 def test_what_cannot_be_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(SystemExit, match=r"^--jobs is 0, but it must be at least 1\.$"):
+        complete([run(tmp_path / "a", "true")], jobs=0)
     with pytest.raises(SystemExit, match=r"^no-such-command\ncannot be started: .*No such file"):
         complete([Run(tmp_path / "a", {}, [["no-such-command"]])])
 

@@ -98,6 +98,7 @@ def test_a_model_that_misses_the_criterion_is_counted_and_left_out(tmp_path, com
         (["--epochs", "0"], r"--epochs is 0, but it must be at least 1"),
         (["--stop-loss", "0"], r"--stop-loss is 0.0, but it is a loss to reach"),
         (["--rho", "-1"], r"rho is -1"),
+        (["--jobs", "0"], r"--jobs is 0, but it must be at least 1"),
         (["--dataset", "cifar10"], r"CIFAR10 needs a folder: name one with --data"),
         (["--dataset", "cifar10", "--data", "nowhere"], r"'nowhere' has no CIFAR10"),
     ],

@@ -48,3 +48,8 @@ def test_several_seeds_are_drawn_as_their_mean_in_a_band_as_far_as_all_have_come
     assert {tuple(point) for path in band.get_paths() for point in path.vertices} == {
         (1, 10), (2, 20), (1, 14), (2, 22)
     }  # fmt: skip
+
+
+def test_a_run_before_its_first_validation_is_drawn_too(log):
+    [line] = draw({"adam": [log("adam", None, epochs=0)]}).axes[0].get_lines()
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0.5], [7])
