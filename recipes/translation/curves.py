@@ -104,7 +104,7 @@ def _plot(axes: Axes, runs: Sequence[Sequence[dict[str, float]]], x: str, y: str
         return
     end = min(run[-1][x] for run in runs)
     at = [figures[x] for figures in runs[0] if figures[x] <= end]
-    # Seeds divide an epoch into batches otherwise, so that their updates are not at the same places.
+    # Each seed has batches of its own, so that the updates of two seeds are not at the same places.
     values = [np.interp(at, [each[x] for each in run], [each[y] for each in run]) for run in runs]
     axes.plot(at, np.mean(values, axis=0), **style)
     if len(runs) > 1:
