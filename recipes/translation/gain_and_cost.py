@@ -97,12 +97,21 @@ def main() -> None:
 
 
 def share_of_gain(row: dict, systems: list[dict]) -> float | None:
-    """Return the gain of *row* in validation loss over Adam, divided by ASAM's; None where there is none."""
-    loss = {each["system"]: each["mean"].get("best_valid_loss") for each in systems}
-    adam, asam, own = loss["Adam"], loss.get("ASAM"), loss[row["system"]]
-    if own is None or asam is None or asam >= adam:
+    """Return the mean gain of *row* in best validation loss over Adam, divided by that of ASAM.
+
+    None where there is no such loss, and unless ASAM gains with every seed: a share of luck says nothing.
+    """
+
+    def gains(name: str) -> list[float]:
+        return [
+            adam["best_valid_loss"] - run["best_valid_loss"]
+            for adam, run in zip(by_name["Adam"]["runs"], by_name[name]["runs"])
+        ]
+
+    by_name = {each["system"]: each for each in systems}
+    if "ASAM" not in by_name or "best_valid_loss" not in row["mean"] or min(gains("ASAM")) <= 0:
         return None
-    return (adam - own) / (adam - asam)
+    return sum(gains(row["system"])) / sum(gains("ASAM"))
 
 
 def as_markdown(results: dict) -> str:

@@ -10,15 +10,24 @@ from tests.recipes.translation.scripts import script, succeeded
 
 
 def test_the_share_of_asam_s_gain_is_that_of_its_fall_in_loss():
-    def systems(**losses: float) -> list[dict]:
-        return [{"system": name, "mean": {"best_valid_loss": loss}} for name, loss in losses.items()]
+    def share_of(losses: list[float], asam: list[float]) -> float | None:
+        every = {"Adam": [4.0, 5.0], "ASAM": asam, "other": losses, "Adam, averaged": [None, None]}
+        systems = [
+            {
+                "system": name,
+                "mean": {} if None in each else {"best_valid_loss": sum(each) / 2},
+                "runs": [{} if loss is None else {"best_valid_loss": loss} for loss in each],
+            }
+            for name, each in every.items()
+        ]
+        assert share_of_gain(systems[-1], systems) is None
+        return share_of_gain(systems[2], systems)
 
-    half, worse = systems(Adam=4.0, ASAM=3.5, half=3.75, worse=4.5)[-2:]
-    assert share_of_gain(half, systems(Adam=4.0, ASAM=3.5, half=3.75)) == 0.5
-    assert share_of_gain(worse, systems(Adam=4.0, ASAM=3.5, worse=4.5)) == -1.0
-    assert share_of_gain(half, systems(Adam=4.0, ASAM=4.5, half=3.75)) is None  # ASAM has not gained
-    averaged = {"system": "Adam, averaged", "mean": {}}
-    assert share_of_gain(averaged, [*systems(Adam=4.0, ASAM=3.5), averaged]) is None
+    assert share_of([3.75, 4.75], asam=[3.5, 4.5]) == 0.5
+    assert share_of([4.5, 4.5], asam=[3.5, 4.5]) == 0.0
+    assert share_of([4.5, 5.5], asam=[3.5, 4.5]) == -1.0
+    assert share_of([3.75, 4.75], asam=[3.0, 5.0]) is None  # ASAM has gained by luck
+    assert share_of([3.75, 4.75], asam=[4.5, 5.5]) is None
 
 
 @pytest.mark.slow
