@@ -88,7 +88,7 @@ def main() -> None:
     results = collect(args, {**systems, **averaged})
     for row in results["systems"]:
         row["passes"] = forms[row["system"]].passes if row["system"] in forms else 1.0
-        row["share of ASAM's gain"] = share_of_gain(row, results["systems"])
+        row["share of gain"] = share_of_gain(row, results["systems"])
     table = as_markdown(results)
     write_json(args.out / "gain_and_cost.json", results)
     write_text(args.out / "gain_and_cost.md", table)
@@ -97,9 +97,10 @@ def main() -> None:
 
 
 def share_of_gain(row: dict, systems: list[dict]) -> float | None:
-    """Return the mean gain of *row* in best validation loss over Adam, divided by that of ASAM.
+    """Return the mean gain of *row* in best validation loss over Adam, as a share of that of two passes.
 
-    None where there is no such loss, and unless ASAM gains with every seed: a share of luck says nothing.
+    That is the gain of SAM or ASAM, the larger of those that gain with every seed: a share of luck says
+    nothing. None without such a gain, and where *row* has no such loss.
     """
 
     def gains(name: str) -> list[float]:
@@ -109,9 +110,11 @@ def share_of_gain(row: dict, systems: list[dict]) -> float | None:
         ]
 
     by_name = {each["system"]: each for each in systems}
-    if "ASAM" not in by_name or "best_valid_loss" not in row["mean"] or min(gains("ASAM")) <= 0:
+    of_two_passes = [gains(name) for name in ("SAM", "ASAM") if name in by_name]
+    certain = [sum(each) for each in of_two_passes if min(each) > 0]
+    if not certain or "best_valid_loss" not in row["mean"]:
         return None
-    return sum(gains(row["system"])) / sum(gains("ASAM"))
+    return sum(gains(row["system"])) / max(certain)
 
 
 def as_markdown(results: dict) -> str:
@@ -130,14 +133,14 @@ def as_markdown(results: dict) -> str:
                 f"{row['passes']:g}",
                 time_ratio(results, row) if trained else "",
                 spread(row, "best_valid_loss", 3) if trained else "",
-                shown(row["share of ASAM's gain"]),
+                shown(row["share of gain"]),
                 spread(row, "valid BLEU"),
                 *(spread(row, "test BLEU"), *tested["BLEU"]),
                 *(spread(row, "test chrF2"), *tested["chrF2"]),
             ]
         )
     header = [
-        *("", "rho", "passes", "time / Adam's", "best validation loss", "share of ASAM's gain in it"),
+        *("", "rho", "passes", "time / Adam's", "best validation loss", "share of the gain of two passes"),
         *("validation BLEU", "test BLEU", "difference", "p", "test chrF2", "difference", "p"),
     ]
     return (
