@@ -7,8 +7,9 @@
 FORMS lists them: SAM and ASAM with two passes for each update, Adam's metric, and forms with fewer passes.
 Some have a search over rho of their own, by validation BLEU of the first seed; the others have the rho of SAM
 or ASAM. A long training can take rho from a search in shorter ones. `--search-only` ends after the searches,
-which leave the test set alone. Adam and its averaged weights are the baseline. Times can be compared only if
-nothing else uses the machine; the number of passes always can. Writes gain_and_cost.{json,md,png} and
+which leave the test set alone. Adam is the baseline. Systems with one pass stand in the table a second time,
+with the weights of their last 5 epochs averaged, which costs nothing. Times can be compared only if nothing
+else uses the machine; the number of passes always can. Writes gain_and_cost.{json,md,png} and
 gain_and_cost_search.{json,png} to OUT (default: runs/translation/SETUP), beside the folders of the runs,
 which table5.py shares. Run again, it does what is missing.
 """
@@ -81,13 +82,18 @@ def main() -> None:
     for name, form in forms.items():
         rho = rho_search.best(points[searched[name]])
         systems[name] = [experiment_run(args, form.optimizer, args.epochs, seed, rho) for seed in args.seeds]
-    averaged = {"Adam, averaged": [average_of(run) for run in systems["Adam"]]}
+    passes = {name: forms[name].passes if name in forms else 1.0 for name in systems}
+    averaged = {
+        f"{name}, averaged": [average_of(run) for run in runs]
+        for name, runs in systems.items()
+        if passes[name] == 1.0
+    }
     complete_systems(args, systems)
     complete_systems(args, averaged)
 
     results = collect(args, {**systems, **averaged})
     for row in results["systems"]:
-        row["passes"] = forms[row["system"]].passes if row["system"] in forms else 1.0
+        row["passes"] = passes.get(row["system"], 1.0)
         row["share of gain"] = share_of_gain(row, results["systems"])
     table = as_markdown(results)
     write_json(args.out / "gain_and_cost.json", results)
