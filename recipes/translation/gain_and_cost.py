@@ -159,13 +159,16 @@ def as_markdown(results: dict) -> str:
 def draw(results: dict) -> Figure:
     """Return a figure of quality over passes and over time: a row of panels for each cost.
 
-    Bars are standard deviations over the seeds.
+    Bars are standard deviations over the seeds. Averaged weights took the time of their training.
     """
     systems = results["systems"]
-    seconds = systems[0]["mean"]["training_seconds"]
+    by_name = {row["system"]: row for row in systems}
+    trained = [by_name[row["system"].removesuffix(", averaged")] for row in systems]
     costs = {
         "passes of an update": [row["passes"] for row in systems],
-        "training time / Adam's": [row["mean"].get("training_seconds", seconds) / seconds for row in systems],
+        "training time / Adam's": [
+            row["mean"]["training_seconds"] / systems[0]["mean"]["training_seconds"] for row in trained
+        ],
     }
     figure = Figure(figsize=(5 * len(QUALITY), 4 * len(costs)), layout="constrained")
     for row_of_panels, (cost, values) in zip(figure.subplots(len(costs), len(QUALITY)), costs.items()):
@@ -173,7 +176,9 @@ def draw(results: dict) -> Figure:
             for number, (row, value) in enumerate(zip(systems, values)):
                 if key in row["mean"]:  # averaged weights have no loss
                     style = {"fmt": "os^D"[number % 4], "color": f"C{number}", "label": row["system"]}
-                    axes.errorbar(value, row["mean"][key], row["sd"][key], capsize=3, **style)
+                    # Put them a little beside each other: bars at the same cost would hide one another.
+                    x = value + 0.008 * number
+                    axes.errorbar(x, row["mean"][key], row["sd"][key], capsize=3, **style)
             axes.set(xlabel=cost, ylabel=label)
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
