@@ -92,6 +92,9 @@ def main() -> None:
     complete_systems(args, averaged)
 
     results = collect(args, {**systems, **averaged})
+    results["averaged"] = {
+        row["system"]: row["against baseline"] for row in collect(args, averaged)["systems"][1:]
+    }
     for row in results["systems"]:
         row["passes"] = passes.get(row["system"], 1.0)
         row["share of gain"] = share_of_gain(row, results["systems"])
@@ -124,7 +127,7 @@ def share_of_gain(row: dict, systems: list[dict]) -> float | None:
 
 
 def as_markdown(results: dict) -> str:
-    """Return the table of cost and quality."""
+    """Return the table of cost and quality, and that of averaged weights against Adam's averaged weights."""
     systems = results["systems"]
     seeds = ", ".join(str(run["seed"]) for run in systems[0]["runs"])
     rows = []
@@ -149,11 +152,19 @@ def as_markdown(results: dict) -> str:
         *("", "rho", "passes", "time / Adam's", "best validation loss", "share of the gain of two passes"),
         *("validation BLEU", "test BLEU", "difference", "p", "test chrF2", "difference", "p"),
     ]
-    return (
+    table = (
         f"Set-up `{results['setup']}`, seeds {seeds}; mean ± standard deviation over the seeds. Passes are "
         f"those of an update, on average. Losses in bits per token. {about_scores(results)}\n\n"
         + markdown_table(header, rows)
     )
+    if not results["averaged"]:
+        return table
+    rows = [
+        [name, *difference(against["BLEU"]), *difference(against["chrF2"])]
+        for name, against in results["averaged"].items()
+    ]
+    header = ["", "test BLEU, difference", "p", "test chrF2, difference", "p"]
+    return f"{table}\nAgainst Adam, averaged, by the same test:\n\n{markdown_table(header, rows)}"
 
 
 def draw(results: dict) -> Figure:

@@ -59,5 +59,8 @@ def test_forms_stand_beside_adam_with_their_cost(corpus: Path, tmp_path: Path):
     assert (tmp_path / f"asam-2-epochs-rho-{rows['ASAM']['rho']:g}-ascent-fraction-0.25-seed-1").exists()
     assert "| late start 0.75 | " in printed and "| Adam, averaged |  | 1 | " in printed
     assert printed == (tmp_path / "gain_and_cost.md").read_text()
+    over_adam, own = (rows[name]["against baseline"]["BLEU"]["difference"] for name in averages)
+    over_average = results["averaged"]["momentum, SAM, averaged"]["BLEU"]["difference"]
+    assert over_average == pytest.approx(own - over_adam) and f"averaged | {over_average:+.2f} (" in printed
     for picture in ("gain_and_cost.png", "gain_and_cost_search.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
