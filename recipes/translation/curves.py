@@ -68,7 +68,7 @@ def draw(logs: dict[str, Sequence[Path]]) -> Figure:
         if bleu is not None:
             _plot(bleu, epochs_of[name], "epoch", "valid_bleu", color=colour)
         if all("sharpness" in interval for run in intervals for interval in run):
-            _plot(sharpness, intervals, "update", "sharpness", color=colour, label=name)
+            _plot(sharpness, intervals, "update", "sharpness", color=colour)
     losses.set(title="Loss", ylabel="label-smoothed loss (bits per token)")
     # Cut off the loss before the first validation: it would squeeze all that follows.
     losses.set_ylim(top=1.1 * max((epoch["valid_loss"] for epoch in every), default=0.0))
@@ -85,16 +85,17 @@ def draw(logs: dict[str, Sequence[Path]]) -> Figure:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     seeds = max(map(len, logs.values()))
-    losses.legend(
+    figure.legend(
         handles=[
             *(Line2D([], [], color=f"C{number}", label=name) for number, name in enumerate(logs)),
             Line2D([], [], color="grey", marker="o", markersize=4, label="validation"),
             Line2D([], [], color="grey", linewidth=0.8, alpha=0.7, label="training"),
             *([Patch(color="grey", alpha=BAND, label=f"range over {seeds} seeds")] if seeds > 1 else []),
         ],
+        loc="outside lower center",
+        ncols=4,
         frameon=False,
     )
-    sharpness.legend(frameon=False)
     return figure
 
 
