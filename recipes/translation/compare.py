@@ -17,7 +17,7 @@ from sacrebleu.significance import PairedTest
 from fairseq_asam.files import write_json
 from recipes.reporter import markdown_table, shown, write_text
 from recipes.translation.score import METRICS, read_lines
-from recipes.translation.train_log import read_epochs
+from recipes.translation.train_log import read_epochs, training_seconds
 
 
 def main() -> None:
@@ -70,9 +70,7 @@ def compare(runs: list[Path], split: str) -> dict:
 def training_figures(run: Path) -> dict:
     """Return the figures of a run that stand in its log.
 
-    `training_seconds` counts the training steps of every epoch once, in whichever call they ran, each epoch
-    rounded to a second. An epoch whose figures an interruption kept out of the log counts as the mean of the
-    others.
+    `training_seconds` counts the training steps of every epoch once, in whichever call they ran.
     """
     epochs = read_epochs(run / "log")
     best = min(epochs, key=lambda epoch: epoch["valid_loss"])
@@ -80,7 +78,7 @@ def training_figures(run: Path) -> dict:
     return {
         "name": run.name,
         "epochs": len(epochs),
-        "training_seconds": sum(epoch["train_train_wall"] for epoch in logged) * len(epochs) / len(logged),
+        "training_seconds": training_seconds([run / "log"]),
         "best_valid_loss": best["valid_loss"],
         "best_epoch": int(best["epoch"]),
         "last_valid_loss": epochs[-1]["valid_loss"],

@@ -30,7 +30,7 @@ from recipes.translation.experiment import (
     complete_systems,
     experiment_run,
 )
-from recipes.translation.table5 import about_scores, collect, difference, spread, time_ratio
+from recipes.translation.table5 import ABOUT_TIME, about_scores, collect, difference, spread, time_ratio
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def as_markdown(results: dict) -> str:
     seeds = ", ".join(str(run["seed"]) for run in systems[0]["runs"])
     rows = []
     for row in systems:
-        trained = "training_seconds" in row["mean"]
+        trained = "training_seconds" in row
         against = row.get("against baseline", {})
         tested = {metric: difference(against.get(metric)) for metric in ("BLEU", "chrF2")}
         rows.append(
@@ -154,7 +154,7 @@ def as_markdown(results: dict) -> str:
     ]
     table = (
         f"Set-up `{results['setup']}`, seeds {seeds}; mean ± standard deviation over the seeds. Passes are "
-        f"those of an update, on average. Losses in bits per token. {about_scores(results)}\n\n"
+        f"those of an update, on average. {ABOUT_TIME} Losses in bits per token. {about_scores(results)}\n\n"
         + markdown_table(header, rows)
     )
     if not results["averaged"]:
@@ -178,7 +178,7 @@ def draw(results: dict) -> Figure:
     costs = {
         "passes of an update": [row["passes"] for row in systems],
         "training time / Adam's": [
-            row["mean"]["training_seconds"] / systems[0]["mean"]["training_seconds"] for row in trained
+            row["training_seconds"] / systems[0]["training_seconds"] for row in trained
         ],
     }
     figure = Figure(figsize=(5 * len(QUALITY), 4 * len(costs)), layout="constrained")

@@ -33,8 +33,10 @@ from recipes.translation.experiment import (
 from recipes.translation.rho_search import best, search, validation_point, write
 from recipes.translation.score import METRICS, read_lines
 from recipes.translation.significance import paired_bootstrap
+from recipes.translation.train_log import training_seconds
 
 LOSSES = ("best_valid_loss", "last_valid_loss", "last_train_loss")
+ABOUT_TIME = "The time of an epoch is that of the fastest seed."
 #: Validation and test BLEU of tokens in Table 5 of the paper.
 PAPER = {"Adam": (35.34, 34.86), "Adam+SAM": (35.52, 34.78), "Adam+ASAM": (35.66, 35.02)}
 
@@ -90,6 +92,8 @@ def collect(args: argparse.Namespace, systems: dict[str, list[Run]]) -> dict:
             "mean": {key: mean for key, (mean, _) in spread.items()},
             "sd": {key: sd for key, (_, sd) in spread.items()},
         }
+        if "averaged epochs" not in runs[0].options:
+            row["training_seconds"] = training_seconds([run.log for run in runs])
         if runs is not baseline:
             translated = [[read_lines(run.folder / "test.hyp") for run in each] for each in (baseline, runs)]
             row["against baseline"] = {
@@ -119,7 +123,6 @@ def run_figures(run: Run) -> dict:
     training = training_figures(run.folder)
     return {
         **{key: training[key] for key in ("best_epoch", *LOSSES)},
-        "training_seconds": float(training["training_seconds"]),
         **figures,
     }
 
@@ -133,7 +136,7 @@ def as_markdown(results: dict) -> str:
     training, scores, of_tokens = [], [], []
     for row in results["systems"]:
         name = row["system"]
-        if "training_seconds" in row["mean"]:
+        if "training_seconds" in row:
             rho = "" if row["rho"] is None else f"{row['rho']:g}"
             losses = [spread(row, key, 3) for key in LOSSES]
             training.append([name, rho, str(row["epochs"]), time_ratio(results, row), *losses])
@@ -149,7 +152,7 @@ def as_markdown(results: dict) -> str:
     return "\n".join(
         [
             f"Set-up `{results['setup']}`, seeds {seeds}; mean ± standard deviation over the seeds. "
-            "Losses in bits per token, the best by epoch and the last.\n",
+            f"{ABOUT_TIME} Losses in bits per token, the best by epoch and the last.\n",
             markdown_table(
                 [
                     *("optimizer", "rho", "epochs", "time / Adam's"),
@@ -199,8 +202,8 @@ def spread(row: dict, key: str, digits: int = 2) -> str:
 
 def time_ratio(results: dict, row: dict) -> str:
     """Return the training time of *row* divided by the baseline's."""
-    seconds = results["systems"][0]["mean"]["training_seconds"]
-    return shown(row["mean"]["training_seconds"] / seconds if seconds else None)
+    seconds = results["systems"][0]["training_seconds"]
+    return shown(row["training_seconds"] / seconds if seconds else None)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 #: Enough for the last lines of each kind.
@@ -48,6 +50,20 @@ def read_intervals(path: Path) -> list[dict[str, float]]:
     """
     intervals = {figures["update"]: figures for tag, figures in _records(path) if tag == "train_inner"}
     return [intervals[update] for update in sorted(intervals)]
+
+
+def training_seconds(paths: Iterable[Path]) -> float:
+    """Return the seconds in training steps, in each epoch those of the fastest of several equal trainings.
+
+    What else runs on the machine makes an epoch slower, never faster. fairseq rounds those of an epoch to a
+    second. An epoch whose figures an interruption kept out of every log counts as the mean of the others.
+    """
+    fastest: dict[float, float] = {}
+    for figures in itertools.chain.from_iterable(map(read_epochs, paths)):
+        seconds = figures.get("train_train_wall", math.inf)
+        fastest[figures["epoch"]] = min(seconds, fastest.get(figures["epoch"], seconds))
+    known = [seconds for seconds in fastest.values() if seconds < math.inf]
+    return sum(known) * len(fastest) / len(known)
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, float]]]:

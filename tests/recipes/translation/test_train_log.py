@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipes.translation.train_log import read_progress
+from recipes.translation.train_log import read_progress, training_seconds
 from tests.recipes.translation.scripts import compared, script, succeeded
 
 
@@ -44,3 +44,16 @@ def test_progress_is_the_last_epoch_and_its_figures(runs: list[Path], tmp_path: 
         log.write_text("".join(lines[: trained[epochs - 1] + 1]))
         made, figures = read_progress(log)
         assert made == epochs and {"loss", "valid_loss", "sharpness"} <= figures.keys()
+
+
+def test_the_time_of_an_epoch_is_that_of_the_fastest_training(runs: list[Path], tmp_path: Path):
+    whole = (runs[1] / "log").read_text()
+    seconds = np.array([[9, 3, 4, 5, 6], [8, 7, 2, 5, 10]])
+    logs = [tmp_path / "1.log", tmp_path / "2.log"]
+    for log, walls in zip(logs, seconds):
+        numbers = iter(walls)
+        log.write_text(
+            re.sub(r'(?<="train_train_wall": ")\d+', lambda found, numbers=numbers: f"{next(numbers)}", whole)
+        )
+    assert training_seconds(logs) == seconds.min(axis=0).sum()
+    assert training_seconds(logs[:1]) == seconds[0].sum()
