@@ -35,7 +35,7 @@ def test_a_share_of_the_gain_of_two_passes_is_one_of_their_fall_in_loss():
 
 @pytest.mark.slow
 def test_forms_stand_beside_adam_with_their_cost(corpus: Path, tmp_path: Path):
-    names = ["ASAM", "late start 0.75", "momentum, SAM", "fraction 0.25"]
+    names = ["ASAM", "late start 0.75, ASAM", "momentum, SAM", "fraction 0.25"]
     setting = ("help_8000", "--data", corpus, "--out", tmp_path, "--seeds", "1", "--forms", *names)
     setting += ("--epochs", "2", "--search-epochs", "1", "--rho", "0.1", "0.2", "--jobs", "2")
     setting += ("--cpu", "--warmup-updates", "5", "--max-tokens", "150")
@@ -57,7 +57,7 @@ def test_forms_stand_beside_adam_with_their_cost(corpus: Path, tmp_path: Path):
     losses = {(row["mean"]["best_valid_loss"], row["mean"]["last_train_loss"]) for row in trained}
     assert len(losses) == len(trained)
     assert (tmp_path / f"asam-2-epochs-rho-{rows['ASAM']['rho']:g}-ascent-fraction-0.25-seed-1").exists()
-    assert "| late start 0.75 | " in printed and "| Adam, averaged |  | 1 | " in printed
+    assert "| late start 0.75, ASAM | " in printed and "| Adam, averaged |  | 1 | " in printed
     assert printed == (tmp_path / "gain_and_cost.md").read_text()
     over_adam, own = (rows[name]["against baseline"]["BLEU"]["difference"] for name in averages)
     over_average = results["averaged"]["momentum, SAM, averaged"]["BLEU"]["difference"]
