@@ -8,8 +8,8 @@ FORMS lists them: SAM and ASAM with two passes for each update, Adam's metric, a
 Some have a search over rho of their own, by validation BLEU of the first seed; the others have the rho of SAM
 or ASAM. A long training can take rho from a search in shorter ones. `--search-only` ends after the searches,
 which leave the test set alone. Adam is the baseline. Systems with one pass stand in the table a second time,
-with the weights of their last 5 epochs averaged, which costs nothing. Times can be compared only if nothing
-else uses the machine; the number of passes always can. Writes gain_and_cost.{json,md,png} and
+with the weights of their last 5 epochs averaged, which costs nothing. The time of an epoch is that of the
+fastest seed, as other work on the machine can only slow it. Writes gain_and_cost.{json,md,png} and
 gain_and_cost_search.{json,png} to OUT (default: runs/translation/SETUP), beside the folders of the runs,
 which table5.py shares. Run again, it does what is missing.
 """
