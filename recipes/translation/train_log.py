@@ -55,8 +55,8 @@ def read_intervals(path: Path) -> list[dict[str, float]]:
 def training_seconds(paths: Iterable[Path]) -> float:
     """Return the seconds in training steps, in each epoch those of the fastest of several equal trainings.
 
-    What else runs on the machine makes an epoch slower, never faster. fairseq rounds those of an epoch to a
-    second. An epoch whose figures an interruption kept out of every log counts as the mean of the others.
+    Other work on the machine can only slow an epoch. fairseq rounds its seconds. An epoch whose figures an
+    interruption kept out of every log counts as the mean of the others.
     """
     fastest: dict[float, float] = {}
     for figures in itertools.chain.from_iterable(map(read_epochs, paths)):
