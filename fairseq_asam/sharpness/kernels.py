@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from typing import NamedTuple
 
@@ -17,10 +18,10 @@ from .shards import Shards, diagonals_over_shards, is_sharded, local, shards_of
 
 # Elements of a block. A CPU is fast while a block and its temporaries stay in its cache. An accelerator is
 # fast with few launches; there the limit bounds the temporary memory.
-_CPU_BLOCK = 2**19
+_CPU_BLOCK = 2**17
 _ACCELERATOR_BLOCK = 2**24
 # A CPU takes about as long to start an operation as to run it on this many elements.
-_SMALL = 2**15
+_SMALL = 2**13
 _PAGE = 4096  # bytes
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -117,38 +118,38 @@ class Block:
 class FlatBlock(Block):
     """A block for the common case on a CPU: few passes over memory, few operations.
 
-    It needs full precision, no masters, p = 2 and an operator with a flat form. It holds one flat slice of a
-    large weight, or many small weights: these it joins into one vector first, since starting an operation
-    takes longer than running it on a small weight.
+    It needs full precision, no masters, p = 2, an operator with a flat form and weights that share their
+    memory with nothing. It holds one flat slice of a large weight, or many small weights: these it joins into
+    one vector first, since starting an operation takes longer than running it on a small weight.
+
+    It writes w + epsilon into the copies, and the weights stay as they are. The copies then become the data
+    of the parameters. So no weight has to be copied away and back.
     """
 
-    def use(self, scratch: Tensor, gradient: Tensor) -> None:
+    def use(self, scratch: Tensor) -> None:
         """Compute in this flat memory. All blocks share it, so that it stays in the cache."""
-        self._scratch, self._gradient = scratch[: self.size], gradient[: self.size]
+        self._scratch = scratch[: self.size]
         self._parts = self._scratch.split([weight.numel() for weight in self.weights])
-        # The flat forms take -eta as a tensor. Make it once: a new tensor in each step costs time.
+        # Keeps T^2 g from the norm to the move.
+        self._direction = self.copies[0] if len(self.weights) == 1 else torch.empty_like(self._scratch)
+        # The flat form takes -eta as a tensor. Make it once: a new tensor in each step costs time.
         self._minus_eta = torch.tensor(-self.eta, dtype=scratch.dtype)
 
     def norms(self, gradients: list[Tensor], order: float, unit: Tensor | None) -> list[Tensor]:
-        gradient = strung(gradients, self._gradient)
-        return [self.operator.flat_norm(gradient, self.weights, self._minus_eta, self._scratch)]
+        gradient = strung(gradients, self._scratch)
+        direction = self.operator.flat_direction(gradient, self.weights, self._minus_eta, self._direction)
+        self._has_direction = direction is self._direction
+        return [torch.dot(direction, gradient).sqrt_()]
 
     def move(self, gradients: list[Tensor], ascent: Ascent) -> None:
         # With p = 2, epsilon = rho / ||T g|| * T^2 g.
         scale = ascent.rho * ascent.inverse.item()
-        if scale == 0.0:  # leave the weights alone, because 0 * inf and 0 * NaN are NaN
-            return
-        alone = len(self.weights) == 1
-        # A single weight has a copy, so T^2 may overwrite it: less memory has to be in the cache.
-        memory = self.weights[0] if alone else self._scratch
-        square = self.operator.flat_square(self.weights, self._minus_eta, memory)
-        if square is None:
-            torch._foreach_add_(self.weights, gradients, alpha=scale)
-        elif alone:
-            torch.addcmul(self.copies[0], square, gradients[0], value=scale, out=self.weights[0])
+        direction = self._direction if self._has_direction else strung(gradients, self._direction)
+        if len(self.weights) == 1:
+            torch.add(self.weights[0], direction, alpha=scale, out=self.copies[0])
         else:
-            square.mul_(strung(gradients, self._gradient))
-            torch._foreach_add_(self.weights, self._parts, alpha=scale)
+            strung(self.weights, self._scratch).add_(direction, alpha=scale)
+            torch._foreach_copy_(self.copies, self._parts)
 
 
 class Blocks:
@@ -169,6 +170,8 @@ class Blocks:
         # Elements of a slice of each weight; None for a weight that is not cut.
         self._limits: dict[Tensor, int | None] = {}
         self._blocks: list[Block] = []
+        # The weights of flat blocks, and where these write w + epsilon.
+        self.displaced: dict[Tensor, Tensor] = {}
         # Weights whose T is a norm over several processes: their operators, and the block of each.
         self._over_shards: dict[Tensor, NormalizationOperator] = {}
         self._alone: dict[Tensor, Block] = {}
@@ -232,11 +235,12 @@ class Blocks:
         On a CPU, each slice of a large weight has a block of its own, and small weights share fast blocks. On
         an accelerator, whatever can share a block does.
         """
-        self._limits, self._blocks, self._alone = {}, [], {}
+        self._limits, self._blocks, self._alone, self.displaced = {}, [], {}, {}
         self._over_shards = {w: operator_of(w) for w in self._weights if is_sharded(w)}
         open_blocks: dict[tuple, Block] = {}
         memory: dict[torch.dtype, Tensor] = {}
         numbers = itertools.count()
+        unshared = _alone_in_their_storage(self._weights)
         for parameter in parameters:
             operator, part = operator_of(parameter), local(parameter).detach()
             dtype, shards = part.dtype, shards_of(parameter)
@@ -247,8 +251,10 @@ class Blocks:
             flat = all(tensor.is_contiguous() for tensor in (*tensors, gradients[parameter]))
             flat = flat and operator.has_flat_form
             self._limits[parameter] = size if flat else None
-            fast = flat and on_cpu and p == 2.0 and not masters
+            fast = flat and on_cpu and p == 2.0 and not masters and parameter in unshared
             fast = fast and dtype == gradients[parameter].dtype in (torch.float32, torch.float64)
+            if fast:
+                self.displaced[parameter] = self._copy_of(parameter)
             # T comes from other processes, so the block has to know whose it is.
             over_shards = shards_of(parameter, operator.summed_dims(parameter)) is not None
             alone = over_shards or (on_cpu and not (fast and part.numel() <= _SMALL))
@@ -267,8 +273,8 @@ class Blocks:
             if isinstance(block, FlatBlock):
                 dtype = block.working_dtype
                 if dtype not in memory:
-                    memory[dtype] = torch.empty(2, _CPU_BLOCK, dtype=dtype)
-                block.use(*memory[dtype])
+                    memory[dtype] = torch.empty(_CPU_BLOCK, dtype=dtype)
+                block.use(memory[dtype])
 
     def _copy_of(self, parameter: Tensor) -> Tensor:
         """Return memory for a copy of this process's part: that of the last step, if the form is the same."""
@@ -294,6 +300,18 @@ def _memory_for(weight: Tensor) -> Tensor:
     memory = torch.empty(weight.numel() + _PAGE // itemsize, dtype=weight.dtype)
     start = (weight.data_ptr() + _PAGE // 2 - memory.data_ptr()) % _PAGE // itemsize
     return memory[start : start + weight.numel()].view(weight.shape)
+
+
+def _alone_in_their_storage(weights: list[Tensor]) -> set[Tensor]:
+    """Return those of *weights* that fill a storage of which no other one has a part."""
+    plain = [w for w in weights if type(w) in (Tensor, torch.nn.Parameter) and w.layout == torch.strided]
+    storages = {w: w.untyped_storage() for w in plain}
+    users = Counter(storage.data_ptr() for storage in storages.values())
+    return {
+        w
+        for w, storage in storages.items()
+        if users[storage.data_ptr()] == 1 and storage.nbytes() == w.numel() * w.element_size()
+    }
 
 
 def _slices(tensor: Tensor, limit: int | None) -> tuple[Tensor, ...]:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 # torch.nn.functional.mse_loss cannot write into given memory, and new memory costs more than the arithmetic.
-# Hence these private names. test_the_flat_form_is_that_of_the_diagonal fails if torch changes them.
+# Hence this private name. test_the_flat_form_is_that_of_the_diagonal fails if torch changes it.
 _squared_error = torch.ops.aten.mse_loss.out
-_squared_error_gradient = torch.ops.aten.mse_loss_backward.grad_input
 _NO_REDUCTION = 0
 
 
@@ -21,8 +20,8 @@ class NormalizationOperator:
     """A diagonal matrix T_w + eta I for each weight.
 
     Attributes:
-        has_flat_form: whether the class has :meth:`flat_norm` and :meth:`flat_square`, which take fewer
-            passes over memory. It needs a T that is the same for a flat slice alone as within its weight.
+        has_flat_form: whether the class has :meth:`flat_direction`, which takes fewer passes over memory. It
+            needs a T that is the same for a flat slice alone as within its weight.
     """
 
     has_flat_form = False
@@ -42,17 +41,12 @@ class NormalizationOperator:
         """
         return ()
 
-    def flat_norm(self, gradient: Tensor, weights: list[Tensor], minus_eta: Tensor, memory: Tensor) -> Tensor:
-        """Return ||T g||_2 of a flat *gradient* and of flat *weights*, which joined are as long.
+    def flat_direction(
+        self, gradient: Tensor, weights: list[Tensor], minus_eta: Tensor, memory: Tensor
+    ) -> Tensor:
+        """Return T^2 g of a flat *gradient* and of flat *weights*, which joined are as long.
 
-        *memory* is scratch memory of the gradient's size.
-        """
-        raise NotImplementedError
-
-    def flat_square(self, weights: list[Tensor], minus_eta: Tensor, memory: Tensor) -> Tensor | None:
-        """Return T^2 of the flat *weights*, joined into one vector, or ``None`` if T = 1.
-
-        The result is in *memory*, which may be that of a single weight.
+        The result is in *memory*, or *gradient* itself if T = 1.
         """
         raise NotImplementedError
 
@@ -65,11 +59,10 @@ class Identity(NormalizationOperator):
     def diagonal(self, weights: list[Tensor], eta: float) -> None:
         return None
 
-    def flat_norm(self, gradient: Tensor, weights: list[Tensor], minus_eta: Tensor, memory: Tensor) -> Tensor:
-        return torch.dot(gradient, gradient).sqrt_()
-
-    def flat_square(self, weights: list[Tensor], minus_eta: Tensor, memory: Tensor) -> None:
-        return None
+    def flat_direction(
+        self, gradient: Tensor, weights: list[Tensor], minus_eta: Tensor, memory: Tensor
+    ) -> Tensor:
+        return gradient
 
 
 class ElementWise(NormalizationOperator):
@@ -82,17 +75,12 @@ class ElementWise(NormalizationOperator):
         torch._foreach_add_(diagonals, eta)
         return diagonals
 
-    # T^2 = (|w| + eta)^2 is the squared error between |w| and -eta, and 2 T g is its gradient times g. torch
-    # computes each in one pass over memory.
-
-    def flat_norm(self, gradient: Tensor, weights: list[Tensor], minus_eta: Tensor, memory: Tensor) -> Tensor:
+    def flat_direction(
+        self, gradient: Tensor, weights: list[Tensor], minus_eta: Tensor, memory: Tensor
+    ) -> Tensor:
         magnitude = torch.abs(strung(weights, memory), out=memory)
-        twice = _squared_error_gradient(gradient, magnitude, minus_eta, _NO_REDUCTION, grad_input=memory)
-        return torch.dot(twice, twice).sqrt_().mul_(0.5)
-
-    def flat_square(self, weights: list[Tensor], minus_eta: Tensor, memory: Tensor) -> Tensor:
-        magnitude = torch.abs(strung(weights, memory), out=memory)
-        return _squared_error(magnitude, minus_eta, _NO_REDUCTION, out=memory)
+        # T^2 = (|w| + eta)^2 is the squared error between |w| and -eta, for which torch has one operation.
+        return _squared_error(magnitude, minus_eta, _NO_REDUCTION, out=memory).mul_(gradient)
 
 
 class Given(NormalizationOperator):

@@ -146,6 +146,31 @@ def test_weights_come_back_bit_for_bit_in_the_same_storage():
             assert not torch.equal(flat_buffer, flat_before)
 
 
+def test_a_weight_that_is_part_of_a_buffer_stays_there():
+    buffer = torch.ones(5)
+    weight = nn.Parameter(buffer[:3])
+    weight.grad = torch.ones(3)
+    with Perturbation([("weight", weight)], 0.5):
+        assert torch.equal(buffer[:3], weight) and not torch.equal(buffer[:3], buffer[2:])
+    assert torch.equal(buffer, torch.ones(5))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_that_share_memory_share_it_at_w_plus_epsilon(frozen):
+    """As an output layer does whose weight's data are those of the embedding."""
+    embedding, output = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+    output.weight.data = embedding.weight.data
+    output.weight.requires_grad = not frozen
+    model = nn.Sequential(embedding, output)
+    before, place = snapshot(model), embedding.weight.data_ptr()
+    model(torch.tensor([0, 2])).pow(2).mean().backward()
+    with Perturbation(model.named_parameters(), 0.5):
+        assert not torch.equal(embedding.weight, before["0.weight"])
+        assert torch.equal(embedding.weight, output.weight)
+    assert_unchanged(model, before)
+    assert embedding.weight.data_ptr() == output.weight.data_ptr() == place
+
+
 @pytest.mark.parametrize("exception", [RuntimeError("out of memory"), KeyboardInterrupt()])
 def test_weights_come_back_when_interrupted_anywhere(exception):
     """At every operation of the step: forward, backward, while perturbing and while restoring."""
