@@ -23,6 +23,10 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from recipes.benchmark.trainers import add_machine, use_machine  # before fairseq, to quieten it
+
+# isort: split
 from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerModel, transformer_iwslt_de_en
 from torch import nn
@@ -30,7 +34,6 @@ from tqdm import tqdm
 
 from fairseq_asam import Perturbation
 from fairseq_asam.files import write_json
-from recipes.benchmark.trainers import add_machine, use_machine
 from recipes.options import at_least_1
 
 # Sizes of the German and the English dictionary of IWSLT'14 as fairseq prepares it.
