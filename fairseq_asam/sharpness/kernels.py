@@ -303,9 +303,9 @@ def _memory_for(weight: Tensor) -> Tensor:
 
 
 def _alone_in_their_storage(weights: list[Tensor]) -> set[Tensor]:
-    """Return those of *weights* that fill a storage of which no other one has a part."""
-    plain = [w for w in weights if type(w) in (Tensor, torch.nn.Parameter) and w.layout == torch.strided]
-    storages = {w: w.untyped_storage() for w in plain}
+    """Return those of *weights* on a CPU that fill a storage of which no other one has a part."""
+    strided = (w for w in weights if w.device.type == "cpu" and w.layout == torch.strided)
+    storages = {w: w.untyped_storage() for w in strided if type(w) in (Tensor, torch.nn.Parameter)}
     users = Counter(storage.data_ptr() for storage in storages.values())
     return {
         w
