@@ -47,7 +47,13 @@ class Block:
 
     They have the same device, dtype, operator and shards. The block holds the backup copy of each, its
     float32 master if it has one, and its index among all slices.
+
+    Attributes:
+        in_place: whether the block moves its weights. Otherwise it writes w + epsilon into the copies. The
+            caller makes these the data of the parameters, and no weight is copied away and back.
     """
+
+    in_place = True
 
     def __init__(
         self, operator: NormalizationOperator, eta: float, dtype: torch.dtype, shards: Shards | None = None
@@ -78,8 +84,9 @@ class Block:
             normalized = list(torch._foreach_div(normalized, divisor))
         return list(torch._foreach_norm(normalized, order))
 
-    def move(self, gradients: list[Tensor], ascent: Ascent) -> None:
-        """Add epsilon to the weights. Their copies hold w already."""
+    def move(self, gradients: list[Tensor], ascent: Ascent, save: Callable[..., None]) -> None:
+        """Add epsilon to the weights, after *save* has been given them and their copies."""
+        save(self.weights, self.copies)
         diagonals, self.diagonals = self._diagonals(), None
         normalized = self._normalized(gradients, diagonals)
         epsilon = torch._foreach_mul(normalized, ascent.inverse.to(normalized[0].device))
@@ -118,12 +125,9 @@ class Block:
 class FlatBlock(Block):
     """A block for the common case on a CPU: few passes over memory, few operations.
 
-    It needs full precision, no masters, p = 2, an operator with a flat form and weights that share their
-    memory with nothing. It holds one flat slice of a large weight, or many small weights: these it joins into
-    one vector first, since starting an operation takes longer than running it on a small weight.
-
-    It writes w + epsilon into the copies, and the weights stay as they are. The copies then become the data
-    of the parameters. So no weight has to be copied away and back.
+    It needs full precision, no masters, p = 2 and an operator with a flat form. It holds one flat slice of a
+    large weight, or many small weights: these it joins into one vector first, since starting an operation
+    takes longer than running it on a small weight.
     """
 
     def use(self, scratch: Tensor) -> None:
@@ -141,15 +145,15 @@ class FlatBlock(Block):
         self._has_direction = direction is self._direction
         return [torch.dot(direction, gradient).sqrt_()]
 
-    def move(self, gradients: list[Tensor], ascent: Ascent) -> None:
+    def move(self, gradients: list[Tensor], ascent: Ascent, save: Callable[..., None]) -> None:
         # With p = 2, epsilon = rho / ||T g|| * T^2 g.
         scale = ascent.rho * ascent.inverse.item()
         direction = self._direction if self._has_direction else strung(gradients, self._direction)
-        if len(self.weights) == 1:
-            torch.add(self.weights[0], direction, alpha=scale, out=self.copies[0])
-        else:
-            strung(self.weights, self._scratch).add_(direction, alpha=scale)
-            torch._foreach_copy_(self.copies, self._parts)
+        weights = strung(self.weights, self._scratch)
+        torch.add(weights, direction, alpha=scale, out=self._scratch if self.in_place else self.copies[0])
+        if self.in_place:
+            save(self.weights, self.copies)
+            torch._foreach_copy_(self.weights, self._parts)
 
 
 class Blocks:
@@ -170,7 +174,7 @@ class Blocks:
         # Elements of a slice of each weight; None for a weight that is not cut.
         self._limits: dict[Tensor, int | None] = {}
         self._blocks: list[Block] = []
-        # The weights of flat blocks, and where these write w + epsilon.
+        # The weights that are not moved in place, and where w + epsilon is written.
         self.displaced: dict[Tensor, Tensor] = {}
         # Weights whose T is a norm over several processes: their operators, and the block of each.
         self._over_shards: dict[Tensor, NormalizationOperator] = {}
@@ -251,18 +255,20 @@ class Blocks:
             flat = all(tensor.is_contiguous() for tensor in (*tensors, gradients[parameter]))
             flat = flat and operator.has_flat_form
             self._limits[parameter] = size if flat else None
-            fast = flat and on_cpu and p == 2.0 and not masters and parameter in unshared
+            fast = flat and on_cpu and p == 2.0 and not masters
             fast = fast and dtype == gradients[parameter].dtype in (torch.float32, torch.float64)
-            if fast:
+            small = fast and part.numel() <= _SMALL
+            if fast and not small and parameter in unshared:
                 self.displaced[parameter] = self._copy_of(parameter)
             # T comes from other processes, so the block has to know whose it is.
             over_shards = shards_of(parameter, operator.summed_dims(parameter)) is not None
-            alone = over_shards or (on_cpu and not (fast and part.numel() <= _SMALL))
+            alone = over_shards or (on_cpu and not small)
             key = (part.device, dtype, operator, len(tensors), fast, shards)
             for slices in zip(*(_slices(tensor, self._limits[parameter]) for tensor in tensors)):
                 block = None if alone else open_blocks.get(key)
                 if block is None or block.size + slices[0].numel() > size:
                     block = (FlatBlock if fast else Block)(operator, eta, dtype, shards)
+                    block.in_place = parameter not in self.displaced
                     self._blocks.append(block)
                     if not alone:
                         open_blocks[key] = block

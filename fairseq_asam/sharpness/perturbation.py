@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from .kernels import Ascent, Block, Blocks, FlatBlock
+from .kernels import Ascent, Block, Blocks
 from .normalization import GIVEN, NORMALIZATIONS, NormalizationOperator, operator_of
 from .shards import Agreement, Shards, is_sharded, local, local_gradient, norm_over, shards_of
 
@@ -114,7 +114,7 @@ class Perturbation(Displacement):
     parameters together.
 
     On exit every weight is bit for bit what it was, in the same storage, whatever happened inside the
-    block. Inside, a weight on a CPU may be in other memory, unless it shares its own with another weight or
+    block. Inside, a large weight on a CPU is in other memory, unless it shares its own with another weight or
     is part of a larger buffer. A parameter without a gradient on entry is not perturbed. If the gradient is
     zero or its norm is not finite, nothing is perturbed; look at :attr:`norm`.
     :class:`~fairseq_asam.TwoPasses` also gives both passes the same dropout masks and batch-normalization
@@ -282,9 +282,7 @@ class Perturbation(Displacement):
         ascent = Ascent(rho, q, torch.where(usable, inverse, 0.0), usable)
         # Go backwards here and forwards in _restore: what a CPU touched last is still in its cache.
         for block, of_block in reversed(blocks):
-            if not isinstance(block, FlatBlock):
-                self._save(block.weights, block.copies)
-            block.move(of_block, ascent)
+            block.move(of_block, ascent, self._save)
         for parameter, data in self._blocks.displaced.items():
             parameter.data = data
 

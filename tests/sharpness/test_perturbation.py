@@ -106,8 +106,9 @@ class InterruptAt(TorchDispatchMode):
 
 
 def small_model():
+    """Its last weight is large enough to get other memory at w + epsilon."""
     torch.manual_seed(1)
-    return nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
+    return nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 400))
 
 
 def passes(model, perturbation, inputs):
@@ -147,18 +148,31 @@ def test_weights_come_back_bit_for_bit_in_the_same_storage():
 
 
 def test_a_weight_that_is_part_of_a_buffer_stays_there():
-    buffer = torch.ones(5)
-    weight = nn.Parameter(buffer[:3])
-    weight.grad = torch.ones(3)
+    buffer = torch.ones(20002)
+    weight = nn.Parameter(buffer[:20000])
+    weight.grad = torch.ones(20000)
     with Perturbation([("weight", weight)], 0.5):
-        assert torch.equal(buffer[:3], weight) and not torch.equal(buffer[:3], buffer[2:])
-    assert torch.equal(buffer, torch.ones(5))
+        assert torch.equal(buffer[:20000], weight) and weight[0] > 1
+    assert torch.equal(buffer, torch.ones(20002))
+
+
+def test_epsilon_is_the_same_to_the_bit_wherever_a_weight_lies():
+    """Workers that share the optimizer's state (ZeRO) keep their weights in buffers."""
+    torch.manual_seed(0)
+    values, gradient = torch.randn(500, 400), torch.randn(500, 400)
+    moved = []
+    for memory in (values.clone(), torch.cat([values, values])[:500]):
+        weight = nn.Parameter(memory)
+        weight.grad = gradient
+        with Perturbation([("weight", weight)], 0.5):
+            moved.append(weight.detach().clone())
+    assert torch.equal(*moved) and not torch.equal(moved[0], values)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_weights_that_share_memory_share_it_at_w_plus_epsilon(frozen):
     """As an output layer does whose weight's data are those of the embedding."""
-    embedding, output = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+    embedding, output = nn.Embedding(500, 40), nn.Linear(40, 500, bias=False)
     output.weight.data = embedding.weight.data
     output.weight.requires_grad = not frozen
     model = nn.Sequential(embedding, output)
