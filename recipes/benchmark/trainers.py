@@ -60,7 +60,6 @@ SMALL = """
 MODELS = {
     # On IWSLT'14, as fairseq prepares it.
     "transformer_iwslt_de_en": Model((8848, 6632), 24.0, 1000, setups.SETUPS["iwslt14"].model),
-    # It is called `quickstart` in the results of the benchmarks.
     "small": Model((4000, 4000), 10.0, 500, SMALL, rounds=30),
 }
 
