@@ -148,6 +148,10 @@ class FlatBlock(Block):
     def move(self, gradients: list[Tensor], ascent: Ascent, save: Callable[..., None]) -> None:
         # With p = 2, epsilon = rho / ||T g|| * T^2 g.
         scale = ascent.rho * ascent.inverse.item()
+        if scale == 0.0:  # the direction may be inf or NaN, and 0 * inf and 0 * NaN are NaN
+            if not self.in_place:
+                self.copies[0].copy_(self.weights[0])
+            return
         direction = self._direction if self._has_direction else strung(gradients, self._direction)
         weights = strung(self.weights, self._scratch)
         torch.add(weights, direction, alpha=scale, out=self._scratch if self.in_place else self.copies[0])
