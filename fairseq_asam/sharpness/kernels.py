@@ -250,10 +250,10 @@ class Blocks:
         numbers = itertools.count()
         unshared = _alone_in_their_storage(self._weights)
         for parameter in parameters:
-            operator, part = operator_of(parameter), local(parameter).detach()
+            operator, part, copy = operator_of(parameter), local(parameter).detach(), self._copy_of(parameter)
             dtype, shards = part.dtype, shards_of(parameter)
             masters = [local(self._masters[parameter]).detach()] if parameter in self._masters else []
-            tensors = [part, self._copy_of(parameter), *masters]
+            tensors = [part, copy, *masters]
             on_cpu = part.device.type == "cpu"
             size = _CPU_BLOCK if on_cpu else _ACCELERATOR_BLOCK
             flat = all(tensor.is_contiguous() for tensor in (*tensors, gradients[parameter]))
@@ -263,7 +263,7 @@ class Blocks:
             fast = fast and dtype == gradients[parameter].dtype in (torch.float32, torch.float64)
             small = fast and part.numel() <= _SMALL
             if fast and not small and parameter in unshared:
-                self.displaced[parameter] = self._copy_of(parameter)
+                self.displaced[parameter] = copy
             # T comes from other processes, so the block has to know whose it is.
             over_shards = shards_of(parameter, operator.summed_dims(parameter)) is not None
             alone = over_shards or (on_cpu and not small)

@@ -17,15 +17,12 @@ def by(key: str, rows: list[dict], value: str) -> dict[str, float]:
     return {row[key]: row[value] for row in rows}
 
 
-def ratios_of(models: list[dict]) -> list[dict[str, str]]:
-    """The ratios to adam of each of *models*, by optimizer, as the README has them."""
-    of_models = [by("optimizer", model["seconds"], "ratio") for model in models]
-    return [{name: f"{ratio:.2f}" for name, ratio in each.items()} for each in of_models]
-
-
 def test_step_cost():
     models = figures("step_cost")["models"]
-    large, small = ratios_of(models)
+    large, small = (
+        {name: f"{ratio:.2f}" for name, ratio in by("optimizer", model["seconds"], "ratio").items()}
+        for model in models
+    )
 
     def both(name: str) -> str:
         return f"{large[name]} and {small[name]}"
