@@ -273,7 +273,7 @@ class Perturbation(Displacement):
         q = dual(self.p)
         blocks = self._blocks_and_norm(gradients, diagonals, q)
         inverse = 1.0 / self.norm
-        usable = torch.isfinite(self.norm) & torch.isfinite(inverse)
+        usable = (inverse > 0.0) & (inverse < math.inf)  # neither is true of NaN
         on_cpu = self.norm.device.type == "cpu"  # on other devices, reading a value would stall them
         if self.rho == 0.0 or (on_cpu and not usable):
             return

@@ -77,7 +77,7 @@ class TwoPasses:
         self.perturbation, self.modules = perturbation, list(modules)
         self.fresh_masks, self.buffers_of_both = fresh_masks, buffers_of_both
         self.sharpness: Tensor | float | None = None
-        reshard(part for module in self.modules for part in module.modules())
+        self._reshard_modules()
         of_modules = dict.fromkeys(p for module in self.modules for p in module.parameters())
         if any(map(is_sharded, of_modules)) and not of_modules.keys() >= set(perturbation.parameters):
             raise ValueError(
@@ -160,13 +160,12 @@ class TwoPasses:
         Raises:
             TypeError: *evaluate* returned no loss.
         """
-        modules = [part for module in self.modules for part in module.modules()]
-        reshard(modules)
+        self._reshard_modules()
         try:
             with self.perturbation:
                 result = evaluate()
         finally:
-            reshard(modules)
+            self._reshard_modules()
         loss_of(result)
         return result
 
@@ -183,6 +182,9 @@ class TwoPasses:
         self._passes, self._earlier, self._before = [], [], None
         self._perturbed = False
         RandomState.release()
+
+    def _reshard_modules(self) -> None:
+        reshard(part for module in self.modules for part in module.modules())
 
     def _set_gradients(self, gradients: list[Tensor | None]) -> None:
         for parameter, gradient in zip(self.parameters, gradients):

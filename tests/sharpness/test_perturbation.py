@@ -227,11 +227,11 @@ def test_a_zero_gradient_perturbs_nothing():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_not_finite_perturbs_nothing_and_says_so(bad):
-    for p in (2.0, 1.5, INF):
-        parameters = parameters_of({"w": ([1.0, -2.0], [0.5, bad]), "v": ([3.0], [1.0])})
-        perturbation = Perturbation(parameters.items(), 0.5, p=p)
+    for p, normalization in itertools.product((2.0, 1.5, INF), ("element-wise", "layer-wise")):
+        parameters = parameters_of({"w": ([[1.0, -2.0]], [[0.5, bad]]), "v": ([3.0], [1.0])})
+        perturbation = Perturbation(parameters.items(), 0.5, p=p, normalization=normalization)
         with perturbation:
-            assert parameters["w"].tolist() == [1.0, -2.0] and parameters["v"].tolist() == [3.0]
+            assert parameters["w"].tolist() == [[1.0, -2.0]] and parameters["v"].tolist() == [3.0]
         assert not torch.isfinite(perturbation.norm)
 
 
