@@ -42,6 +42,7 @@ def test_step_cost():
 
 def test_scale():
     result = figures("scale")
+    assert f"one of {result['batch'][0]['weights'] / 1e6:.1f} million weights" in README
     shares = [row["overhead_share"] for row in result["batch"]]
     assert f"falls from {shares[0]:.1%} to {shares[-1]:.1%}." in README
     line = result["line"]
