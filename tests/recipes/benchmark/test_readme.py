@@ -35,6 +35,12 @@ def test_step_cost():
     assert f"`--ascent-interval 5` to {both('asam --ascent-interval 5')}." in README
     sam, asam = (f"{optimizer} --ascent-direction momentum" for optimizer in ("sam", "asam"))
     assert f"momentum`, sam costs {both(sam)}, asam {both(asam)}: what" in README
+    away = [
+        max(abs(row["ratio"] - other["ratio"]) for row, other in zip(one["seconds"], two["seconds"]))
+        for one, two in zip(models, figures("step_cost_second_call")["models"])
+    ]
+    assert f"up to {away[0]:.2f} away with the large model" in README
+    assert f"up to {away[1]:.2f} with the small one" in README
     copies = by("optimizer", models[0]["memory"], "copies")
     assert f"asam takes {copies['asam']:.2f} copies of the weights" in README
     assert f"with `--ascent-interval 5` {copies['asam --ascent-interval 5']:.2f}." in README
