@@ -25,6 +25,9 @@ _SMALL = 2**13
 _PAGE = 4096  # bytes
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
+#: Copies weights, the first list, into the second, and remembers to restore them.
+Save = Callable[[list[Tensor], list[Tensor]], None]
+
 
 class Ascent(NamedTuple):
     """What epsilon depends on beside T and g, the same for all blocks.
@@ -84,7 +87,7 @@ class Block:
             normalized = list(torch._foreach_div(normalized, divisor))
         return list(torch._foreach_norm(normalized, order))
 
-    def move(self, gradients: list[Tensor], ascent: Ascent, save: Callable[..., None]) -> None:
+    def move(self, gradients: list[Tensor], ascent: Ascent, save: Save) -> None:
         """Add epsilon to the weights, after *save* has been given them and their copies."""
         save(self.weights, self.copies)
         diagonals, self.diagonals = self._diagonals(), None
@@ -145,7 +148,7 @@ class FlatBlock(Block):
         self._has_direction = direction is self._direction
         return [torch.dot(direction, gradient).sqrt_()]
 
-    def move(self, gradients: list[Tensor], ascent: Ascent, save: Callable[..., None]) -> None:
+    def move(self, gradients: list[Tensor], ascent: Ascent, save: Save) -> None:
         # With p = 2, epsilon = rho / ||T g|| * T^2 g.
         scale = ascent.rho * ascent.inverse.item()
         if scale == 0.0:  # the direction may be inf or NaN, and 0 * inf and 0 * NaN are NaN
