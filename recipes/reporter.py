@@ -13,6 +13,16 @@ from matplotlib.figure import Figure
 
 from fairseq_asam.files import whole
 
+matplotlib.rcParams.update(
+    {
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "legend.frameon": False,
+    }
+)
+
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Return the mean and the sample standard deviation of *values*; ``None`` where there are too few."""

@@ -200,7 +200,7 @@ def draw(result: dict[str, Any]) -> Figure:
         linewidth=1,
         label=f"{fit['fixed_ms']:.1f} ms + {fit['ms_per_million']:.2f} ms per million weights",
     )
-    axes[1][0].legend(frameon=False)
+    axes[1][0].legend()
     axes[1][0].set(xlabel="million weights", ylabel="overhead beyond two passes (ms)", yscale="log")
     axes[1][0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[1][0].yaxis.set_major_formatter("{x:g}")
@@ -208,9 +208,6 @@ def draw(result: dict[str, Any]) -> Figure:
     axes[1][1].plot(tokens, [100 * row["overhead_share"] for row in result["batch"]], **style)
     axes[1][1].set(xlabel="target tokens in a batch", ylabel="overhead, % of an update with asam")
     axes[1][1].set_ylim(bottom=0)
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 

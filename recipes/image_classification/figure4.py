@@ -7,7 +7,9 @@ The paper does not say on which data set it trained WRN-16-8: this is CIFAR-10.
 
 from __future__ import annotations
 
-from recipes.image_classification.grid import DIGITS, arguments, results_of
+import argparse
+
+from recipes.image_classification.grid import DIGITS, add_options, parsed, results_of
 from recipes.image_classification.rho_search import RHOS
 from recipes.image_classification.table import as_markdown, dataset_of, described, draw_sweep, summary, write
 
@@ -23,7 +25,11 @@ DIGITS_RHOS = {"inf": [0.001, 0.005, 0.02], 2: [0.2, 1.0, 2.0]}
 
 
 def main() -> None:
-    args = arguments("figure4", "Figure 4 of the paper: ASAM over rho with each normalization.", seeds=3)
+    parser = argparse.ArgumentParser(
+        description="Figure 4 of the paper: ASAM over rho with each normalization."
+    )
+    add_options(parser, "figure4", seeds=3)
+    args = parsed(parser)
     if args.digits:
         setting = DIGITS["asam"]
     else:

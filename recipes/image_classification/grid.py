@@ -33,27 +33,31 @@ DIGITS = {
 
 
 def by_optimizer(rows: dict[str, dict[str, Any]], digits: bool) -> Cells:
-    """Return the cells of a table with a row of options each and a column for each optimizer."""
+    """Return the cells of a table: the options of each row with each optimizer, on *digits* if asked."""
     return {
-        (row, column): {**(DIGITS[optimizer] if digits else {}), **options, "optimizer": optimizer}
+        (row, column): {**options, **(DIGITS[optimizer] if digits else {}), "optimizer": optimizer}
         for row, options in rows.items()
         for column, optimizer in COLUMNS.items()
     }
 
 
-def arguments(
-    name: str, description: str, seeds: int, rows: Sequence[str] = (), digits_rows: Sequence[str] = ()
-) -> argparse.Namespace:
-    """Return what the command line says.
+def add_options(
+    parser: argparse.ArgumentParser,
+    name: str,
+    seeds: int,
+    rows: Sequence[str] = (),
+    digits_rows: Sequence[str] = (),
+) -> None:
+    """Add the options of a table or figure to *parser*.
 
     Args:
+        parser: Of the command; :func:`parsed` reads its command line.
         name: Of the results and of the folder of the runs; --digits adds `-digits` to it.
-        description: Of the command.
         seeds: How many runs each cell has, unless --seeds says otherwise.
-        rows: The choices of --rows; without any, there is no such option.
+        rows: The rows of the table. If there are several, --rows chooses some.
         digits_rows: The default of --rows with --digits.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser.set_defaults(name=name, all_rows=rows, digits_rows=digits_rows, rows=None)
     parser.add_argument("--digits", action="store_true", help="scikit-learn's digits and a small network")
     parser.add_argument("--data", type=Path, metavar="ROOT", help="folder of the data set; not for digits")
     parser.add_argument("--download", action="store_true", help="fetch CIFAR if it is missing")
@@ -61,7 +65,7 @@ def arguments(
     parser.add_argument(
         "--seeds", type=at_least_1, default=seeds, help="runs of each cell (default: %(default)s)"
     )
-    if rows:
+    if len(rows) > 1:
         some = f"some of {', '.join(rows)}".replace("%", "%%")
         parser.add_argument("--rows", nargs="+", choices=rows, metavar="ROW", help=some)
     parser.add_argument(
@@ -71,10 +75,13 @@ def arguments(
     )
     parser.add_argument("--out", type=Path, help="folder of the results (default: that of the runs)")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and do nothing")
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return what the command line says, with the options of :func:`add_options` filled in."""
     args = parser.parse_args()
-    if rows:
-        args.rows = args.rows or (digits_rows if args.digits else rows)
-    args.name = f"{name}-digits" if args.digits else name
+    args.rows = args.rows or (args.digits_rows if args.digits else args.all_rows)
+    args.name = f"{args.name}-digits" if args.digits else args.name
     args.runs = Path("runs") / "image_classification" / args.name
     args.out = args.out or args.runs
     return args

@@ -5,7 +5,9 @@ python -m recipes.image_classification.rho_search [--digits] [--data ROOT] [--jo
 
 from __future__ import annotations
 
-from recipes.image_classification.grid import COLUMNS, DIGITS, arguments, results_of
+import argparse
+
+from recipes.image_classification.grid import COLUMNS, DIGITS, add_options, parsed, results_of
 from recipes.image_classification.table import as_markdown, dataset_of, described, draw_sweep, summary, write
 from recipes.reporter import best_rho
 
@@ -15,7 +17,9 @@ DIGITS_RHOS = {"SAM": [0.02, 0.05, 0.1, 0.2], "ASAM": [0.2, 0.5, 1.0, 2.0]}
 
 
 def main() -> None:
-    args = arguments("rho_search", "Search rho for SAM and ASAM on held-out training images.", seeds=2)
+    parser = argparse.ArgumentParser(description="Search rho for SAM and ASAM on held-out training images.")
+    add_options(parser, "rho_search", seeds=2)
+    args = parsed(parser)
     cells = {}
     for column in ("SAM", "ASAM"):
         optimizer = COLUMNS[column]

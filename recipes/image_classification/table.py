@@ -118,9 +118,7 @@ def draw(corner: str, cells: Summaries, paper: dict[str, tuple[str, ...]] | None
     axes.set_xticks(range(len(rows)), rows, rotation=30 if max(map(len, rows)) > 8 else 0)
     axes.set_xlim(-0.5, len(rows) - 0.5)
     axes.set(xlabel=corner, ylabel="maximum test accuracy (%)")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend()
     return figure
 
 
@@ -142,9 +140,7 @@ def draw_sweep(cells: Summaries, title: str, ylabel: str) -> plt.Figure:
     ticks = sorted({float(row) for row, _ in cells})
     axes.set_xticks(ticks, [f"{rho:g}" for rho in ticks], rotation=45)
     axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 

@@ -96,7 +96,6 @@ def draw(models: list[dict[str, Any]], statistics: dict[str, dict[str, Any]]) ->
     for panel, (measure, each) in zip(panels.flat, statistics.items()):
         panel.scatter([model["measures"][measure] for model in models], gaps, s=14, alpha=0.7)
         panel.set(title=f"{measure}, $\\tau$ = {each['tau']:.3f}", xlabel=measure)
-        panel.grid(alpha=0.3)
     for panel in panels[:, 0]:
         panel.set_ylabel("generalization gap")
     for panel in panels.flat[len(statistics) :]:

@@ -100,6 +100,7 @@ def draw(surfaces: dict[str, dict[str, Any]]) -> plt.Figure:
     levels = MaxNLocator(25).tick_values(low, high)
     for panel, (name, each) in zip(panels, surfaces.items()):
         x, y = np.array(each["x"]) * each["rho"], np.array(each["y"]) * each["radius"]
+        panel.grid(False)
         colours = panel.contourf(x, y, losses[name], levels=levels, cmap="viridis")
         panel.contour(x, y, losses[name], levels=levels, colors="white", linewidths=0.4)
         panel.plot(0, 0, "o", color="tab:red")
@@ -116,8 +117,7 @@ def draw(surfaces: dict[str, dict[str, Any]]) -> plt.Figure:
     panels[-1].set(
         title="Lines through $w$", xlabel="edges of the maps: $\\pm 1$", ylabel="loss $-$ loss at $w$"
     )
-    panels[-1].grid(alpha=0.3)
-    figure.legend(loc="outside lower right", ncols=len(surfaces), frameon=False)
+    figure.legend(loc="outside lower right", ncols=len(surfaces))
     return figure
 
 

@@ -115,6 +115,7 @@ def draw_figure_1(rows: list[dict[str, Any]]) -> plt.Figure:
     x, y = np.meshgrid(np.linspace(0, 5.4, 400), np.linspace(-0.3, 2, 300))
     height = toy_loss(torch.tensor(np.stack([x, y], -1))).numpy()
     for panel, letter, (name, region) in zip(panels, "abc", REGIONS.items()):
+        panel.grid(False)
         panel.contour(x, y, height, levels=np.arange(0, 8, 0.4), colors="0.8", linewidths=0.7)
         here = [row for row in rows if row["region"] == name]
         panel.contour(x, y, height, levels=[here[0]["loss"]], colors="tab:blue")
@@ -149,6 +150,7 @@ def draw_figure_3(rows: list[dict[str, Any]]) -> plt.Figure:
     height = toy_loss(torch.tensor(np.stack([x, y], -1))).numpy()
     valley = np.linspace(0.14, 0.35, 200)
     for panel, start in zip(panels, STARTS):
+        panel.grid(False)
         panel.contourf(x, y, height, levels=20, cmap="Greys", alpha=0.5)
         panel.plot(valley, 0.04 / valley, color="tab:red", label="minimizers, $w_1 w_2 = 0.04$")
         here = [row for row in rows if row["start"] == list(start)]

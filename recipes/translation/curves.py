@@ -82,8 +82,6 @@ def draw(logs: dict[str, Sequence[Path]]) -> Figure:
         axes.set_xlabel("epoch")
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
     seeds = max(map(len, logs.values()))
     figure.legend(
         handles=[
@@ -94,7 +92,6 @@ def draw(logs: dict[str, Sequence[Path]]) -> Figure:
         ],
         loc="outside lower center",
         ncols=4,
-        frameon=False,
     )
     return figure
 

@@ -150,12 +150,10 @@ def draw(runs: list[dict[str, Any]], split: str, correlations: dict[str, dict[st
         panel.set(xlabel=f"{name} (nats per token)")
         panel.locator_params(axis="x", nbins=5)
         panel.set_title(f"$\\tau$ = {found['tau']:.2f}", fontsize=10)
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
     for panel in panels[:, 0]:
         panel.set_ylabel(f"{split} BLEU")
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
 
 

@@ -192,10 +192,8 @@ def draw(results: dict) -> Figure:
                     x = value + 0.008 * number
                     axes.errorbar(x, row["mean"][key], row["sd"][key], capsize=3, **style)
             axes.set(xlabel=cost, ylabel=label)
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure
 
 

@@ -153,9 +153,7 @@ def draw(points: list[dict]) -> Figure:
     axes.set_title("Search for $\\rho$ (hollow: other seeds)")
     axes.set_xticks(values, [f"{rho:g}" for rho in values])
     axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 

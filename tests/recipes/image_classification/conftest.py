@@ -14,7 +14,7 @@ from fairseq_asam.vision.options import TrainOptions
 
 @pytest.fixture
 def main(monkeypatch):
-    """Run a script: ``main("table2", "--dry-run")``."""
+    """Run a script: ``main("tables", "2", "--dry-run")``."""
 
     def run(script: str, *arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
@@ -25,11 +25,11 @@ def main(monkeypatch):
 
 @pytest.fixture
 def commands(main, capsys):
-    """Return the options of every run of a script: ``commands("table2", "--digits")``."""
+    """Return the options of every run of a script: ``commands("tables", "2", "--digits")``."""
 
     def dry_run(script: str, *arguments: str) -> list[TrainOptions]:
         with pytest.raises(SystemExit) as end:
-            main(script, "--dry-run", *arguments)
+            main(script, *arguments, "--dry-run")
         assert not end.value.code
         return [options_of(line) for line in capsys.readouterr().out.splitlines()]
 

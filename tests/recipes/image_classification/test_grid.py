@@ -10,19 +10,19 @@ from recipes.image_classification.grid import results_of
 from recipes.image_classification.table import publish, summary
 from tests.commands import ROOT
 
-SCRIPTS = ("table2", "table3", "table4", "table6", "figure4", "rho_search")
+SCRIPTS = ("tables 2", "tables 3", "tables 4", "tables 6", "figure4", "rho_search")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_with_digits_a_script_needs_no_data_and_has_folders_of_its_own(script, commands):
-    small, full = commands(script, "--digits"), commands(script)
+    small, full = commands(*script.split(), "--digits"), commands(*script.split())
     assert {run.dataset for run in small} == {"digits"}
     folders = [run.output for run in [*small, *full]]
     assert len(set(folders)) == len(folders)
 
 
 def test_the_place_of_the_data_goes_to_every_run(commands):
-    for run in commands("table6", "--data", "data", "--download"):
+    for run in commands("tables", "6", "--data", "data", "--download"):
         assert str(run.data) == "data" and run.download
 
 
@@ -83,7 +83,7 @@ def test_a_run_that_fails_ends_the_grid_with_its_reason(grid_arguments, capfd):
 
 def test_fewer_seeds_than_one_are_refused(main, capsys):
     with pytest.raises(SystemExit) as end:
-        main("table2", "--seeds", "0")
+        main("tables", "2", "--seeds", "0")
     assert end.value.code == 2 and "--seeds: must be a whole number from 1, not 0" in capsys.readouterr().err
 
 

@@ -5,7 +5,7 @@ import statistics
 import pytest
 
 from recipes.image_classification.table import draw, summary, text_of
-from recipes.image_classification.table2 import PAPER
+from recipes.image_classification.tables import TABLES
 
 
 def result(accuracies: list[float | None], dataset: str = "digits", diverged: bool = False) -> dict:
@@ -30,9 +30,10 @@ def test_a_cell_is_the_mean_and_deviation_of_the_maxima_of_the_runs_that_did_not
 
 def test_a_picture_has_the_paper_s_means_and_leaves_out_cells_whose_runs_all_failed():
     cell = {"mean": 90.0, "std": 0.1, "runs": 5, "failed": 0}
-    cells = {(row, column): cell for row in PAPER for column in ("SGD", "SAM", "ASAM")}
+    paper = TABLES["2"].paper
+    cells = {(row, column): cell for row in paper for column in ("SGD", "SAM", "ASAM")}
     cells["VGG19-BN", "SAM"] = {"mean": None, "std": None, "runs": 5, "failed": 5}
-    lines = {line.get_label(): list(line.get_ydata()) for line in draw("model", cells, PAPER).axes[0].lines}
+    lines = {line.get_label(): list(line.get_ydata()) for line in draw("model", cells, paper).axes[0].lines}
     assert lines["SAM, paper"] == [92.0, 93.56, 95.18, 94.6, 96.34, 95.74, 96.98, 98.55]
     drawn = [len(container[0].get_ydata()) for container in draw("model", cells).axes[0].containers]
     assert drawn == [8, 7, 8]
