@@ -8,6 +8,7 @@ models.
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import sys
 import warnings
@@ -79,9 +80,22 @@ class Setup:
             sys.exit(f"'{folder}' holds no corpus: make it with '{command}'.")
         return folder
 
-    def flags(self) -> list[str]:
-        """Return the flags of fairseq-train; UPDATES stays as it is."""
-        return shlex.split(f"{self.model} {self.training} --max-epoch {self.epochs}")
+    def flags(self, others: Sequence[str] = ()) -> list[str]:
+        """Return the flags of fairseq-train, each once; UPDATES stays as it is.
+
+        Args:
+            others: Further flags. They win over those of the set-up.
+        """
+        own = shlex.split(f"{self.model} {self.training} --max-epoch {self.epochs}")
+        values: dict[str, list[str]] = {}
+        for word in (*own, *others):
+            if re.match("--?[a-z]", word):
+                flag = word.partition("=")[0]
+                values.pop(flag, None)  # so that the command has flags in the order in which they were given
+                values[flag] = [word]
+            else:
+                values[flag].append(word)
+        return [word for words in values.values() for word in words]
 
 
 SETUPS = {

@@ -69,11 +69,10 @@ def training(setup: str, optimizer: str, data: Path, folder: Path, flags: Sequen
         )
     plugin = Path(fairseq_asam.__file__).parent
     arguments = [str(data / "bin"), "--user-dir", str(plugin), "--optimizer", optimizer]
-    arguments += SETUPS[setup].flags()
-    arguments += ["--save-dir", str(folder), "--log-format", "json", "--log-interval", "50"]
+    place = ["--save-dir", str(folder), "--log-format", "json", "--log-interval", "50"]
     if "--keep-last-epochs" not in flags:
-        arguments.append("--no-epoch-checkpoints")
-    arguments += flags
+        place.append("--no-epoch-checkpoints")
+    arguments += SETUPS[setup].flags([*place, *flags])
     cfg = configuration(
         ["1" if word == "UPDATES" else word for word in arguments],
         lambda message: sys.exit(f"fairseq-train: {message}"),

@@ -44,3 +44,13 @@ def test_updates_are_counted_with_accumulation_by_epoch_and_at_most_max_update(c
     assert count("--distributed-world-size", "2") == 3 * -(-one_epoch // 2)
     assert count("--max-update", "7") == 7
     assert count("--max-tokens", "2000") < count()
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_a_flag_stands_once_and_the_last_one_wins(setup: str):
+    words = SETUPS[setup].flags(
+        ["--lr", "1", "--lr=0.5", "-s", "de", "--update-freq", "1", "2", "--lr", "-2"]
+    )
+    flags = [word for word in words if word.startswith("--")]
+    assert len(flags) == len(set(flags))
+    assert words[-7:] == ["-s", "de", "--update-freq", "1", "2", "--lr", "-2"]

@@ -22,6 +22,8 @@ def test_the_command_is_printed_and_a_finished_run_is_left_alone(corpus: Path, t
     folder = tmp_path / "adam"
     printed = succeeded(train(corpus, folder, "adam", "--max-epoch", "1")).stdout
     assert f"fairseq-train {corpus}/bin --user-dir" in printed and printed.endswith("--max-epoch 1\n")
+    flags = [word for word in printed.split() if word.startswith("--")]
+    assert len(flags) == len(set(flags))
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     again = succeeded(train(corpus, folder, "adam", "--max-epoch", "1"))
     assert again.stdout == f"'{folder}' is trained already.\n"
