@@ -1,9 +1,9 @@
-"""The buffers that a forward pass changes, such as the statistics of batch normalization."""
+"""What a forward pass changes in modules: buffers, as the statistics of batch normalization, and weights."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -11,55 +11,205 @@ from torch.compiler import is_compiling
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
+_PLAIN = (Tensor, nn.Parameter)
 
-class ModuleState:
-    """A snapshot of the buffers of modules.
+
+class Moving:
+    """Which weights a forward pass changes, as a momentum encoder or data-dependent initialization does.
+
+    Most stand still, and frozen ones can be large, so they are not copied in each update. A version counter
+    tells that a pass has changed a weight. It tells neither what the weight was before, nor of a change
+    through ``.data``. So a weight is copied, and compared, in the first update that knows it. Later updates
+    copy the frozen weights that moved then.
 
     Args:
-        modules: those whose buffers, and whose submodules' buffers, are saved as they are now.
-
-    Attributes:
-        modules: all of these, submodules too.
+        perturbed: weights that a perturbation moves and restores.
     """
 
-    def __init__(self, modules: Iterable[nn.Module] = ()):
-        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+    def __init__(self, perturbed: Iterable[Tensor]):
+        self.perturbed = frozenset(perturbed)
+        # The copies take no more memory than those that the perturbation makes after them.
+        self.room = sum(weight.nbytes for weight in self.perturbed if not is_lazy(weight))
+        self.moves: dict[Tensor, bool] = {}
+
+    def keep(self, weights: Collection[Tensor]) -> None:
+        """Forget all but *weights*."""
+        if len(self.moves) > len(weights):
+            self.moves = {weight: moves for weight, moves in self.moves.items() if weight in weights}
+
+
+class _Watched:
+    """A weight that a forward pass may change.
+
+    Attributes:
+        copy: of its values, to restore them or to compare them with. ``None``: its stamp alone is watched.
+        restored: whether the perturbation restores it.
+        settled: whether it is known to move or to stand still.
+        changed: whether a pass at w has changed it.
+    """
+
+    __slots__ = ("changed", "copy", "module", "restored", "settled", "stamp", "weight")
+
+    def __init__(self, weight: Tensor, module: nn.Module, restored: bool, settled: bool):
+        self.weight, self.module, self.restored, self.settled = weight, module, restored, settled
+        self.copy: Tensor | None = None
+        self.changed = False
+        self.stamp = _stamp(weight)
+
+
+class ModuleState:
+    """A snapshot of what a forward pass may change in modules.
+
+    These are the buffers, and the weights that no perturbation restores. A pass may also set trained
+    weights, from the first batch. It then computed the loss of the weights that it set, so they are w, and
+    what says that they are set is not restored: the buffers of their module, and flags that went up.
+
+    Args:
+        modules: those that are saved as they are now, submodules too.
+        moving: what is known of their weights. ``None``: save buffers alone.
+
+    Attributes:
+        modules: all modules that are saved, submodules too.
+        weights: their weights.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] = (), moving: Moving | None = None):
         self.modules: set[nn.Module] = set()
+        self.weights: dict[Tensor, None] = {}
+        self._moving = moving
+        self._room = 0 if moving is None else moving.room
+        self._buffers: dict[nn.Module, dict[str, tuple[Tensor | None, Tensor | None]]] = {}
+        self._watched: list[_Watched] = []
+        # What a forward pass makes of the other weights is w. It matters to flags elsewhere that it has.
+        self._others: list[tuple[Tensor, int]] = []
+        self._initialized = False  # whether a pass at w has set trained weights for the first time
         for module in modules:
             self.add(module)
 
     @torch.no_grad()
-    def add(self, module: nn.Module) -> None:
-        """Save the buffers of *module* too, as they are now, unless they are saved already."""
+    def add(self, module: nn.Module) -> list[Tensor]:
+        """Save *module* too, as it is now, unless it is saved already. Return its weights that are new."""
         if module in self.modules:
-            return
+            return []
+        moving, weights, before = self._moving, self.weights, len(self.weights)
         for part in module.modules():
-            if part not in self.modules:
-                self.modules.add(part)
-                for name, buffer in part.named_buffers(recurse=False):
-                    if not is_lazy(buffer):  # a lazy buffer has no values before the first forward pass
-                        self._buffers.append((part, name, buffer, buffer.clone()))
+            if part in self.modules:
+                continue
+            self.modules.add(part)
+            has_buffers = bool(part._buffers)
+            if has_buffers:
+                self._buffers[part] = _buffers(part)
+            for weight in part._parameters.values():
+                if weight is None or weight in weights:
+                    continue
+                weights[weight] = None
+                # Lazy weights, shards and other kinds have no such counters or change in ways of their own.
+                if moving is not None and type(weight) in _PLAIN and not weight.is_inference():
+                    restored = weight in moving.perturbed and weight.requires_grad
+                    if has_buffers or not restored:
+                        self._watch(weight, part, restored, moving)
+                    else:
+                        self._others.append((weight, weight._version))
+        return list(weights)[before:]
+
+    def _watch(self, weight: Tensor, module: nn.Module, restored: bool, moving: Moving) -> None:
+        moves = moving.moves.get(weight)
+        watched = _Watched(weight, module, restored, settled=moves is not None)
+        if moves is None and weight.device.type != "meta" and weight.nbytes <= self._room:
+            self._room -= weight.nbytes
+            watched.copy = weight.detach().clone()
+        elif moves and not weight.requires_grad:
+            watched.copy = weight.detach().clone()
+        self._watched.append(watched)
 
     @torch.no_grad()
     def now(self) -> ModuleState:
-        """Return a snapshot of the same buffers as they are now."""
+        """Return a snapshot of what a pass at w + epsilon may change, as it is now."""
         state = ModuleState()
-        for module, name, _, _ in self._buffers:
-            buffer = getattr(module, name)
-            state._buffers.append((module, name, buffer, buffer.clone()))
+        state.modules = self.modules
+        state._buffers = {part: _buffers(part) for part in self.modules if part._buffers}
+        for watched in self._watched:
+            if not watched.restored and (watched.changed or watched.copy is not None):
+                as_now = _Watched(watched.weight, watched.module, False, True)
+                as_now.copy = watched.weight.detach().clone()
+                state._watched.append(as_now)
         return state
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Restore the buffers: the same tensors, with the values that they had."""
-        for module, name, buffer, copy in self._buffers:
-            buffer.copy_(copy)
-            if getattr(module, name) is not buffer:
-                setattr(module, name, buffer)
+        """Restore the buffers and weights: the same tensors, with the values that they had."""
+        initialized = {each.module for each in self._watched if each.changed and each.weight.requires_grad}
+        for module in self.modules:
+            saved = self._buffers.get(module)
+            if (saved is None and not module._buffers) or module in initialized:
+                continue
+            saved = saved or {}
+            for name in set(module._buffers.keys()) - saved.keys():
+                del module._buffers[name]
+            for name, (buffer, copy) in saved.items():
+                if self._initialized and copy is not None and _went_up(copy, module._buffers[name]):
+                    continue
+                if buffer is not None and copy is not None:
+                    _put(buffer, copy)
+                if name not in module._buffers or module._buffers[name] is not buffer:
+                    module._buffers[name] = buffer
+        for watched in self._watched:
+            if watched.copy is not None:
+                _put(watched.weight, watched.copy)
+                watched.stamp = _stamp(watched.weight)
+
+    def end_pass_at_w(self) -> None:
+        """Find out which weights the pass at w has changed.
+
+        Raises:
+            RuntimeError: it has changed a frozen weight that was not copied.
+        """
+        lost, moves = [], self._moving.moves
+        for watched in self._watched:
+            weight, stamp = watched.weight, _stamp(watched.weight)
+            changed, watched.stamp = stamp != watched.stamp, stamp
+            if not watched.settled:
+                changed = changed or (watched.copy is not None and not _same(weight, watched.copy))
+                watched.settled = True
+                if weight.requires_grad or not changed:
+                    watched.copy = None
+            moved_before = moves.setdefault(weight, False)
+            if changed:
+                moves[weight] = watched.changed = True
+                if weight.requires_grad:
+                    self._initialized |= not moved_before
+                elif watched.copy is None:
+                    lost.append(_name(watched))
+        for weight, version in self._others:
+            if weight._version != version and not moves.get(weight):
+                moves[weight] = self._initialized = True
+        if lost:
+            raise RuntimeError(
+                f"the pass at w changed frozen weights ({', '.join(lost)}) of which no copy was made, so "
+                "that the pass at w + epsilon cannot begin from the same ones: register them as buffers"
+            )
+
+    def end_passes_at_w_plus_epsilon(self) -> None:
+        """Check that no weight has changed that is not restored.
+
+        Raises:
+            RuntimeError: one has.
+        """
+        lost = [
+            _name(each)
+            for each in self._watched
+            if not (each.restored or each.changed or each.copy is not None)
+            and _stamp(each.weight) != each.stamp
+        ]
+        if lost:
+            raise RuntimeError(
+                f"the pass at w + epsilon changed weights ({', '.join(lost)}) that the pass at w did not "
+                "change: let both passes do the same, or register the weights as buffers"
+            )
 
     @contextlib.contextmanager
-    def adding_what_runs(self) -> Iterator[None]:
-        """Within the block, save the buffers of every module before it runs.
+    def adding_what_runs(self, found: Callable[[list[Tensor]], None]) -> Iterator[None]:
+        """Within the block, save every module before it runs, and call *found* with weights that are new.
 
         A module within a compiled one (``torch.compile``) is saved with that. A module that is compiled in
         place (``module.compile()``) is missed.
@@ -67,10 +217,58 @@ class ModuleState:
 
         def add(module: nn.Module, inputs: object) -> None:
             if not is_compiling():
-                self.add(module)
+                found(self.add(module))
 
         handle = register_module_forward_pre_hook(add)
         try:
             yield
         finally:
             handle.remove()
+
+
+def _buffers(module: nn.Module) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+    """Return the buffers of *module* itself, each with a copy of its values.
+
+    There is no copy of a lazy buffer, which has no values before the first forward pass, nor of one that was
+    made in inference mode and cannot change outside of it.
+    """
+    buffers: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+    for name, buffer in module._buffers.items():
+        fixed = buffer is None or is_lazy(buffer) or buffer.is_inference()
+        buffers[name] = buffer, None if fixed else buffer.clone()
+    return buffers
+
+
+def _put(tensor: Tensor, values: Tensor) -> None:
+    if tensor.shape == values.shape and tensor.dtype == values.dtype:
+        tensor.copy_(values)
+    else:
+        tensor.data = values.clone()
+
+
+def _went_up(before: Tensor, buffer: Tensor | None) -> bool:
+    """Return whether *buffer* is a flag, a single number, that was 0 and is not any more."""
+    return (
+        buffer is not None
+        and before.numel() == buffer.numel() == 1
+        and not before.any()
+        and bool(buffer.any())
+    )
+
+
+def _stamp(weight: Tensor) -> tuple[int, int]:
+    """Return what changes when something writes into *weight* or gives it other memory."""
+    return weight._version, weight.data_ptr()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def _name(watched: _Watched) -> str:
+    name = next(name for name, each in watched.module._parameters.items() if each is watched.weight)
+    return f"{name} of {type(watched.module).__name__}"
