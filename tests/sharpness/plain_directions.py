@@ -1,0 +1,24 @@
+"""The vectors of which epsilon is made, by name, in a line or two each."""
+
+import hashlib
+
+import torch
+
+
+def gaussian(w, *numbers):
+    """What a generator draws for the weight *w*, seeded by the *numbers* of the run, the update and w."""
+    digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    return torch.randn(w.shape, generator=generator).double()
+
+
+#: Each is given ``at_w``, a function that returns the gradients at w; ``moments``, the first moments of the
+#: base optimizer; the trained ``weights``; ``seed``; and ``number``, that of the update, from 0.
+#: A new direction gets a row here.
+VECTORS = {
+    "gradient": lambda at_w, **others: at_w(),
+    "momentum": lambda moments, **others: {name: -m for name, m in moments.items()},
+    "random": lambda weights, seed, number, **others: {
+        name: gaussian(w, seed, number, i) for i, (name, w) in enumerate(weights.items())
+    },
+}
