@@ -5,6 +5,7 @@ To add one, write a class and name it in :data:`NORMALIZATIONS`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -124,6 +125,9 @@ class LayerWise(_NormOverDims):
         return tuple(range(weight.dim()))
 
 
+# How torch.nn.utils.parametrize calls the tensors that a parameter is made of: one, or several with a number.
+_PARAMETRIZED = re.compile(r"\bparametrizations\.([^.]+)\.original\d*$")
+
 IDENTITY, ELEMENT_WISE, GIVEN = Identity(), ElementWise(), Given()
 
 #: The normalization operators by name.
@@ -154,9 +158,10 @@ def is_bias(name: str) -> bool:
     """Return whether the parameter called *name* is a bias.
 
     It is if ``bias`` is a word of the name's last part: ``fc.bias``, ``lstm.bias_ih_l0`` and
-    ``attention.in_proj_bias`` are biases, and ``bias_net.weight`` is not.
+    ``attention.in_proj_bias`` are biases, and ``bias_net.weight`` is not. What torch parametrizes keeps its
+    name: ``fc.parametrizations.bias.original`` is ``fc.bias``.
     """
-    return "bias" in name.rsplit(".", 1)[-1].split("_")
+    return "bias" in _PARAMETRIZED.sub(r"\1", name).rsplit(".", 1)[-1].split("_")
 
 
 def strung(tensors: list[Tensor], memory: Tensor) -> Tensor:

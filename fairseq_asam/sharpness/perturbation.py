@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -78,9 +79,12 @@ class Displacement:
         if self._moved:
             torch._foreach_copy_(self._moved[::-1], self._saved[: len(self._moved)][::-1])
         for weight, place in self._places or ():
-            if place is not None and weight.data_ptr() != place.data_ptr():
-                # Something put the weight into new memory, as quantization noise does.
+            if place is None:
+                increment_version(weight)
+            elif weight.data_ptr() != place.data_ptr():
+                # It was moved out of its memory by us, or by a forward pass, as quantization noise does.
                 weight.data = place
+                increment_version(weight)
         torch.clear_autocast_cache()
         if self._guard is not None:
             self._guard.remove()
@@ -115,8 +119,9 @@ class Perturbation(Displacement):
 
     On exit every weight is bit for bit what it was, in the same storage, whatever happened inside the
     block. Inside, a large weight on a CPU is in other memory, unless it shares its own with another weight or
-    is part of a larger buffer. A parameter without a gradient on entry is not perturbed. If the gradient is
-    zero or its norm is not finite, nothing is perturbed; look at :attr:`norm`.
+    is part of a larger buffer. Autograd refuses to run a graph inside the block that saved a perturbed weight
+    outside of it, and the other way round. A parameter without a gradient on entry is not perturbed. If the
+    gradient is zero or its norm is not finite, nothing is perturbed; look at :attr:`norm`.
     :class:`~fairseq_asam.TwoPasses` also gives both passes the same dropout masks and batch-normalization
     statistics.
 
@@ -285,6 +290,11 @@ class Perturbation(Displacement):
             block.move(of_block, ascent, self._save)
         for parameter, data in self._blocks.displaced.items():
             parameter.data = data
+        # Autograd refuses graphs that saved a weight before an operation in place. Of new memory of a weight,
+        # or of an operation on its part in shards, it has to be told.
+        for parameter in gradients:
+            if parameter in self._blocks.displaced or is_sharded(parameter):
+                increment_version(parameter)
 
     @torch.no_grad()
     def _blocks_and_norm(
