@@ -253,9 +253,9 @@ class Displaced(Displacement):
 
     @torch.no_grad()
     def _move(self) -> None:
-        self._remember_places(self.weights)
+        self._places = [(w, None if is_sharded(w) else w.detach()) for w in self.weights]
         weights = [local(weight) for weight in self.weights]
-        self._save(weights, [torch.empty_like(weight) for weight in weights])
+        self._remember(weights, [weight.clone() for weight in weights])
         torch._foreach_add_(weights, self.epsilon)
 
 

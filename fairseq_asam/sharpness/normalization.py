@@ -5,26 +5,22 @@ To add one, write a class and name it in :data:`NORMALIZATIONS`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-
-# torch.nn.functional.mse_loss cannot write into given memory, and new memory costs more than the arithmetic.
-# Hence this private name. test_the_flat_form_is_that_of_the_diagonal fails if torch changes it.
-_squared_error = torch.ops.aten.mse_loss.out
-_NO_REDUCTION = 0
 
 
 class NormalizationOperator:
     """A diagonal matrix T_w + eta I for each weight.
 
     Attributes:
-        has_flat_form: whether the class has :meth:`flat_direction`, which takes fewer passes over memory. It
-            needs a T that is the same for a flat slice alone as within its weight.
+        is_element_wise: whether T of a number depends on that number alone, so that weights may be cut and
+            joined.
     """
 
-    has_flat_form = False
+    is_element_wise = False
 
     def applied_to(self, weight: Tensor) -> NormalizationOperator:
         """Return the operator for *weight*: this one, unless a subclass chooses another by its shape."""
@@ -34,64 +30,43 @@ class NormalizationOperator:
         """Return the diagonal for each weight, in new memory and to be broadcast; ``None`` if T = 1."""
         raise NotImplementedError
 
-    def summed_dims(self, weight: Tensor) -> tuple[int, ...]:
+    def norm_dims(self, weight: Tensor) -> tuple[int, ...]:
         """Return the dimensions of *weight* over which T is an l2 norm.
 
         If they are in shards, the squares are summed over the processes.
         """
         return ()
 
-    def flat_direction(
-        self, gradient: Tensor, weights: list[Tensor], minus_eta: Tensor, memory: Tensor
-    ) -> Tensor:
-        """Return T^2 g of a flat *gradient* and of flat *weights*, which joined are as long.
-
-        The result is in *memory*, or *gradient* itself if T = 1.
-        """
-        raise NotImplementedError
-
 
 class Identity(NormalizationOperator):
     """T = 1: makes ASAM plain SAM."""
 
-    has_flat_form = True
+    is_element_wise = True
 
     def diagonal(self, weights: list[Tensor], eta: float) -> None:
         return None
-
-    def flat_direction(
-        self, gradient: Tensor, weights: list[Tensor], minus_eta: Tensor, memory: Tensor
-    ) -> Tensor:
-        return gradient
 
 
 class ElementWise(NormalizationOperator):
     """T_i = |w_i| + eta."""
 
-    has_flat_form = True
+    is_element_wise = True
 
     def diagonal(self, weights: list[Tensor], eta: float) -> list[Tensor]:
         diagonals = list(torch._foreach_abs(weights))
         torch._foreach_add_(diagonals, eta)
         return diagonals
 
-    def flat_direction(
-        self, gradient: Tensor, weights: list[Tensor], minus_eta: Tensor, memory: Tensor
-    ) -> Tensor:
-        magnitude = torch.abs(strung(weights, memory), out=memory)
-        # T^2 = (|w| + eta)^2 is the squared error between |w| and -eta, for which torch has one operation.
-        return _squared_error(magnitude, minus_eta, _NO_REDUCTION, out=memory).mul_(gradient)
 
-
-class Given(NormalizationOperator):
-    """T comes from outside, such as from the optimizer's state, and is given to the blocks of weights."""
+class Precomputed(NormalizationOperator):
+    """T comes with each step: it is made of the optimizer's state, or of what other processes have."""
 
 
 class _NormOverDims(NormalizationOperator):
-    """T = the l2 norm of the weight over :meth:`summed_dims` + eta."""
+    """T = the l2 norm of the weight over :meth:`norm_dims` + eta."""
 
     def diagonal(self, weights: list[Tensor], eta: float) -> list[Tensor]:
-        dims = [self.summed_dims(weight) for weight in weights]
+        dims = [self.norm_dims(weight) for weight in weights]
         diagonals = [torch.linalg.vector_norm(w, dim=d, keepdim=True) for w, d in zip(weights, dims)]
         torch._foreach_add_(diagonals, eta)
         return diagonals
@@ -106,7 +81,7 @@ class FilterWise(_NormOverDims):
     def applied_to(self, weight: Tensor) -> NormalizationOperator:
         return self if weight.dim() >= 3 else ELEMENT_WISE
 
-    def summed_dims(self, weight: Tensor) -> tuple[int, ...]:
+    def norm_dims(self, weight: Tensor) -> tuple[int, ...]:
         return tuple(range(1, weight.dim()))
 
 
@@ -120,11 +95,14 @@ class LayerWise(_NormOverDims):
     def applied_to(self, weight: Tensor) -> NormalizationOperator:
         return self if weight.dim() >= 2 else ELEMENT_WISE
 
-    def summed_dims(self, weight: Tensor) -> tuple[int, ...]:
+    def norm_dims(self, weight: Tensor) -> tuple[int, ...]:
         return tuple(range(weight.dim()))
 
 
-IDENTITY, ELEMENT_WISE, GIVEN = Identity(), ElementWise(), Given()
+# How torch.nn.utils.parametrize calls the tensors that a parameter is made of: one, or several with a number.
+_PARAMETRIZED = re.compile(r"\bparametrizations\.([^.]+)\.original\d*$")
+
+IDENTITY, ELEMENT_WISE, PRECOMPUTED = Identity(), ElementWise(), Precomputed()
 
 #: The normalization operators by name.
 NORMALIZATIONS: Mapping[str, NormalizationOperator] = {
@@ -154,11 +132,7 @@ def is_bias(name: str) -> bool:
     """Return whether the parameter called *name* is a bias.
 
     It is if ``bias`` is a word of the name's last part: ``fc.bias``, ``lstm.bias_ih_l0`` and
-    ``attention.in_proj_bias`` are biases, and ``bias_net.weight`` is not.
+    ``attention.in_proj_bias`` are biases, and ``bias_net.weight`` is not. What torch parametrizes keeps its
+    name: ``fc.parametrizations.bias.original`` is ``fc.bias``.
     """
-    return "bias" in name.rsplit(".", 1)[-1].split("_")
-
-
-def strung(tensors: list[Tensor], memory: Tensor) -> Tensor:
-    """Return the flat *tensors* joined into one vector, in *memory* if they are more than one."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, out=memory)
+    return "bias" in _PARAMETRIZED.sub(r"\1", name).rsplit(".", 1)[-1].split("_")

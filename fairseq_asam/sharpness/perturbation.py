@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from . import cpu
+from .blocks import Blocks
 from .directions import Direction, Gradient
-from .kernels import Ascent, Block, Blocks
-from .normalization import GIVEN, NORMALIZATIONS, NormalizationOperator, operator_of
-from .shards import Agreement, Shards, is_sharded, local, norm_over, shards_of
+from .kernels import Ascent, Block
+from .normalization import NORMALIZATIONS, PRECOMPUTED, NormalizationOperator, operator_of
+from .shards import SameWeightsCheck, Shards, local, norm_over, shards_of
 
 
 class Displacement:
@@ -62,15 +65,12 @@ class Displacement:
     def _move(self) -> None:
         """Move the weights.
 
-        First call :meth:`_remember_places` with all of them, and :meth:`_save` with a list before it moves.
+        First set :attr:`_places`, and call :meth:`_remember` with copies of those that move in place.
         """
         raise NotImplementedError
 
-    def _remember_places(self, weights: Iterable[Tensor]) -> None:
-        self._places = [(weight, None if is_sharded(weight) else weight.detach()) for weight in weights]
-
-    def _save(self, weights: list[Tensor], copies: list[Tensor]) -> None:
-        torch._foreach_copy_(copies, weights)
+    def _remember(self, weights: list[Tensor], copies: list[Tensor]) -> None:
+        """Restore *weights* from *copies*, which hold them now, on exit."""
         self._saved += copies
         self._moved += weights
 
@@ -79,9 +79,12 @@ class Displacement:
         if self._moved:
             torch._foreach_copy_(self._moved[::-1], self._saved[: len(self._moved)][::-1])
         for weight, place in self._places or ():
-            if place is not None and weight.data_ptr() != place.data_ptr():
-                # Something put the weight into new memory, as quantization noise does.
+            if place is None:
+                increment_version(weight)
+            elif weight.data_ptr() != place.data_ptr():
+                # It was moved out of its memory by us, or by a forward pass, as quantization noise does.
                 weight.data = place
+                increment_version(weight)
         _forget_derived_weights()
         if self._guard is not None:
             self._guard.remove()
@@ -122,8 +125,9 @@ class Perturbation(Displacement):
 
     On exit every weight is bit for bit what it was, in the same storage, whatever happened inside the
     block. Inside, a large weight on a CPU is in other memory, unless it shares its own with another weight or
-    is part of a larger buffer. A parameter without a gradient on entry is not perturbed. If the gradient is
-    zero or its norm is not finite, nothing is perturbed; look at :attr:`norm`.
+    is part of a larger buffer. Autograd refuses to run a graph inside the block that saved a perturbed weight
+    outside of it, and the other way round. A parameter without a gradient on entry is not perturbed. If the
+    gradient is zero or its norm is not finite, nothing is perturbed; look at :attr:`norm`.
     :class:`~fairseq_asam.TwoPasses` also gives both passes the same dropout masks and batch-normalization
     statistics.
 
@@ -212,7 +216,7 @@ class Perturbation(Displacement):
             )
         self._blocks = Blocks(self.parameters, masters)
         self._shards = dict.fromkeys(shards for p in self.parameters if (shards := shards_of(p)) is not None)
-        self._agreement = Agreement()
+        self._same_weights = SameWeightsCheck()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _CHECKS:
@@ -249,7 +253,6 @@ class Perturbation(Displacement):
         if diagonals is not None:
             diagonals = {p: local(diagonals[p]) for p in gradients if p in diagonals}
             gradients = {p: gradients[p] for p in diagonals}
-        self._remember_places(gradients)
         self._perturb(gradients, diagonals)
 
     def _trained(self) -> dict[Tensor, str]:
@@ -261,19 +264,28 @@ class Perturbation(Displacement):
     @torch.no_grad()
     def _perturb(self, gradients: dict[Tensor, Tensor], diagonals: dict[Tensor, Tensor] | None) -> None:
         q = dual(self.p)
-        blocks = self._blocks_and_norm(gradients, diagonals, q)
-        inverse = 1.0 / self.norm
-        usable = (inverse > 0.0) & (inverse < math.inf)  # neither is true of NaN
-        on_cpu = self.norm.device.type == "cpu"  # on other devices, reading a value would stall them
-        if self.rho == 0.0 or (on_cpu and not usable):
-            return
-        rho = self.direction.sign(self.maximize) * self.rho
-        ascent = Ascent(rho, q, torch.where(usable, inverse, 0.0), usable)
-        # Go backwards here and forwards in _restore: what a CPU touched last is still in its cache.
-        for block, of_block in reversed(blocks):
-            block.move(of_block, ascent, self._save)
-        for parameter, data in self._blocks.displaced.items():
+        try:
+            blocks = self._blocks_and_norm(gradients, diagonals, q)
+            self._places = self._blocks.places
+            inverse = 1.0 / self.norm
+            usable = (inverse > 0.0) & (inverse < math.inf)  # neither is true of NaN
+            may_read = cpu.is_on_cpu(self.norm)  # on other devices, reading a value would stall them
+            if self.rho == 0.0 or (may_read and not usable):
+                return
+            rho = self.direction.sign(self.maximize) * self.rho
+            ascent = Ascent(rho, q, torch.where(usable, inverse, 0.0), None if may_read else ~usable)
+            # Go backwards here and forwards in _restore: what a CPU touched last is still in its cache.
+            for block, of_block in reversed(blocks):
+                block.move(of_block, ascent, self._remember)
+        finally:
+            self._blocks.free()
+        for parameter, data in self._blocks.redirected.items():
             parameter.data = data
+        # Autograd refuses graphs that saved a weight before an operation in place. Of new memory of a weight,
+        # or of an operation on its part in shards, it has to be told.
+        for parameter, place in self._places:
+            if place is None or parameter in self._blocks.redirected:
+                increment_version(parameter)
 
     @torch.no_grad()
     def _blocks_and_norm(
@@ -306,10 +318,12 @@ class Perturbation(Displacement):
             norms.setdefault(block.shards, []).extend(block.norms(of_block, order, unit))
         if not norms:
             return local(self.parameters[0]).new_zeros(())
-        norm = norm_over(None, [self._over(*each, order, names) for each in norms.items()], order)
+        norm = norm_over(None, [self._norm_over_shards(*each, order, names) for each in norms.items()], order)
         return norm if unit is None else norm * unit
 
-    def _over(self, shards: Shards | None, norms: list[Tensor], order: float, names: Iterable[str]) -> Tensor:
+    def _norm_over_shards(
+        self, shards: Shards | None, norms: list[Tensor], order: float, names: Iterable[str]
+    ) -> Tensor:
         """Return the norm of *norms*, over all processes of *shards* if there are any.
 
         The sum over processes also shows whether all of them have gradients of the same weights.
@@ -320,15 +334,15 @@ class Perturbation(Displacement):
         if shards is None or math.isinf(order):
             return norm_over(shards, norms, order)
         norm = norm_over(None, norms, order)
-        fingerprint = self._agreement.fingerprint(list(names), norm.device)
+        fingerprint = self._same_weights.fingerprint(list(names), norm.device)
         total = torch.cat([norm.double().pow(order).view(1), fingerprint])
         shards.all_reduce(total)
-        self._agreement.check(total[1:], shards.size())
+        self._same_weights.check(total[1:], shards.size())
         return total[0].pow(1.0 / order).to(norm)
 
     def _operator_of(self, parameter: Tensor) -> NormalizationOperator:
         if self.diagonals is not None:
-            return GIVEN
+            return PRECOMPUTED
         return operator_of(self._names[parameter], parameter, self.normalization, self.normalize_bias)
 
 

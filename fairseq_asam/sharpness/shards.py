@@ -132,7 +132,7 @@ def diagonals_over_shards(operators: dict[Tensor, NormalizationOperator], eta: f
     """
     groups: dict[Shards, list[Tensor]] = {}
     for weight, operator in operators.items():
-        shards = shards_of(weight, operator.summed_dims(weight))
+        shards = shards_of(weight, operator.norm_dims(weight))
         if shards is not None:
             groups.setdefault(shards, []).append(weight)
     diagonals = {}
@@ -159,7 +159,7 @@ def reshard(modules: Iterable[nn.Module]) -> None:
             each.reshard()
 
 
-class Agreement:
+class SameWeightsCheck:
     """Checks that all processes have gradients of the same weights.
 
     Otherwise they would add up norms of different weights. The check costs no message of its own: each

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_asam import NORMALIZATIONS, Perturbation
-from fairseq_asam.sharpness.kernels import Ascent, FlatBlock
+from fairseq_asam.sharpness.cpu import FastBlock
+from fairseq_asam.sharpness.kernels import Ascent
 
 from . import plain_epsilon
 from .test_perturbation import ETA, INF, assert_unchanged, epsilon_of, flat, snapshot
@@ -155,15 +156,16 @@ def test_the_memory_of_the_gradients_is_free_within_the_block():
 
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("normalization", ["none", "element-wise"])
-def test_a_flat_block_keeps_its_weights_if_the_norm_is_not_finite(in_place, normalization):
+def test_a_fast_block_keeps_its_weights_if_the_norm_is_not_finite(in_place, normalization):
     """Where some weights are on an accelerator, the host does not read the norm."""
-    block = FlatBlock(NORMALIZATIONS[normalization], ETA, torch.float32)
+    block = FastBlock(NORMALIZATIONS[normalization], ETA, torch.float32)
     block.in_place = in_place
     weight, copy, gradient = torch.ones(3), torch.empty(3), torch.tensor([1.0, np.inf, np.nan])
-    block.append(0, weight, copy)
+    block.append(0, weight, weight)
+    block.copy = copy
     block.use(torch.empty(3))
     block.norms([gradient], 2.0, None)
-    block.move([gradient], Ascent(0.5, 2.0, torch.tensor(0.0), torch.tensor(False)), lambda *tensors: None)
+    block.move([gradient], Ascent(0.5, 2.0, torch.tensor(0.0), None), lambda *tensors: None)
     assert torch.equal(weight if in_place else copy, torch.ones(3))
 
 

@@ -391,6 +391,27 @@ def test_a_weight_that_the_forward_pass_puts_into_new_memory_comes_back():
     assert model[0].weight.data_ptr() == place
 
 
+@pytest.mark.parametrize("width", [16, 4096])
+def test_a_graph_that_saved_weights_at_another_point_is_refused(width):
+    """A large weight is in other memory at w + epsilon."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 4))
+    inputs = torch.randn(5, 8)
+    at_w = model(inputs).square().mean()
+    at_w.backward(retain_graph=True)
+    gradients = [w.grad.clone() for w in model.parameters()]
+    with Perturbation(model.named_parameters(), 0.5):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            at_w.backward(retain_graph=True)
+        at_w_plus_epsilon = model(inputs).square().mean()
+    for loss in (at_w, at_w_plus_epsilon):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    model.zero_grad()
+    model(inputs).square().mean().backward()
+    assert all(torch.equal(w.grad, gradient) for w, gradient in zip(model.parameters(), gradients))
+
+
 def test_both_passes_in_one_autocast_see_their_own_weights():
     """Autocast caches half-precision copies of the weights."""
     model, inputs = nn.Linear(8, 4), torch.randn(16, 8)

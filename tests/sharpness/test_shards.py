@@ -514,3 +514,16 @@ def test_a_gradient_in_other_shards_than_its_weight_is_brought_into_them(one_pro
     weight.grad = distribute_tensor(torch.ones(4), mesh, [Replicate()])
     with Perturbation([("w", weight)], rho=0.1, eta=0.5):
         torch.testing.assert_close(full(weight.detach()), torch.full((4,), 1.0 + 0.1 * 1.5 / 2))
+
+
+def test_a_graph_that_saved_shards_at_another_point_is_refused(one_process):
+    model, inputs = tensor_parallel(network(), init_device_mesh("cpu", (1,))), tokens(0)
+    at_w = loss_of(model, inputs)
+    at_w.backward(retain_graph=True)
+    sharded = [pair for pair in model.named_parameters() if isinstance(pair[1], DTensor)]
+    with Perturbation(sharded, rho=0.1):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            at_w.backward(retain_graph=True)
+        at_w_plus_epsilon = loss_of(model, inputs)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        at_w_plus_epsilon.backward()

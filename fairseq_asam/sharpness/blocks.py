@@ -1,0 +1,196 @@
+"""Which weights of a perturbation are processed together, and the memory that is kept between steps."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from .kernels import Block
+from .normalization import PRECOMPUTED, NormalizationOperator
+from .shards import diagonals_over_shards, is_sharded, local, shards_of
+
+# Elements of a block on an accelerator. It bounds the temporary memory; a larger block takes fewer launches.
+_BLOCK_SIZE = 2**24
+
+
+class Blocks:
+    """The weights of a perturbation in blocks, and the memory that is kept between steps.
+
+    On an accelerator, the weights of a block share flat memory, so that a few operations do for all of them.
+    On a CPU, a large weight has blocks of its own (``cpu.py``).
+
+    Args:
+        weights: those that may get a gradient.
+        masters: the float32 master of each half-precision weight that has one.
+
+    Attributes:
+        places: the weights in blocks, each with its memory at w; ``None`` in place of this for shards.
+        redirected: the weights that are not moved in place, and where w + epsilon is written.
+    """
+
+    def __init__(self, weights: list[Tensor], masters: Mapping[Tensor, Tensor]):
+        self._weights, self._masters = weights, masters
+        self.places: list[tuple[Tensor, Tensor | None]] = []
+        self.redirected: dict[Tensor, Tensor] = {}
+        # What the blocks were planned for. They are planned again when it changes.
+        self._planned_for: list | None = None
+        self._blocks: list[Block] = []
+        # Elements of a flat piece of each weight; None for a weight that is processed as it is.
+        self._piece_sizes: list[int | None] = []
+        # The weights whose T may be a norm over several processes, and their operators.
+        self._over_shards: dict[Tensor, NormalizationOperator] = {}
+        # Memory of which the blocks of a kind, device and dtype take turns.
+        self._memory: dict[tuple, Tensor] = {}
+        self._copies_on_cpu: dict[Tensor, Tensor] = {}
+
+    def __reduce__(self):
+        # A copy of this, or one from a file, makes its own plan and memory.
+        return Blocks, (self._weights, self._masters)
+
+    def with_gradients(
+        self,
+        gradients: Mapping[Tensor, Tensor],
+        diagonals: Mapping[Tensor, Tensor] | None,
+        operator_of: Callable[[Tensor], NormalizationOperator],
+        eta: float,
+        p: float,
+        *settings: Hashable,
+    ) -> list[tuple[Block, list[Tensor]]]:
+        """Return the weights in blocks, each block with its gradients.
+
+        The blocks of the last step serve again unless an argument has changed, or the memory or form of a
+        weight. Gradients are not kept. Call :meth:`free` after the blocks have moved.
+
+        Args:
+            gradients: this process's part of the gradient of each weight that has one.
+            diagonals: its part of the diagonal of T of each of these weights, if all have the operator
+                ``PRECOMPUTED``; otherwise ``None``.
+            operator_of: returns the normalization operator of a weight.
+            eta: stability term.
+            p: order of the norm that bounds the region.
+            settings: what *operator_of* depends on.
+        """
+        parts = {w: part for w in gradients if (part := local(w)).numel() > 0}
+        masters = [self._masters[w] for w in parts if w in self._masters] if self._masters else []
+        tensors = [*parts.values(), *masters]
+        plan = [(eta, p, *settings), [id(w) for w in gradients], [t.data_ptr() for t in tensors]]
+        plan += [t.shape for t in tensors], [t.stride() for t in tensors]
+        if plan != self._planned_for:
+            self._planned_for = None  # plan again next time if an exception interrupts this plan
+            self.places = [(w, None if is_sharded(w) else w.detach()) for w in gradients]
+            self._plan(parts, operator_of, eta, p)
+            self._planned_for = plan
+        for memory in self._memory.values():
+            memory.untyped_storage().resize_(memory.numel() * memory.element_size())
+        # Every process takes part, whether or not it has a gradient: the others wait for it.
+        precomputed = {**diagonals_over_shards(self._over_shards, eta), **(diagonals or {})}
+        pieces = self._pieces(gradients[w] for w in parts)
+        if precomputed:
+            for block in self._blocks:
+                if block.operator is PRECOMPUTED:
+                    block.diagonals = [precomputed[parameter] for parameter in block.parameters]
+        return [(block, [pieces[index] for index in block.indices]) for block in self._blocks]
+
+    def free(self) -> None:
+        """Free the memory that the blocks need no more in this step."""
+        for block in self._blocks:
+            block.diagonals = None
+        for (kind, *_), memory in self._memory.items():
+            if kind is Block:
+                with contextlib.suppress(RuntimeError):  # not all kinds of devices can do so
+                    memory.untyped_storage().resize_(0)
+
+    def _plan(
+        self,
+        parts: Mapping[Tensor, Tensor],
+        operator_of: Callable[[Tensor], NormalizationOperator],
+        eta: float,
+        p: float,
+    ) -> None:
+        """Cut the weights, of which this process has *parts*, into pieces, and put these into blocks."""
+        self.redirected, self._blocks, self._piece_sizes, self._memory = {}, [], [], {}
+        self._over_shards = {w: operator_of(w) for w in self._weights if is_sharded(w)}
+        overlapping = _overlapping(parts)
+        unshared = cpu.alone_in_their_storage(self._weights) - overlapping
+        open_blocks: dict[tuple, Block] = {}
+        indices = itertools.count()
+        for parameter, part in parts.items():
+            part, operator, shards = part.detach(), operator_of(parameter), shards_of(parameter)
+            if shards_of(parameter, operator.norm_dims(parameter)) is not None:
+                operator = PRECOMPUTED
+            master = [local(self._masters[parameter]).detach()] if parameter in self._masters else []
+            on_cpu = cpu.is_on_cpu(part)
+            block_size = cpu.BLOCK_SIZE if on_cpu else _BLOCK_SIZE
+            is_cut = operator.is_element_wise and all(t.is_contiguous() for t in (part, *master))
+            is_cut = is_cut and (on_cpu or part.numel() > block_size)
+            is_fast = on_cpu and is_cut and p == 2.0 and not master and cpu.has_fast_form(part, operator)
+            shares_block = parameter not in overlapping and (cpu.is_small(part) if is_fast else not on_cpu)
+            kept = [self._copy_on_cpu(part, parameter)] if on_cpu and not shares_block else []
+            if is_fast and parameter in unshared and not shares_block:
+                self.redirected[parameter] = kept[0].view(part.shape)
+            self._piece_sizes.append(block_size if is_cut else None)
+            key = (part.device, part.dtype, operator, shards, len(master), is_fast)
+            for weight, *others in zip(*(_cut(t, self._piece_sizes[-1]) for t in (part, *master, *kept))):
+                block = open_blocks.get(key) if shares_block else None
+                if block is None or block.size + weight.numel() > block_size:
+                    block = (cpu.FastBlock if is_fast else Block)(operator, eta, part.dtype, shards)
+                    self._blocks.append(block)
+                    if shares_block:
+                        open_blocks[key] = block
+                block.append(next(indices), parameter, weight, *others[: len(master)])
+                if kept:
+                    block.copy = others[-1]
+                    block.in_place = parameter not in self.redirected
+                    block.overlaps = parameter in overlapping
+        self._share_memory()
+
+    def _share_memory(self) -> None:
+        """Give each block the memory of which its kind, device and dtype take turns."""
+        takes_turns = [(type(b), b.weights[0].device, b.working_dtype) for b in self._blocks]
+        for key, block in sorted(zip(takes_turns, self._blocks), key=lambda pair: -pair[1].size):
+            if key not in self._memory:
+                _, device, dtype = key
+                self._memory[key] = torch.empty(block.size, device=device, dtype=dtype)
+            block.use(self._memory[key])
+
+    def _copy_on_cpu(self, part: Tensor, parameter: Tensor) -> Tensor:
+        """Return flat memory for a copy of a weight: that of the last plan if it fits."""
+        copy = self._copies_on_cpu.get(parameter)
+        if copy is None or copy.numel() != part.numel() or copy.dtype != part.dtype:
+            copy = self._copies_on_cpu[parameter] = cpu.memory_for_copy(part)
+        return copy
+
+    def _pieces(self, gradients: Iterable[Tensor]) -> list[Tensor]:
+        return [piece for g, size in zip(gradients, self._piece_sizes) for piece in _cut(g, size)]
+
+
+def _cut(tensor: Tensor, size: int | None) -> tuple[Tensor, ...]:
+    """Return flat pieces of *tensor* with at most *size* elements; without a size, the tensor as it is."""
+    if size is None:
+        return (tensor,)
+    flat = tensor.reshape(-1)
+    return flat.split(size) if flat.numel() > size else (flat,)
+
+
+def _overlapping(parts: Mapping[Tensor, Tensor]) -> set[Tensor]:
+    """Return the weights that share memory with others. A gap within a weight counts as its memory."""
+    overlapping: set[Tensor] = set()
+    places = []
+    for number, (weight, part) in enumerate(parts.items()):
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride()))
+        begin, itemsize = part.data_ptr(), part.element_size()
+        end = begin + extent * itemsize if begin else 0  # there is no memory on the meta device
+        places.append((str(part.device), begin, end, number, weight))
+    places.sort(key=lambda place: place[:4])
+    last_device, last_end, last = None, 0, None
+    for device, begin, end, _, weight in places:
+        if device == last_device and begin < last_end:
+            overlapping |= {last, weight}
+        if device != last_device or end > last_end:
+            last_device, last_end, last = device, end, weight
+    return overlapping
