@@ -189,6 +189,9 @@ def _sharpness_aware_train_step(train_step):
     def sharpness_aware_train_step(self, samples, raise_oom=False):
         asam = sharpness_aware_optimizer(self.optimizer)
         if asam is not None:
+            # Leave out dummy batches, which are empty here, beside others: fairseq divides by the sentences
+            # of all batches of a worker, or of none if the last one is a dummy.
+            samples = [sample for sample in samples if sample] or samples
             _make_task_sharpness_aware(self)
             with _refusals_as_a_sentence():
                 if self.task.first_ascent is None:  # the program makes batches without the Trainer
