@@ -63,10 +63,12 @@ def _resume_with_the_same_batches(get_batch_iterator):
             and self.can_reuse_epoch_itr(dataset)
         )
         options = dict(kwargs, disable_iterator_cache=disable_iterator_cache)
-        if not reused or dataset in self.dataset_to_epoch_iter:
+        if epoch <= 1 or not reused or dataset in self.dataset_to_epoch_iter:
             return get_batch_iterator(self, dataset, *args, epoch=epoch, **options)
+        if self.seed_of_batches is not None:
+            options["seed"] = self.seed_of_batches
         iterator = get_batch_iterator(self, dataset, *args, epoch=1, **options)
-        iterator.epoch = max(epoch, 1)
+        iterator.epoch = epoch
         return iterator
 
     return from_first_epoch

@@ -38,9 +38,12 @@ class SharpnessAwareTask(FairseqTask):
     Attributes:
         first_ascent: the number of the first update that makes both passes (``--ascent-from``); ``None``
             before the Trainer has made batches.
+        seed_of_batches: that of the first epoch, where the Trainer has another seed for each
+            (``--update-ordered-indices-seed``).
     """
 
     first_ascent: int | None = None
+    seed_of_batches: int | None = None
 
     def train_step(
         self,

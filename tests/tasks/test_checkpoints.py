@@ -11,9 +11,11 @@ import torch
 from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerConfig, TransformerModelBase
+from omegaconf import open_dict
 
 import fairseq_asam.tasks  # noqa: F401  what these tests are about
 from tests.commands import assert_same_state, checkpoint, recipe
+from tests.training import configuration, trainer_and_batches
 
 # A task that keeps its dictionary in checkpoints, as HuBERT and fine-tuning on speech do.
 TASK_WITH_STATE = """
@@ -45,6 +47,41 @@ def test_a_run_whose_task_keeps_its_dictionary_resumes_to_the_bit(fairseq, corpu
         dictionary, nothing = state["task_state"]["dictionaries"]
         assert dictionary.symbols == expected.symbols and dictionary.indices == expected.indices
         assert nothing is None
+
+
+def batches_of(epoch, trainer, resumed):
+    """The sentences of each batch of *epoch*, after all epochs before it unless *resumed* there."""
+    iterator = trainer.get_train_iterator(epoch if resumed else 1)
+    if resumed:
+        iterator.load_state_dict({"version": 2, "epoch": epoch})
+    while True:
+        shuffle = iterator.next_epoch_idx > trainer.cfg.dataset.curriculum
+        batches = [batch["id"].tolist() for batch in iterator.next_epoch_itr(shuffle=shuffle)]
+        if iterator.epoch == epoch:
+            return batches
+        iterator = trainer.get_train_iterator(iterator.next_epoch_idx, load_dataset=False)
+
+
+@pytest.mark.parametrize("rebuild", [False, True])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--update-ordered-indices-seed"],
+        ["--update-ordered-indices-seed", "--update-epoch-batch-itr", "True"],
+        ["--curriculum", "2"],
+    ],
+)
+def test_a_resumed_epoch_has_the_batches_of_an_uninterrupted_run(corpus, flags, rebuild):
+    """*rebuild*: as in tasks of speech, which make batches anew in each epoch."""
+    found = []
+    for resumed in (False, True):
+        trainer, _ = trainer_and_batches(configuration(corpus / "bin", "--optimizer", "asam", *flags))
+        trainer.task.dataset_to_epoch_iter.clear()
+        with open_dict(trainer.task.cfg):
+            trainer.task.cfg.rebuild_batches = rebuild
+        found.append(batches_of(3, trainer, resumed))
+    assert found[0] == found[1]
 
 
 def save(path, **entries):
