@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import time
 from typing import IO, Any
 
@@ -63,10 +64,12 @@ def _resume_with_the_same_batches(get_batch_iterator):
             and self.can_reuse_epoch_itr(dataset)
         )
         options = dict(kwargs, disable_iterator_cache=disable_iterator_cache)
-        if not reused or dataset in self.dataset_to_epoch_iter:
+        if epoch <= 1 or not reused or dataset in self.dataset_to_epoch_iter:
             return get_batch_iterator(self, dataset, *args, epoch=epoch, **options)
+        if self.seed_of_batches is not None:
+            options["seed"] = self.seed_of_batches
         iterator = get_batch_iterator(self, dataset, *args, epoch=1, **options)
-        iterator.epoch = max(epoch, 1)
+        iterator.epoch = epoch
         return iterator
 
     return from_first_epoch
@@ -79,8 +82,12 @@ def _copy_at_once(copy):
     def copy_at_once(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
         if not overwrite or not PathManager.supports_rename(dst_path):
             return copy(src_path, dst_path, overwrite=overwrite)
-        copied = copy(src_path, dst_path + ".tmp", overwrite=True)
-        PathManager.rename(dst_path + ".tmp", dst_path)
+        target = os.path.realpath(dst_path)  # a link stays one
+        if os.path.exists(target) and not os.path.isfile(target):  # such as /dev/null
+            return copy(src_path, target, overwrite=overwrite)
+        copied = copy(src_path, target + ".tmp", overwrite=True)
+        if copied:
+            PathManager.rename(target + ".tmp", target)
         return copied
 
     return copy_at_once

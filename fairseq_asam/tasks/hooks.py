@@ -174,10 +174,16 @@ def _sharpness_aware_get_train_iterator(get_train_iterator):
         if self.cfg.optimizer._name not in SHARPNESS_AWARE:
             return get_train_iterator(self, *args, **kwargs)
         _make_task_sharpness_aware(self)
+        dataset = self.cfg.dataset
+        if dataset.update_ordered_indices_seed:
+            self.task.seed_of_batches = self.cfg.common.seed + 1
         batches = get_train_iterator(self, *args, **kwargs)
+        if dataset.curriculum:
+            # Otherwise fairseq keeps the order of the first epoch for all later ones, unless it resumes.
+            batches.reuse_dataloader = False
         with _refusals_as_a_sentence():
             # Epochs that take turns with parts of the data have different numbers of batches.
-            differ = self.task.has_sharded_data(self.cfg.dataset.train_subset)
+            differ = self.task.has_sharded_data(dataset.train_subset)
             _set_first_ascent(self, None if differ else len(batches))
         return batches
 
@@ -189,6 +195,9 @@ def _sharpness_aware_train_step(train_step):
     def sharpness_aware_train_step(self, samples, raise_oom=False):
         asam = sharpness_aware_optimizer(self.optimizer)
         if asam is not None:
+            # Leave out dummy batches, which are empty here, beside others: fairseq divides by the sentences
+            # of all batches of a worker, or of none if the last one is a dummy.
+            samples = [sample for sample in samples if sample] or samples
             _make_task_sharpness_aware(self)
             with _refusals_as_a_sentence():
                 if self.task.first_ascent is None:  # the program makes batches without the Trainer

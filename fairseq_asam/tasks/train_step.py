@@ -37,9 +37,12 @@ class SharpnessAwareTask(FairseqTask):
     Attributes:
         first_ascent: the number of the first update that makes both passes (``--ascent-from``); ``None``
             before the Trainer has made batches.
+        seed_of_batches: that of the first epoch, where the Trainer has another seed for each
+            (``--update-ordered-indices-seed``).
     """
 
     first_ascent: int | None = None
+    seed_of_batches: int | None = None
 
     def train_step(
         self,
@@ -82,7 +85,8 @@ class SharpnessAwareTask(FairseqTask):
         two_passes, is_last = update.two_passes, update.is_at_last
         per_update = cfg.ascent_scope == "update"
         padding = getattr(criterion, "padding_idx", None)
-        are_sums = self.logging_outputs_can_be_summed(criterion)
+        # Do not ask before the first pass: the criteria of wav2vec know it only then.
+        are_sums = functools.partial(self.logging_outputs_can_be_summed, criterion)
         this = _MicroBatch(step, sample, cfg.ascent_fraction, padding, are_sums)
 
         def again() -> tuple[Tensor, int, dict[str, Any]]:
@@ -168,6 +172,7 @@ class _MicroBatch:
 
     Attributes:
         step: makes a pass over a batch, and returns loss, sample size and logging output.
+        outputs_are_sums: returns whether the logging outputs are sums. It is called after the first pass.
         logging_output: that of the pass at w; ``None`` before.
     """
 
@@ -175,7 +180,7 @@ class _MicroBatch:
     sample: dict[str, Any]
     fraction: float
     padding: int | None
-    outputs_are_sums: bool
+    outputs_are_sums: Callable[[], bool]
     logging_output: dict[str, Any] | None = None
 
     def run(self) -> tuple[Tensor, int, dict[str, Any]]:
@@ -191,7 +196,7 @@ class _MicroBatch:
         """Make the pass at w + epsilon."""
         results = self.step(self.sample)
         _, sample_size, perturbed = results
-        if self.fraction < 1.0 and self.outputs_are_sums:
+        if self.fraction < 1.0 and self.outputs_are_sums():
             extrapolate_(self.logging_output, perturbed, sample_size / (self.sample_size or 1))
         self.note(perturbed)
         return results

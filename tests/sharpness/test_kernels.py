@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_asam import NORMALIZATIONS, Perturbation
 from fairseq_asam.sharpness.cpu import FastBlock
-from fairseq_asam.sharpness.kernels import Ascent
+from fairseq_asam.sharpness.kernels import Ascent, Block
 
 from . import plain_epsilon
 from .test_perturbation import ETA, INF, assert_unchanged, epsilon_of, flat, snapshot
@@ -167,6 +167,18 @@ def test_a_fast_block_keeps_its_weights_if_the_norm_is_not_finite(in_place, norm
     block.norms([gradient], 2.0, None)
     block.move([gradient], Ascent(0.5, 2.0, torch.tensor(0.0), None), lambda *tensors: None)
     assert torch.equal(weight if in_place else copy, torch.ones(3))
+
+
+@pytest.mark.parametrize("q", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("normalization", ["none", "element-wise"])
+def test_a_block_keeps_its_weights_if_the_norm_is_not_finite_and_the_host_does_not_read_it(normalization, q):
+    block = Block(NORMALIZATIONS[normalization], ETA, torch.float32)
+    weight, gradient = torch.ones(3), torch.tensor([1.0, np.inf, np.nan])
+    block.append(0, weight, weight)
+    block.use(torch.empty(3))
+    block.norms([gradient], q, None)
+    block.move([gradient], Ascent(0.5, q, torch.tensor(0.0), torch.tensor(True)), lambda *tensors: None)
+    assert torch.equal(weight, torch.ones(3))
 
 
 class CountLaunches(TorchDispatchMode):

@@ -388,10 +388,12 @@ def test_weights_unfrozen_later_are_perturbed():
 @pytest.mark.parametrize("weights_given", ["module", "pairs"])
 def test_both_passes_draw_the_same_masks_and_the_statistics_are_those_of_w(weights_given):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 4))
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 4)).double()
     given = model if weights_given == "module" else model.named_parameters()
-    optimizer = SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), given, rho=0.0)
-    inputs = torch.randn(16, 8)
+    optimizer = SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), given, rho=2.0)
+    inputs, kept, normalized = torch.randn(16, 8).double(), [], []
+    model[1].register_forward_pre_hook(lambda layer, given: normalized.append(given[0].detach()))
+    model[2].register_forward_hook(lambda layer, given, dropped: kept.append(dropped != 0))
 
     def closure():
         optimizer.zero_grad()
@@ -399,9 +401,18 @@ def test_both_passes_draw_the_same_masks_and_the_statistics_are_those_of_w(weigh
         loss.backward()
         return loss
 
+    mean, variance = torch.zeros(16).double(), torch.ones(16).double()
     for step in range(1, 3):
+        kept.clear()
+        normalized.clear()
         optimizer.step(closure)
-        assert optimizer.sharpness == 0.0
+        assert torch.equal(*kept) and 0 < kept[0].sum() < kept[0].numel()
+        at_w, perturbed = normalized
+        assert (perturbed - at_w).abs().max() > 0.1
+        mean = 0.9 * mean + 0.1 * at_w.mean(0)
+        variance = 0.9 * variance + 0.1 * at_w.var(0)
+        torch.testing.assert_close(model[1].running_mean, mean)
+        torch.testing.assert_close(model[1].running_var, variance)
         assert model[1].num_batches_tracked == step
 
 

@@ -1,7 +1,10 @@
 """Perturbation: the formula, exact restoration, and refusals."""
 
+import contextlib
+import gc
 import itertools
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -444,6 +447,21 @@ def test_an_optimizer_that_steps_inside_the_block_is_refused():
     assert_unchanged(model, before)
     optimizers[0].step()
     assert not torch.equal(model.weight, before["weight"])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_holds_a_perturbation_after_its_block(fails):
+    """Its hook on all optimizers is gone, and with it the memory of the model."""
+    model = nn.Linear(2, 2)
+    perturbation = Perturbation(model.named_parameters(), 0.1)
+    if not fails:
+        model(torch.ones(1, 2)).sum().backward()
+    with contextlib.suppress(RuntimeError), perturbation:
+        pass
+    alive = weakref.ref(perturbation)
+    del perturbation
+    gc.collect()
+    assert alive() is None
 
 
 def test_bad_use_is_refused_before_any_weight_moves():

@@ -3,17 +3,22 @@
 import argparse
 import os
 import pickle
+import shutil
+import stat
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from fairseq.checkpoint_utils import load_checkpoint_to_cpu
+from fairseq import checkpoint_utils
+from fairseq.checkpoint_utils import load_checkpoint_to_cpu, torch_persistent_save
 from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerConfig, TransformerModelBase
+from omegaconf import open_dict
 
 import fairseq_asam.tasks  # noqa: F401  what these tests are about
 from tests.commands import assert_same_state, checkpoint, recipe
+from tests.training import configuration, trainer_and_batches
 
 # A task that keeps its dictionary in checkpoints, as HuBERT and fine-tuning on speech do.
 TASK_WITH_STATE = """
@@ -45,6 +50,41 @@ def test_a_run_whose_task_keeps_its_dictionary_resumes_to_the_bit(fairseq, corpu
         dictionary, nothing = state["task_state"]["dictionaries"]
         assert dictionary.symbols == expected.symbols and dictionary.indices == expected.indices
         assert nothing is None
+
+
+def batches_of(epoch, trainer, resumed):
+    """The sentences of each batch of *epoch*, after all epochs before it unless *resumed* there."""
+    iterator = trainer.get_train_iterator(epoch if resumed else 1)
+    if resumed:
+        iterator.load_state_dict({"version": 2, "epoch": epoch})
+    while True:
+        shuffle = iterator.next_epoch_idx > trainer.cfg.dataset.curriculum
+        batches = [batch["id"].tolist() for batch in iterator.next_epoch_itr(shuffle=shuffle)]
+        if iterator.epoch == epoch:
+            return batches
+        iterator = trainer.get_train_iterator(iterator.next_epoch_idx, load_dataset=False)
+
+
+@pytest.mark.parametrize("rebuild", [False, True])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--update-ordered-indices-seed"],
+        ["--update-ordered-indices-seed", "--update-epoch-batch-itr", "True"],
+        ["--curriculum", "2"],
+    ],
+)
+def test_a_resumed_epoch_has_the_batches_of_an_uninterrupted_run(corpus, flags, rebuild):
+    """*rebuild*: as in tasks of speech, which make batches anew in each epoch."""
+    found = []
+    for resumed in (False, True):
+        trainer, _ = trainer_and_batches(configuration(corpus / "bin", "--optimizer", "asam", *flags))
+        trainer.task.dataset_to_epoch_iter.clear()
+        with open_dict(trainer.task.cfg):
+            trainer.task.cfg.rebuild_batches = rebuild
+        found.append(batches_of(3, trainer, resumed))
+    assert found[0] == found[1]
 
 
 def save(path, **entries):
@@ -108,6 +148,90 @@ def test_loading_stays_safe(tmp_path, place):
     assert not (tmp_path / "ran").exists()
     torch.load(path, weights_only=False)
     assert (tmp_path / "ran").exists()  # it would have run
+
+
+def test_an_attempt_to_save_begins_where_the_file_does(tmp_path, monkeypatch):
+    """fairseq tries again if the disk is full for a moment."""
+    save_whole, attempts = torch.save, []
+
+    def save_at_the_second_attempt(state, file):
+        attempts.append(file.tell())
+        if len(attempts) == 1:
+            file.write(b"the beginning of a file")
+            raise OSError("No space left on device")
+        save_whole(state, file)
+
+    monkeypatch.setattr(torch, "save", save_at_the_second_attempt)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    torch_persistent_save({"a": 1}, str(tmp_path / "saved.pt"))
+    assert attempts == [0, 0]
+    assert torch.load(tmp_path / "saved.pt") == {"a": 1}
+
+
+def save_in(folder, trainer):
+    """Save as fairseq-train does at the end of an epoch: one file is written and then copied to the other."""
+    cfg = trainer.cfg.checkpoint
+    cfg.save_dir, cfg.no_epoch_checkpoints = str(folder), True
+    iterator = trainer.get_train_iterator(1)
+    for _ in iterator.next_epoch_itr():
+        pass
+    checkpoint_utils.save_checkpoint(cfg, trainer, iterator, 1.0)
+
+
+@pytest.fixture
+def trainer(corpus, monkeypatch):
+    monkeypatch.delattr(checkpoint_utils.save_checkpoint, "best", raising=False)
+    return trainer_and_batches(configuration(corpus / "bin", "--optimizer", "asam"))[0]
+
+
+def test_a_copy_that_breaks_off_leaves_the_last_checkpoint_whole(trainer, tmp_path, monkeypatch):
+    (tmp_path / "checkpoint_last.pt").write_text("the last one")
+
+    def broken_off(source, destination):
+        with open(destination, "w") as file:
+            file.write("half of")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copyfile", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        save_in(tmp_path, trainer)
+    assert (tmp_path / "checkpoint_last.pt").read_text() == "the last one"
+
+
+def test_a_copy_that_failed_without_an_exception_replaces_nothing(trainer, tmp_path, monkeypatch):
+    """As iopath's copy does, which fairseq uses where it is installed."""
+    (tmp_path / "checkpoint_last.pt").write_text("the last one")
+    monkeypatch.setattr(shutil, "copyfile", lambda source, destination: False)
+    with pytest.raises(AssertionError, match="Failed to copy"):
+        save_in(tmp_path, trainer)
+    assert (tmp_path / "checkpoint_last.pt").read_text() == "the last one"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_last_checkpoint_that_is_a_link_is_written_through(trainer, tmp_path, there):
+    """To another folder, relative, and through a second link."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "large disk").mkdir()
+    behind = tmp_path / "large disk" / "last.pt"
+    if there:
+        behind.write_text("the last one")
+    links = tmp_path / "run" / "checkpoint_last.pt", tmp_path / "run" / "second.pt"
+    links[0].symlink_to("second.pt")
+    links[1].symlink_to("../large disk/last.pt")
+    save_in(tmp_path / "run", trainer)
+    assert all(link.is_symlink() for link in links)
+    assert behind.read_bytes() == (tmp_path / "run" / "checkpoint_best.pt").read_bytes()
+    assert {path.name for path in tmp_path.rglob("*.tmp")} == set()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a device")
+def test_a_last_checkpoint_may_be_a_device(trainer, tmp_path):
+    """As a link to /dev/null, for who wants none."""
+    null = tmp_path / "null"
+    os.mknod(null, stat.S_IFCHR | 0o600, os.stat("/dev/null").st_rdev)
+    (tmp_path / "checkpoint_last.pt").symlink_to(null)
+    save_in(tmp_path, trainer)
+    assert null.is_char_device() and (tmp_path / "checkpoint_last.pt").is_symlink()
 
 
 @pytest.fixture(params=["post-norm", "pre-norm"])

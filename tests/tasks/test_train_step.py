@@ -143,6 +143,27 @@ def test_the_loss_of_a_fraction_is_that_of_its_sentences(corpus, monkeypatch):
     assert stats["loss"] == pytest.approx(loss.item() / seen[0]["ntokens"] / math.log(2), abs=2e-3)
 
 
+@pytest.mark.parametrize("fraction", ["1", "0.5"])
+def test_a_criterion_knows_what_it_returns_after_its_first_pass(corpus, fraction):
+    """As the criteria of wav2vec, which note it in their forward pass."""
+    flags = ["--optimizer", "asam", "--ascent-fraction", fraction]
+    trainer, batches = setting(corpus, *flags)
+    expected, _ = setting(corpus, *flags)
+    criterion = trainer.get_criterion()
+    forward = criterion.forward
+
+    def noting_forward(*args, **kwargs):
+        criterion.logging_outputs_can_be_summed = lambda: True
+        return forward(*args, **kwargs)
+
+    def not_yet_known():
+        raise AttributeError("it is not known yet")
+
+    criterion.forward, criterion.logging_outputs_can_be_summed = noting_forward, not_yet_known
+    stats = trainer.train_step(copy.deepcopy(batches[:2]))
+    assert stats["loss"] == expected.train_step(batches[:2])["loss"]
+
+
 def test_a_weight_without_elements_is_left_alone(corpus):
     trainer, batches = setting(corpus, "--optimizer", "asam")
     criterion = trainer.get_criterion()

@@ -106,17 +106,18 @@ def test_with_a_fraction_the_workers_stay_the_same(corpus, scope):
     assert any(abs(two[name] - w).max() > 1e-6 for name, w in whole.items())
 
 
+#: The numbers of the batches of each worker in each update. The second worker runs out of them.
+UNEVEN = [([0], [1]), ([2, 3], [4, None]), ([5], [None]), ([6], [None]), ([7, 8], [None, None])]
+
+
 def trained_until_one_runs_out(cfg, rank, _):
-    """The second worker has a batch in the first update and none in the others."""
     trainer, batches = trainer_and_batches(cfg)
-    for update in range(6):
+    for numbers in UNEVEN:
         if cfg.distributed_training.distributed_world_size == 1:
-            mine = [batches[0], batches[1]] if update == 0 else [batches[update + 1]]
-        elif rank == 0:
-            mine = [batches[0]] if update == 0 else [batches[update + 1]]
+            mine = [number for number in (*numbers[0], *numbers[1]) if number is not None]
         else:
-            mine = [batches[1]] if update == 0 else [{}]
-        trainer.train_step(mine)
+            mine = numbers[rank]
+        trainer.train_step([{} if number is None else batches[number] for number in mine])
     return {name: w.detach().numpy() for name, w in trainer.get_model().named_parameters()}
 
 
