@@ -10,6 +10,8 @@ VISION = [
 ]
 RECIPES = [
     *VISION,
+    # For Ubuntu's packages; tarfile reads them from Python 3.14.
+    "backports.zstd>=1.0; python_version<'3.14'",
     "matplotlib>=3.7",
     "sacrebleu>=2.3",
     "sacremoses>=0.1",

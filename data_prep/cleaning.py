@@ -11,11 +11,11 @@ WORD = re.compile(r"\w+")
 
 
 class Pair(NamedTuple):
-    """A German text and its translation; `source` numbers the page that both come from."""
+    """A text and its translation; `page` numbers the page that both come from."""
 
-    german: str
-    english: str
-    source: int
+    source: str
+    target: str
+    page: int
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -28,7 +28,7 @@ def not_a_duplicate() -> Callable[[Pair], bool]:
     seen: set[tuple[tuple[str, ...], ...]] = set()
 
     def not_a_duplicate(pair: Pair) -> bool:
-        key = words(pair.german), words(pair.english)
+        key = words(pair.source), words(pair.target)
         return not (key in seen or seen.add(key))
 
     return not_a_duplicate

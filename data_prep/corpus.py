@@ -20,33 +20,30 @@ from typing import Any
 from data_prep import PreparationError
 from data_prep.cleaning import Rules, words
 from data_prep.held_out import LONGEST_RUN, Splits, known_runs
+from data_prep.languages import name_of
 from data_prep.segmentation import (
     BINARIZED,
     MODEL,
-    SIDES,
     SPLITS,
-    TEXTS,
     VOCABULARY,
+    Languages,
     binarize,
+    text_files,
     train_sentencepiece,
     write_whole,
 )
 
 STATISTICS = "statistics.json"
 SMALLEST_VOCABULARY = 100
+#: What corpora have been made with whose statistics.json does not say it: those of earlier versions.
+EARLIER_SETTINGS = {"source_language": "de"}
 
 Statistics = dict[str, Any]
 Source = Callable[[Rules], "tuple[Splits, Statistics]"]
 
 
-def add_arguments(parser: argparse.ArgumentParser, vocabulary: int, held_out: tuple[int, int]) -> None:
-    """Add the arguments that every corpus has.
-
-    Args:
-        parser: Gets the arguments.
-        vocabulary: The default number of pieces.
-        held_out: The default number of sentences in the validation and in the test set.
-    """
+def add_arguments(parser: argparse.ArgumentParser, vocabulary: int) -> None:
+    """Add the arguments that every corpus has; `vocabulary` is the default number of pieces."""
     parser.add_argument("destination", metavar="DEST", type=Path, help="folder to make")
     parser.add_argument(
         "--vocab-size",
@@ -56,6 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser, vocabulary: int, held_out: tu
         help="sentencepiece pieces, shared by both languages; a corpus too small for N gets fewer "
         "(default: %(default)s)",
     )
+    add_workers(parser)
+
+
+def add_held_out(parser: argparse.ArgumentParser, held_out: tuple[int, int]) -> None:
+    """Add the arguments of a corpus that holds sentences out itself.
+
+    Args:
+        parser: Gets the arguments.
+        held_out: The default number of sentences in the validation and in the test set.
+    """
     parser.add_argument(
         "--held-out",
         type=int,
@@ -67,7 +74,6 @@ def add_arguments(parser: argparse.ArgumentParser, vocabulary: int, held_out: tu
     parser.add_argument(
         "--seed", type=int, default=1, help="which sentences are held out (default: %(default)s)"
     )
-    add_workers(parser)
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
@@ -91,11 +97,12 @@ def run(main: Callable[[], None]) -> None:
         sys.exit("interrupted: run the same command again to go on.")
 
 
-def prepare(arguments: argparse.Namespace, source: Source) -> None:
+def prepare(arguments: argparse.Namespace, languages: Languages, source: Source) -> None:
     """Make the corpus folder, or what is missing of it, and print the tables of counts.
 
     Args:
         arguments: The command line. All arguments but the workers tell one corpus from another.
+        languages: What the names of the files of text end in.
         source: Gives the splits, and what statistics.json is to say about them. It is called only where the
             text is not there yet.
 
@@ -108,7 +115,10 @@ def prepare(arguments: argparse.Namespace, source: Source) -> None:
             f"--vocab-size {arguments.vocab_size}: must be at least {SMALLEST_VOCABULARY}, "
             "for letters and marks alone take most of that."
         )
-    for option, values in (("--held-out", arguments.held_out), ("--workers", [arguments.workers])):
+    numbers = {"--workers": [arguments.workers]}
+    if "held_out" in arguments:
+        numbers["--held-out"] = arguments.held_out
+    for option, values in numbers.items():
         if min(values) < 1:
             raise PreparationError(f"{option} {' '.join(map(str, values))}: must be at least 1.")
     destination = arguments.destination
@@ -118,10 +128,10 @@ def prepare(arguments: argparse.Namespace, source: Source) -> None:
         if name not in ("destination", "workers")
     }
     with writing(destination, megabytes=200):
-        if is_whole(destination, settings, (*TEXTS, MODEL, VOCABULARY, BINARIZED)):
+        if is_whole(destination, settings, (*text_files(languages), MODEL, VOCABULARY, BINARIZED)):
             print(f"{destination} is complete: nothing to do.")
         else:
-            _build(destination, settings, arguments.workers, source)
+            _build(destination, settings, languages, arguments.workers, source)
     _print_summary(read_statistics(destination))
 
 
@@ -144,10 +154,11 @@ def is_whole(folder: Path, settings: Statistics, parts: tuple[str, ...]) -> bool
     statistics = read_statistics(folder)
     if not statistics:
         raise PreparationError(f"{folder}: exists and is no corpus made here; name a new folder.")
+    found = {**EARLIER_SETTINGS, **statistics["settings"]}
     for name, value in settings.items():
-        if statistics["settings"].get(name) != value:
+        if found.get(name) != value:
             raise PreparationError(
-                f"{folder}: was prepared with {name} {statistics['settings'].get(name)}, not {value}; "
+                f"{folder}: was prepared with {name} {found.get(name)}, not {value}; "
                 "name another folder, or remove this one."
             )
     return all((folder / part).exists() for part in parts)
@@ -166,7 +177,9 @@ def write_statistics(folder: Path, statistics: Statistics) -> None:
     write_whole(folder / STATISTICS, [json.dumps(statistics, indent=2, ensure_ascii=False) + "\n"])
 
 
-def _build(destination: Path, settings: Statistics, workers: int, source: Source) -> None:
+def _build(
+    destination: Path, settings: Statistics, languages: Languages, workers: int, source: Source
+) -> None:
     """Make the parts that are missing, in a folder beside `destination` that takes its name at the end."""
     partial = destination.with_name(f".{destination.name}.partial")
     if destination.exists():  # empty, or a corpus of these settings that lost a part
@@ -176,52 +189,60 @@ def _build(destination: Path, settings: Statistics, workers: int, source: Source
     def missing(*names: str) -> bool:
         return not all((partial / name).exists() for name in names)
 
-    if read_statistics(partial).get("settings") != settings or missing(*TEXTS):
+    if read_statistics(partial).get("settings") != settings or missing(*text_files(languages)):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write_text(partial, settings, source)
+        _write_text(partial, settings, languages, source)
     if missing(MODEL, VOCABULARY):
-        train_sentencepiece(partial, settings["vocab_size"])
+        train_sentencepiece(partial, languages, settings["vocab_size"])
     if missing(BINARIZED):
         with tempfile.TemporaryDirectory(dir=partial) as scratch:
-            pieces = binarize(partial, workers, Path(scratch))
+            pieces = binarize(partial, languages, workers, Path(scratch))
             write_statistics(partial, {**read_statistics(partial), "pieces": pieces})
             os.replace(Path(scratch, BINARIZED), partial / BINARIZED)
     os.replace(partial, destination)
 
 
-def _write_text(folder: Path, settings: Statistics, source: Source) -> None:
+def _write_text(folder: Path, settings: Statistics, languages: Languages, source: Source) -> None:
     rules = Rules()
     splits, about = source(rules)
-    valid, test = settings["held_out"]
-    if len(splits["valid"]) < valid or len(splits["test"]) < test or not splits["train"]:
-        found = ", ".join(f"{len(splits[name])} for {name}" for name in SPLITS)
-        raise PreparationError(
-            f"--held-out {valid} {test}: so many sentences, and others to train, cannot be had "
-            f"({found}); choose fewer."
-        )
-    for name, pairs in splits.items():
-        for language, side in SIDES.items():
-            write_whole(folder / f"{name}.{language}", (getattr(pair, side) + "\n" for pair in pairs))
+    if "held_out" in settings:
+        _check_held_out(splits, *settings["held_out"])
     texts = {
-        name: {side: [getattr(pair, side) for pair in pairs] for side in SIDES.values()}
+        name: {language: [pair[number] for pair in pairs] for number, language in enumerate(languages)}
         for name, pairs in splits.items()
     }
+    for name, of_languages in texts.items():
+        for language, lines in of_languages.items():
+            write_whole(folder / f"{name}.{language}", (line + "\n" for line in lines))
     statistics = {
         **about,
         "settings": settings,
         "rules": rules.table,
         "pairs": {name: len(pairs) for name, pairs in splits.items()},
         "words": {
-            name: {side: _word_counts(lines) for side, lines in sides.items()}
-            for name, sides in texts.items()
+            name: {name_of(language): _word_counts(lines) for language, lines in of_languages.items()}
+            for name, of_languages in texts.items()
         },
         "share of runs of words that stand in training": {
-            name: {side: known_runs(texts[name][side], texts["train"][side]) for side in SIDES.values()}
+            name: {
+                name_of(language): known_runs(lines, texts["train"][language])
+                for language, lines in texts[name].items()
+            }
             for name in SPLITS[1:]
         },
     }
     write_statistics(folder, statistics)
+
+
+def _check_held_out(splits: Splits, valid: int, test: int) -> None:
+    """Raise PreparationError where a set is smaller than asked for, or nothing is left to train."""
+    if len(splits["valid"]) < valid or len(splits["test"]) < test or not splits["train"]:
+        found = ", ".join(f"{len(splits[name])} for {name}" for name in SPLITS)
+        raise PreparationError(
+            f"--held-out {valid} {test}: so many sentences, and others to train, cannot be had "
+            f"({found}); choose fewer."
+        )
 
 
 def _word_counts(texts: list[str]) -> dict[str, int]:
@@ -234,7 +255,8 @@ def _print_summary(statistics: Statistics) -> None:
     rules = [(row["rule"], row["kept"], row["dropped"]) for row in statistics["rules"]]
     if rules:
         _print_table(("rule", "kept", "dropped"), rules)
-    columns = [f"{kind}{side.capitalize()} words" for side in SIDES.values() for kind in ("", "distinct ")]
+    sides = statistics["words"]["train"]
+    columns = [f"{kind}{side.capitalize()} words" for side in sides for kind in ("", "distinct ")]
     rows = [
         (name, pairs, *(n for side in statistics["words"][name].values() for n in side.values()))
         for name, pairs in statistics["pairs"].items()

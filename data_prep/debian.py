@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import lzma
 import subprocess
+import sys
+import tarfile
+import zlib
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from data_prep import PreparationError
 
 FETCH_SECONDS = 120
+AR_MAGIC = b"!<arch>\n"
+AR_HEADER_BYTES = 60
 
 
 class Unavailable(Exception):
@@ -55,30 +62,68 @@ def download(packages: Sequence[str], folder: Path) -> list[Path]:
     raise Unavailable(reason)
 
 
-def unpack(package: Path, folder: Path, name: str) -> None:
-    """Unpack the files of `package` into `folder`.
+def unpack(package: Path, below: str, folder: Path, name: str) -> None:
+    """Write the files of a package that are below a path, without Debian's own programs.
 
     Args:
         package: A .deb file.
-        folder: Where the package's files go, as below the root of a file system.
+        below: A path from the root of the file system, like "usr/share/doc".
+        folder: Stands for that root.
         name: What the package should be, for the messages.
 
     Raises:
-        PreparationError: The file is missing, truncated or no package, or dpkg-deb is missing.
+        PreparationError: The file is missing, truncated or no package.
     """
     try:
-        package.open("rb").close()
+        content = package.read_bytes()
     except OSError as error:
         raise PreparationError(
             f"{package}: cannot be read ({error.strerror}); name an existing package of {name}."
         ) from None
     try:
-        subprocess.run(["dpkg-deb", "-x", package, folder], check=True, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise PreparationError(
-            f"{package}: dpkg-deb is not here to unpack it; unpack it elsewhere and give that folder."
-        ) from None
-    except subprocess.CalledProcessError:
+        with tarfile.open(fileobj=io.BytesIO(_packed_files(content))) as members:
+            for member in members:
+                path = PurePosixPath(member.name)
+                if member.isfile() and path.is_relative_to(below) and ".." not in path.parts:
+                    file = folder / path
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_bytes(members.extractfile(member).read())
+    except (EOFError, ValueError, lzma.LZMAError, tarfile.TarError, zlib.error):
         raise PreparationError(
             f"{package}: truncated, or no Debian package; get it again with `apt-get download {name}`."
         ) from None
+
+
+def _packed_files(content: bytes) -> bytes:
+    """Return the archive of files in a .deb file, in a form that tarfile reads.
+
+    A .deb file is an archive of the kind that `ar` makes. Its member data.tar.xz (.gz, .zst) has the files.
+
+    Raises:
+        ValueError: There is no such member, or not all of it.
+    """
+    if not content.startswith(AR_MAGIC):
+        raise ValueError("no ar archive")
+    start = len(AR_MAGIC)
+    while header := content[start : start + AR_HEADER_BYTES]:
+        name, size = header[:16].decode("ascii").strip(" /"), int(header[48:58])
+        start += AR_HEADER_BYTES
+        member = content[start : start + size]
+        if len(member) < size:
+            raise ValueError("truncated")
+        if name.startswith("data.tar"):
+            return _without_zstd(member) if name.endswith(".zst") else member
+        start += size + size % 2  # members begin at even places
+    raise ValueError("no data.tar")
+
+
+def _without_zstd(data: bytes) -> bytes:
+    """Return data decompressed from zstd, which Ubuntu's packages have and tarfile reads from Python 3.14."""
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        from backports import zstd
+    try:
+        return zstd.decompress(data)
+    except zstd.ZstdError as error:
+        raise ValueError(str(error)) from None

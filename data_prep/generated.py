@@ -17,6 +17,7 @@ from data_prep import PreparationError, corpus
 from data_prep.cleaning import Pair, Rules
 from data_prep.held_out import Splits
 
+LANGUAGES = ("de", "en")
 MOST_PAIRS = 100_000
 
 
@@ -217,7 +218,8 @@ def held_out(pairs: list[Pair], valid: int, test: int, seed: int) -> Splits:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m data_prep.generated", description=__doc__.split("\n")[0])
-    corpus.add_arguments(parser, vocabulary=300, held_out=(100, 100))
+    corpus.add_arguments(parser, vocabulary=300)
+    corpus.add_held_out(parser, (100, 100))
     parser.add_argument(
         "--pairs",
         type=int,
@@ -233,7 +235,7 @@ def main() -> None:
 
     if not 1 <= arguments.pairs <= MOST_PAIRS:
         raise PreparationError(f"--pairs {arguments.pairs}: must be from 1 to {MOST_PAIRS}.")
-    corpus.prepare(arguments, source)
+    corpus.prepare(arguments, LANGUAGES, source)
 
 
 if __name__ == "__main__":

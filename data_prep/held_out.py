@@ -22,7 +22,7 @@ def hold_out_pages(pairs: list[Pair], rules: Rules, held_out: tuple[int, int], s
     none of them, nor one that is a word apart, is in training or in the other set.
 
     Args:
-        pairs: All clean pairs, in the order of their pages. A pair's source is its page.
+        pairs: All clean pairs, in the order of their pages.
         rules: Gets a row for each step.
         held_out: The least number of sentences for validation and for testing. The sets are smaller where
             there are too few.
@@ -41,7 +41,7 @@ def hold_out_pages(pairs: list[Pair], rules: Rules, held_out: tuple[int, int], s
         candidates = rules.apply(candidates, rule, "to hold out: ")
     by_page: dict[int, list[Pair]] = {}
     for pair in candidates:
-        by_page.setdefault(pair.source, []).append(pair)
+        by_page.setdefault(pair.page, []).append(pair)
     pages = sorted(by_page)
     random.Random(seed).shuffle(pages)
 
@@ -50,10 +50,10 @@ def hold_out_pages(pairs: list[Pair], rules: Rules, held_out: tuple[int, int], s
         splits[name] = []
         while pages and len(splits[name]) < least:
             splits[name] += by_page.pop(pages.pop())
-    chosen = {pair.source for name in splits for pair in splits[name]}
+    chosen = {pair.page for name in splits for pair in splits[name]}
 
     def not_from_a_page_held_out(pair: Pair) -> bool:
-        return pair.source not in chosen
+        return pair.page not in chosen
 
     training = pairs
     for rule in (not_from_a_page_held_out, not_a_duplicate()):
@@ -62,7 +62,7 @@ def hold_out_pages(pairs: list[Pair], rules: Rules, held_out: tuple[int, int], s
 
 
 def a_sentence_of_5_words_or_more(pair: Pair) -> bool:
-    sides = pair.german, pair.english
+    sides = pair.source, pair.target
     return all(SENTENCE_END.search(side) and len(words(side)) >= 5 for side in sides)
 
 
@@ -77,16 +77,16 @@ class _OtherPages:
         self._pages: dict[int, int | None] = {}
         for pair in pairs:
             for pattern in self._patterns(pair):
-                if self._pages.setdefault(pattern, pair.source) != pair.source:
+                if self._pages.setdefault(pattern, pair.page) != pair.page:
                     self._pages[pattern] = None  # on several
 
     def __contains__(self, pair: Pair) -> bool:
-        return any(self._pages[pattern] != pair.source for pattern in self._patterns(pair))
+        return any(self._pages[pattern] != pair.page for pattern in self._patterns(pair))
 
     @staticmethod
     def _patterns(pair: Pair) -> Iterator[int]:
         """Yield a number for each side and for each way to leave a word out of it."""
-        for language, side in enumerate((pair.german, pair.english)):
+        for language, side in enumerate((pair.source, pair.target)):
             kept = tuple(word for word in words(side) if not word.isdigit())
             yield hash((language, kept))
             for i in range(len(kept)):

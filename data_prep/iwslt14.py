@@ -30,15 +30,16 @@ from subword_nmt.learn_bpe import learn_bpe
 from tqdm import tqdm
 
 from data_prep import PreparationError, archive, corpus, moses
-from data_prep.segmentation import BINARIZED, SIDES, SPLITS, TEXTS, preprocess, write_whole
+from data_prep.segmentation import BINARIZED, SPLITS, preprocess, text_files, write_whole
 
-PAIR = "de-en"
+LANGUAGES = ("de", "en")
+PAIR = "-".join(LANGUAGES)
 TRAINING = f"train.tags.{PAIR}"
 TEST_SETS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
 TEST_FILES = tuple(f"IWSLT14.{name}.{PAIR}" for name in TEST_SETS)
 FILES = (
-    *(f"{TRAINING}.{language}" for language in SIDES),
-    *(f"{name}.{language}.xml" for name in TEST_FILES for language in SIDES),
+    *(f"{TRAINING}.{language}" for language in LANGUAGES),
+    *(f"{name}.{language}.xml" for name in TEST_FILES for language in LANGUAGES),
 )
 ABOUT_THE_TALK = re.compile(r"<(url|talkid|keywords)>|^<(speaker|reviewer|translator)\b")
 TITLE_TAG = re.compile(r"</?(title|description)>")
@@ -68,7 +69,7 @@ def main() -> None:
     destination, file = arguments.destination, arguments.archive
     settings = {"archive": str(file) if file else archive.URL}
     with corpus.writing(destination, NEEDED_MEGABYTES):
-        if corpus.is_whole(destination, settings, (*TEXTS, CODES, BINARIZED)):
+        if corpus.is_whole(destination, settings, (*text_files(LANGUAGES), CODES, BINARIZED)):
             print(f"{destination} is complete: nothing to do.")
         else:
             if file is None:
@@ -98,9 +99,9 @@ def build(destination: Path, file: Path, settings: corpus.Statistics, workers: i
             found = make_training_text(scratch, unfinished, processes)
             make_test_text(scratch, unfinished, processes)
             learn_codes(unfinished)
-            pieces = {name: segment(unfinished, name, scratch, processes) for name in TEXTS}
+            pieces = {name: segment(unfinished, name, scratch, processes) for name in text_files(LANGUAGES)}
         # As documented, each language has a dictionary of its own.
-        preprocess(scratch, unfinished / BINARIZED, workers)
+        preprocess(scratch, LANGUAGES, unfinished / BINARIZED, workers)
         pairs = {name: sum(1 for _ in read(unfinished / f"{name}.de")) for name in SPLITS}
         statistics = {
             "corpus": "IWSLT'14 DE-EN",
@@ -164,7 +165,7 @@ def aligned(name: str, german: Iterator[str], english: Iterator[str]) -> list[tu
 
 def make_training_text(scratch: Path, folder: Path, processes: Processes) -> int:
     """Write the clean pairs to valid (every 23rd) and train; return the number of pairs before cleaning."""
-    pairs = aligned(TRAINING, *(training_lines(scratch / f"{TRAINING}.{language}") for language in SIDES))
+    pairs = aligned(TRAINING, *(training_lines(scratch / f"{TRAINING}.{language}") for language in LANGUAGES))
     tokenized = tqdm(
         processes.imap(tokenized_pair, pairs, LINES_A_TASK),
         "tokenizing the training text",
@@ -188,16 +189,16 @@ def make_test_text(scratch: Path, folder: Path, processes: Processes) -> None:
     """Write the documented test set: two development sets and three test sets, one after the other."""
     pairs: list[tuple[str, str]] = []
     for name in TEST_FILES:
-        pairs += aligned(name, *(test_lines(scratch / f"{name}.{language}.xml") for language in SIDES))
+        pairs += aligned(name, *(test_lines(scratch / f"{name}.{language}.xml") for language in LANGUAGES))
     write_pairs(folder, "test", processes.map(tokenized_pair, pairs, LINES_A_TASK))
 
 
 def tokenized_pair(pair: tuple[str, str]) -> tuple[str, ...]:
-    return tuple(moses.tokenize(text, language) for text, language in zip(pair, SIDES))
+    return tuple(moses.tokenize(text, language) for text, language in zip(pair, LANGUAGES))
 
 
 def write_pairs(folder: Path, name: str, pairs: list[tuple[str, ...]]) -> None:
-    for language, texts in zip(SIDES, zip(*pairs)):
+    for language, texts in zip(LANGUAGES, zip(*pairs)):
         write_whole(folder / f"{name}.{language}", (moses.lowercase(text) + "\n" for text in texts))
 
 
@@ -205,7 +206,7 @@ def learn_codes(folder: Path) -> None:
     """Write the merges that subword-nmt learns from the training text of both languages."""
     print(f"learning {MERGES} merges", flush=True)
     quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-    text = itertools.chain.from_iterable(read(folder / f"train.{language}") for language in SIDES)
+    text = itertools.chain.from_iterable(read(folder / f"train.{language}") for language in LANGUAGES)
     with (folder / CODES).open("w", encoding="utf-8") as codes, quiet:
         learn_bpe(text, codes, MERGES)
 

@@ -16,19 +16,24 @@ from data_prep import PreparationError
 from fairseq_asam.files import whole
 
 SPLITS = ("train", "valid", "test")
-SIDES = {"de": "german", "en": "english"}
-TEXTS = tuple(f"{name}.{language}" for name in SPLITS for language in SIDES)
+#: The codes of the source and the target language, which the names of files end in.
+Languages = tuple[str, str]
 MODEL, VOCABULARY = "sentencepiece.model", "sentencepiece.vocab"
 BINARIZED = "bin"
 
 
-def train_sentencepiece(folder: Path, vocabulary: int) -> None:
+def text_files(languages: Languages) -> tuple[str, ...]:
+    """Return the names of the files of text."""
+    return tuple(f"{name}.{language}" for name in SPLITS for language in languages)
+
+
+def train_sentencepiece(folder: Path, languages: Languages, vocabulary: int) -> None:
     """Train a unigram model on the training text of both languages, with every letter that stands in it."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=itertools.chain.from_iterable(
-                zip(lines(folder / "train.de"), lines(folder / "train.en"))
+                zip(*(lines(folder / f"train.{language}") for language in languages))
             ),
             model_writer=model,
             model_type="unigram",
@@ -45,7 +50,7 @@ def train_sentencepiece(folder: Path, vocabulary: int) -> None:
     write_whole(folder / MODEL, model.getvalue())
 
 
-def binarize(folder: Path, workers: int, scratch: Path) -> dict[str, int]:
+def binarize(folder: Path, languages: Languages, workers: int, scratch: Path) -> dict[str, int]:
     """Have fairseq-preprocess make `scratch`/bin, with one dictionary, of the text of `folder`, segmented.
 
     Returns:
@@ -53,17 +58,19 @@ def binarize(folder: Path, workers: int, scratch: Path) -> dict[str, int]:
     """
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
     pieces: dict[str, int] = {}
-    for name in tqdm(TEXTS, desc="segmenting", unit="file", disable=None):
+    for name in tqdm(text_files(languages), desc="segmenting", unit="file", disable=None):
         segmented = [" ".join(line) for line in processor.encode(list(lines(folder / name)), out_type=str)]
         pieces[name] = sum(line.count(" ") + 1 for line in segmented)
         write_whole(scratch / name, (line + "\n" for line in segmented))
-    preprocess(scratch, scratch / BINARIZED, workers, "--joined-dictionary")
+    preprocess(scratch, languages, scratch / BINARIZED, workers, "--joined-dictionary")
     return pieces
 
 
-def preprocess(segmented: Path, destination: Path, workers: int, *flags: str) -> None:
+def preprocess(segmented: Path, languages: Languages, destination: Path, workers: int, *flags: str) -> None:
     """Have fairseq-preprocess make `destination` of the segmented text of all splits; `flags` are its own."""
-    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--source-lang", "de", "--target-lang", "en"]
+    command = [sys.executable, "-m", "fairseq_cli.preprocess"]
+    for side, language in zip(("source", "target"), languages):
+        command += [f"--{side}-lang", language]
     for name in SPLITS:
         command += [f"--{name}pref", str(segmented / name)]
     command += ["--workers", str(workers), "--destdir", str(destination), *flags]

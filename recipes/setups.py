@@ -13,7 +13,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,19 @@ SETUPS = {
         rho=dict.fromkeys(("sam", "asam"), (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)),
     ),
 }
+#: Other languages than German, and all of its pairs, for recipes/translation/trial.py.
+TRIAL_LANGUAGES = ("fr", "cs", "ru", "es")
+SETUPS |= {
+    f"help_8000_{language}": replace(
+        SETUPS["help_8000"],
+        corpus=f"libreoffice_help data/help_8000_{language} --source-language {language} "
+        "--training-pairs 8000",
+    )
+    for language in TRIAL_LANGUAGES
+}
+SETUPS["help_35561"] = replace(
+    SETUPS["help_8000"], corpus="libreoffice_help data/libreoffice_help", epochs=15
+)
 
 
 def configuration(arguments: Sequence[str], fail: Callable[[str], Any]) -> Any:

@@ -86,4 +86,4 @@ def text_of(files: list[str]) -> bytes:
             raise ValueError(f"--data {file}: there is no such text file")
     if files:
         return b"".join(Path(file).read_bytes() for file in files)
-    return "\n".join(pair.english for pair in generated.pairs(20_000, seed=1)).encode()
+    return "\n".join(pair.target for pair in generated.pairs(20_000, seed=1)).encode()

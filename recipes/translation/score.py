@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--split", default="test", help="the split to translate (default: test)")
     args = parser.parse_args()
     checkpoint, scores = args.run / "checkpoint_best.pt", args.run / f"{args.split}.json"
-    source, reference = args.data / f"{args.split}.de", args.data / f"{args.split}.en"
+    source, reference = (args.data / f"{args.split}.{language}" for language in languages(args.data))
     translated = scores.exists() and not is_newer(checkpoint, scores)
     for file in (source, reference, *([] if translated else [checkpoint])):
         if not file.exists():
@@ -75,6 +75,18 @@ def main() -> None:
         f"({', '.join(result['signatures'])}); BLEU of tokens, by fairseq-generate, "
         f"{result['BLEU of tokens']:.2f}"
     )
+
+
+def languages(data: Path) -> tuple[str, str]:
+    """Return the codes of the source and the target language of a corpus folder, from what bin/ holds.
+
+    Raises:
+        SystemExit: There is no corpus.
+    """
+    for file in data.glob("bin/test.*-*.*.idx"):
+        source, target = file.name.split(".")[1].split("-")
+        return source, target
+    sys.exit(f"score.py: '{data}' holds no corpus: prepare it and train on it first.")
 
 
 def translate(
