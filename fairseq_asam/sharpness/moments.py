@@ -66,8 +66,15 @@ def adam_diagonals(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     kept = second_moments(optimizer)
     if not kept:
         return {}
+    steps = [state.get("step", group.get("step")) for _, group, state in kept.values()]
+    one_eps = all(isinstance(group.get("eps"), (int, float)) for _, group, _ in kept.values())
+    if not one_eps or any(step is None for step in steps):
+        raise ValueError(
+            f"{type(optimizer).__name__} does not keep the number of its steps and one eps as Adam does, and "
+            "the normalization adam needs both: use torch's Adam or AdamW, or another normalization"
+        )
     unbiased = [
-        (1.0 - group["betas"][1] ** float(state["step"])) ** -0.5 for _, group, state in kept.values()
+        (1.0 - group["betas"][1] ** float(step)) ** -0.5 for (_, group, _), step in zip(kept.values(), steps)
     ]
     diagonals = list(torch._foreach_sqrt([local(moment) for moment, _, _ in kept.values()]))
     torch._foreach_mul_(diagonals, unbiased)

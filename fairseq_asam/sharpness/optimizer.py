@@ -122,8 +122,19 @@ class SharpnessAware(torch.optim.Optimizer):
         self.__setstate__({})
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch's own would return only the state and the groups, which are the base's.
-        return dict(vars(self))
+        # torch's own would return only the state and the groups, which are the base's. As there, hooks are
+        # left out, and so is the `step` that a scheduler puts here: it steps this object, not the copy.
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name != "step" and not (name.startswith("_optimizer_") and name.endswith("_hooks"))
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        # A schedule-free base moves its weights in train() and eval(). Others have no such methods.
+        if name in ("train", "eval"):
+            return getattr(self.base, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     defaults = property(lambda self: self.base.defaults)
     param_groups = property(lambda self: self.base.param_groups)
@@ -242,12 +253,24 @@ class SharpnessAware(torch.optim.Optimizer):
         raise NotImplementedError("add the group to the base optimizer and make a new SharpnessAware of it")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state dict of the base optimizer, whole and unchanged."""
-        return self.base.state_dict()
+        """Return the state dict of the base optimizer, whole and unchanged but by hooks of this object."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state_dict = self.base.state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of the base optimizer, saved with or without this wrapper."""
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         self.base.load_state_dict(state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -44,8 +45,7 @@ class Displacement:
             self._places = []
             self._guard = register_optimizer_step_pre_hook(self._refuse_to_step)
             self._move()
-            # Autocast keeps half-precision copies of the weights. Those made at w are wrong at w + epsilon.
-            torch.clear_autocast_cache()
+            _forget_derived_weights()
         except BaseException:
             self.__exit__()
             raise
@@ -81,7 +81,7 @@ class Displacement:
             if place is not None and weight.data_ptr() != place.data_ptr():
                 # Something put the weight into new memory, as quantization noise does.
                 weight.data = place
-        torch.clear_autocast_cache()
+        _forget_derived_weights()
         if self._guard is not None:
             self._guard.remove()
         self._moved, self._saved, self._places, self._guard = [], [], None, None
@@ -93,6 +93,12 @@ class Displacement:
                 f"{type(optimizer).__name__} is to step with weights at w + epsilon, but on leaving the "
                 "block they go back to w, and the step would be lost: call step() after the block"
             )
+
+
+def _forget_derived_weights() -> None:
+    """Forget what torch has computed from the weights at one point, because it is wrong at another."""
+    torch.clear_autocast_cache()  # half-precision copies
+    parametrize._cache.clear()  # weights within parametrize.cached()
 
 
 class Perturbation(Displacement):

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .module_state import ModuleState
+from .module_state import ModuleState, Moving
 from .perturbation import Perturbation
 from .random_state import RandomState
 from .shards import is_sharded, reshard
+from .variables import Run, Variables
 
-#: A forward and backward pass. It returns the loss, or a tuple that begins with it.
-Evaluate = Callable[[], Any]
+#: A forward and backward pass over a batch. It returns the loss, or a tuple that begins with it.
+Evaluate = Callable[..., Any]
 
 
 class TwoPasses:
@@ -22,20 +27,21 @@ class TwoPasses:
 
         two_passes = TwoPasses(Perturbation(model.named_parameters(), rho=0.5), [model])
 
-        def forward_and_backward():
+        def forward_and_backward(inputs, targets):
             loss = criterion(model(inputs), targets)
             loss.backward()
             return loss
 
-        loss = two_passes(forward_and_backward)
-        optimizer.step()
-        optimizer.zero_grad()
+        for inputs, targets in batches:
+            loss = two_passes(forward_and_backward, inputs, targets)
+            optimizer.step()
+            optimizer.zero_grad()
 
     Algorithm 1 maximizes and then descends one function, L_B. Hence both passes have the same
 
     - random numbers, and so the same dropout masks;
-    - buffers to start from. Afterwards the buffers are those that the pass at w left, so the statistics of
-      batch normalization are those of w.
+    - buffers and frozen weights to start from. Afterwards these are as the pass at w left them, so the
+      statistics of batch normalization are those of w, and a momentum encoder has moved once.
 
     Gradients from before, as of earlier micro-batches, are set aside during the update, and the gradient at
     w + epsilon is added to them. If a pass raises, weights and buffers are what they were at w.
@@ -43,17 +49,19 @@ class TwoPasses:
     For one epsilon over several micro-batches (gradient accumulation), call :meth:`at_w` for each and then
     :meth:`at_w_plus_epsilon` once. For one epsilon per micro-batch (m-sharpness), call this object for each.
 
+    Let the function return the loss itself, not a number or a detached tensor: its graph shows whether a
+    weight has got a gradient that is in neither the perturbation nor the modules.
+
     Args:
         perturbation: of the weights.
-        modules: the modules whose buffers and gradients it saves and restores. By default it saves the
-            buffers of every module that runs at w, and the gradients of *parameters* and of the weights of
-            *perturbation*.
+        modules: the modules whose buffers and gradients it saves and restores, with those submodules and
+            weights that they have when an update begins. By default, every module that runs at w.
         parameters: further parameters that get a gradient.
         fresh_masks: let the pass at w + epsilon draw random numbers of its own.
         buffers_of_both: let both passes change the buffers, as the code of the paper's authors does.
 
     Attributes:
-        parameters: all parameters whose gradients are saved and restored.
+        parameters: all parameters whose gradients are saved and restored, as they are now.
         sharpness: L(w + epsilon) - L(w) of the last update, a scalar tensor or a float. Losses of several
             micro-batches are added up. ``None`` before the first update.
 
@@ -62,9 +70,11 @@ class TwoPasses:
     """
 
     _passes: list[_Pass]
+    _known: list[Tensor]
     _earlier: list[Tensor | None]
     _before: ModuleState | None
     _perturbed: bool
+    _variables: Variables
 
     def __init__(
         self,
@@ -78,45 +88,74 @@ class TwoPasses:
         self.fresh_masks, self.buffers_of_both = fresh_masks, buffers_of_both
         self.sharpness: Tensor | float | None = None
         self._reshard_modules()
-        of_modules = dict.fromkeys(p for module in self.modules for p in module.parameters())
-        if any(map(is_sharded, of_modules)) and not of_modules.keys() >= set(perturbation.parameters):
+        # Weights of the modules when the last update began, or now.
+        self._of_modules: dict[Tensor, None] = dict.fromkeys(
+            p for module in self.modules for p in module.parameters()
+        )
+        self._in_shards = any(map(is_sharded, [*perturbation.parameters, *self._of_modules]))
+        if any(map(is_sharded, self._of_modules)) and not self._of_modules.keys() >= set(
+            perturbation.parameters
+        ):
             raise ValueError(
                 "the perturbation has weights that are none of the modules', as after a forward pass without "
                 "a backward, when some are whole: call reshard() on the modules before named_parameters()"
             )
-        self.parameters = list(dict.fromkeys([*perturbation.parameters, *parameters, *of_modules]))
+        self._others = list(parameters)
+        self._moving = Moving(perturbation.parameters)
+        self._found: list[Tensor] = []  # weights that the graph of a loss has shown
+        self._graphs_seen: set[tuple[int, int]] = set()
         self.reset()
 
-    def __call__(self, evaluate: Evaluate, again: Evaluate | None = None) -> Any:
+    @property
+    def parameters(self) -> list[Tensor]:
+        if self._before is not None:
+            return self._known
+        of_modules = (p for module in self.modules for p in module.parameters())
+        return list(dict.fromkeys([*self.perturbation.parameters, *self._others, *of_modules]))
+
+    def __call__(self, evaluate: Evaluate, *arguments: Any, again: Evaluate | None = None) -> Any:
         """Make both passes over one batch, and return what the pass at w returned.
 
         Arguments and exceptions are those of :meth:`at_w` and :meth:`at_w_plus_epsilon`.
         """
-        at_w = self.at_w(evaluate, again)
+        at_w = self.at_w(evaluate, *arguments, again=again)
         self.at_w_plus_epsilon()
         return at_w
 
-    def at_w(self, evaluate: Evaluate, again: Evaluate | None = None) -> Any:
+    def at_w(self, evaluate: Evaluate, *arguments: Any, again: Evaluate | None = None) -> Any:
         """Make the pass at w over a batch, and return what *evaluate* returned.
 
         Args:
             evaluate: runs forward and backward, and returns the loss or a tuple that begins with it.
+            arguments: passed on to it, as the batch. At w + epsilon it gets the same ones. A variable that
+                it reads must not change before; :meth:`at_w_plus_epsilon` refuses that where it can see it.
             again: the same at w + epsilon; *evaluate* by default.
 
         Raises:
             TypeError: *evaluate* returned no loss.
+            RuntimeError: weights of the perturbation have been replaced in the modules; the pass added to the
+                gradient of a weight that is in neither the perturbation nor the modules nor *parameters*; it
+                changed a frozen weight that had not been copied; or an optimizer was about to step in it.
         """
+        second = evaluate if again is None else again
+        self._variables.before_run()
         try:
             if self._before is None:
-                self._earlier = [parameter.grad for parameter in self.parameters]
-                self._set_gradients([None] * len(self.parameters))
-                self._before = ModuleState(self.modules)
+                self._before = self._begin()
+            self._before.begin_pass()
             random_state = None if self.fresh_masks else RandomState()
-            with contextlib.nullcontext() if self.modules else self._before.adding_what_runs():
-                result = evaluate()
-            self._passes.append(_Pass(again or evaluate, random_state, loss_of(result)))
+            nodes = _nodes_made()
+            with self._guarded():
+                result = evaluate(*arguments)
+            loss = loss_of(result)
+            self._find_other_weights(result, _nodes_made() - nodes)
+            self._before.end_pass_at_w()
+            run = self._variables.after_run(second, arguments)
+            self._passes.append(_Pass(functools.partial(second, *arguments), random_state, loss, run))
         except BaseException:
             self._set_gradients(self._earlier)
+            if self._before is not None:
+                self._before.restore()
             self.reset()
             raise
         return result
@@ -126,20 +165,26 @@ class TwoPasses:
 
         Raises:
             TypeError: a pass returned no loss.
-            RuntimeError: no pass at w was made, or none gave a weight of the perturbation a gradient.
+            RuntimeError: no pass at w was made, or none gave a weight of the perturbation a gradient; a
+                variable or an argument of a pass has changed since; or a pass changed a weight that the
+                passes at w did not change and that nothing restores.
         """
         if not self._passes:
             raise RuntimeError("there was no pass at w since the last update: call at_w() first")
-        buffers = ModuleState() if self.buffers_of_both else self._before.now()
-        modules = self._before.modules
+        before, modules = self._before, self._before.modules
+        after = ModuleState() if self.buffers_of_both else before.now()
         reshard(modules)
         try:
+            self._refuse_changed_variables()
+            self._refuse_other_weights()
             with self.perturbation:
                 self._set_gradients(self._earlier)
                 self._perturbed = True
                 if not self.buffers_of_both:
-                    self._before.restore()
+                    before.restore()
+                before.begin_pass()
                 results = [each.repeat() for each in self._passes]
+                before.end_passes_at_w_plus_epsilon()
             self.sharpness = sum(map(loss_of, results)) - sum(each.loss for each in self._passes)
         except BaseException:
             if not self._perturbed:
@@ -147,11 +192,12 @@ class TwoPasses:
             raise
         finally:
             reshard(modules)
-            buffers.restore()
+            after.restore()
+            self._moving.keep(before.weights)
             self.reset()
         return results
 
-    def only_at_w_plus_epsilon(self, evaluate: Evaluate) -> Any:
+    def only_at_w_plus_epsilon(self, evaluate: Evaluate, *arguments: Any) -> Any:
         """Make the only pass of a batch, at w + epsilon, and return what *evaluate* returned.
 
         This is for a perturbation with moments, which needs no pass at w. The gradient is added to the
@@ -163,7 +209,7 @@ class TwoPasses:
         self._reshard_modules()
         try:
             with self.perturbation:
-                result = evaluate()
+                result = evaluate(*arguments)
         finally:
             self._reshard_modules()
         loss_of(result)
@@ -179,24 +225,131 @@ class TwoPasses:
 
     def reset(self) -> None:
         """Forget the passes at w whose pass at w + epsilon has not been made."""
-        self._passes, self._earlier, self._before = [], [], None
-        self._perturbed = False
+        self._passes, self._known, self._earlier, self._before = [], [], [], None
+        self._perturbed, self._variables = False, Variables()
         RandomState.release()
+
+    def _begin(self) -> ModuleState:
+        """Set gradients aside, and return the state of the modules, before the first pass of an update."""
+        if self._in_shards:
+            self._reshard_modules()
+        state = ModuleState(self.modules, self._moving)
+        self._refuse_replaced_weights(state.weights)
+        others = [*self._others, *self._found]
+        self._set_aside(dict.fromkeys([*self.perturbation.parameters, *others, *state.weights]))
+        return state
+
+    def _set_aside(self, weights: Iterable[Tensor]) -> None:
+        """Remember the gradients of *weights* from before the update, and start without."""
+        for weight in weights:
+            self._known.append(weight)
+            self._earlier.append(weight.grad)
+            weight.grad = None
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Refuse an optimizer that steps within the block; without modules, find those that run."""
+
+        def add(weights: list[Tensor]) -> None:
+            known = set(self._known)
+            self._set_aside(weight for weight in weights if weight not in known)
+
+        guard = register_optimizer_step_pre_hook(self._refuse_to_step)
+        try:
+            with contextlib.nullcontext() if self.modules else self._before.adding_what_runs(add):
+                yield
+        finally:
+            guard.remove()
+
+    def _refuse_to_step(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
+        known = set(self._known)
+        if any(weight in known for group in optimizer.param_groups for weight in group["params"]):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} is to step within a pass, of which an update has two: let it "
+                "step after both, and in neither the function nor backward()"
+            )
+
+    def _refuse_replaced_weights(self, weights: dict[Tensor, None]) -> None:
+        """Raise if modules have other weights in the place of some that are to be perturbed."""
+        if [*map(id, weights)] == [*map(id, self._of_modules)]:
+            return
+        perturbed = self._moving.perturbed
+        gone = [w for w in self._of_modules if w.requires_grad and w in perturbed and w not in weights]
+        new = {w for w in weights if w.requires_grad and w not in perturbed and w not in self._of_modules}
+        if gone and new:
+            named = (pair for module in self.modules for pair in module.named_parameters())
+            raise RuntimeError(_OTHER_WEIGHTS.format(f"{', '.join(n for n, w in named if w in new)} are new"))
+        self._of_modules = weights
+
+    def _find_other_weights(self, result: Any, nodes: int) -> None:
+        """Find weights outside of perturbation and modules that got a gradient, or raise if it is too late.
+
+        Only the graph of the loss shows them, and to walk it takes as long as some layers do. So walk each
+        kind of graph once: those of as many *nodes* over the same weights count as one.
+        """
+        loss = result[0] if isinstance(result, tuple) else result
+        kind = nodes, hash(tuple(map(id, self._known)))
+        if self._in_shards or kind in self._graphs_seen or getattr(loss, "grad_fn", None) is None:
+            return
+        known, found = set(map(id, self._known)), []
+        for leaf in _leaves(loss.grad_fn):
+            # What only the graph holds was made in this pass.
+            if id(leaf) not in known and leaf.grad is not None and sys.getrefcount(leaf) > _references():
+                self._refuse_other_weights(got_one=True)
+                if leaf.grad._version or leaf.grad.requires_grad:
+                    raise RuntimeError(
+                        f"a weight of shape {tuple(leaf.shape)} is in neither the perturbation nor the "
+                        "modules, and the pass at w may have added to an earlier gradient of it: give "
+                        "TwoPasses its module among the modules, or the weight among the parameters "
+                        "(SharpnessAware: give it to the base optimizer), or freeze it"
+                    )
+                found.append(leaf)  # with a gradient that this pass has made, as nothing was added to it
+        if found:
+            self._found = found
+            self._known += found
+            self._earlier += [None] * len(found)
+        else:
+            self._graphs_seen.add(kind)
+
+    def _refuse_other_weights(self, got_one: bool = False) -> None:
+        """Raise if only weights that are not perturbed have got a gradient; *got_one*: one has."""
+        if any(weight.grad is not None for weight in self.perturbation.parameters):
+            return
+        if got_one or any(weight.grad is not None for weight in self._known):
+            raise RuntimeError(_OTHER_WEIGHTS.format("none of the perturbation's got a gradient, others did"))
+
+    def _refuse_changed_variables(self) -> None:
+        """Raise if a function would read other variables than in its pass at w."""
+        self._variables.before_run()
+        changed = {name for each in self._passes for name in self._variables.changed_since(each.run)}
+        if changed:
+            raise RuntimeError(
+                f"{', '.join(sorted(changed))} changed between a pass at w and its pass at w + epsilon, "
+                "which would be over another batch: let the function take it as an argument, and pass it on, "
+                "as in at_w(function, inputs, targets)"
+            )
 
     def _reshard_modules(self) -> None:
         reshard(part for module in self.modules for part in module.modules())
 
     def _set_gradients(self, gradients: list[Tensor | None]) -> None:
-        for parameter, gradient in zip(self.parameters, gradients):
-            parameter.grad = gradient
+        for weight, gradient in zip(self._known, gradients):
+            weight.grad = gradient
+
+
+_OTHER_WEIGHTS = (
+    "the weights of the model are others than those of the perturbation ({}): make Perturbation and "
+    "TwoPasses, or SharpnessAware, anew after weights have been replaced"
+)
 
 
 class _Pass(NamedTuple):
-    """A pass to make at w + epsilon, with the random state and the loss of its pass at w."""
+    """A pass to make at w + epsilon, with the random state, the loss and the variables of its pass at w."""
 
-    evaluate: Evaluate
+    evaluate: Callable[[], Any]
     random_state: RandomState | None
     loss: Tensor | float
+    run: Run
 
     def repeat(self) -> Any:
         """Make the pass, with the random numbers of the one at w."""
@@ -216,3 +369,32 @@ def loss_of(result: Any) -> Tensor | float:
         f"the pass returned {type(result).__name__}, but it must return the loss, a number or a tensor with "
         "one element: let it end in `return loss`"
     )
+
+
+def _nodes_made() -> int:
+    """Return how many nodes of autograd graphs this thread has made."""
+    return torch.autograd._get_sequence_nr()
+
+
+def _leaves(root: torch.autograd.graph.Node) -> Iterator[Tensor]:
+    """Yield the leaves of the graph that begins at *root*."""
+    seen, waiting = {root}, [root]
+    while waiting:
+        node = waiting.pop()
+        if type(node).__name__ == "AccumulateGrad":
+            yield node.variable  # type: ignore[attr-defined]
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+
+
+@functools.lru_cache
+def _references() -> int:
+    """Return the number of Python's references to a leaf that only its graph holds.
+
+    A function that made a leaf leaves it so.
+    """
+    for leaf in _leaves(torch.zeros((), requires_grad=True).exp().grad_fn):
+        return sys.getrefcount(leaf)
+    raise AssertionError

@@ -101,7 +101,7 @@ class SharpnessAwareTask(FairseqTask):
 
         try:
             with _no_sync(model, criterion, apply=not per_update):
-                loss = two_passes.at_w(this.run, again)[0]
+                loss = two_passes.at_w(this.run, again=again)[0]
             if per_update:
                 update.waiting.append(this)
                 if not is_last:

@@ -98,7 +98,7 @@ class Update:
 
         loss, accuracy = self._two_passes(
             functools.partial(evaluate, alone=self.m is not None),
-            functools.partial(evaluate, alone=not is_last),
+            again=functools.partial(evaluate, alone=not is_last),
         )
         return Measured(loss, accuracy, torch.as_tensor(self._two_passes.sharpness))
 
