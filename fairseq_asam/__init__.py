@@ -7,6 +7,7 @@ Importing this package needs torch alone. fairseq finds the rest through ``--use
 """
 
 from .sharpness import (
+    DIRECTIONS,
     NORMALIZATIONS,
     SELECTIONS,
     Perturbation,
@@ -19,6 +20,7 @@ from .sharpness import (
 )
 
 __all__ = [
+    "DIRECTIONS",
     "NORMALIZATIONS",
     "SELECTIONS",
     "Perturbation",

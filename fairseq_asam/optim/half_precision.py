@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from fairseq.optim import FairseqOptimizer, FP16Optimizer
@@ -23,8 +23,8 @@ def master_weights(optimizer: FairseqOptimizer) -> dict[Tensor, Tensor]:
 
 
 def of_model_parameters(
-    moments: Callable[[torch.optim.Optimizer], dict[Tensor, Tensor]], optimizer: FairseqOptimizer
-) -> dict[Tensor, Tensor]:
+    moments: Callable[[torch.optim.Optimizer], Mapping[Tensor, Tensor]], optimizer: FairseqOptimizer
+) -> Mapping[Tensor, Tensor]:
     """Return what *moments* returns, with the model's parameters for those that torch's optimizer steps.
 
     Args:

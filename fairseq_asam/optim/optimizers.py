@@ -17,11 +17,11 @@ from fairseq.optim import OPTIMIZER_REGISTRY, FairseqOptimizer, register_optimiz
 from fairseq.trainer import Trainer
 
 from fairseq_asam.sharpness import SELECTIONS, Perturbation, TwoPasses, selected_parameters
-from fairseq_asam.sharpness.moments import adam_diagonals, first_moments, second_moments
+from fairseq_asam.sharpness.moments import adam_diagonals, second_moments
 
 from .half_precision import master_weights, of_model_parameters
 from .looksam import LookSAM, drop_components
-from .options import ASAMConfig, SAMConfig, by_momentum, in_adams_metric, region, validate_config
+from .options import ASAMConfig, SAMConfig, direction_of, in_adams_metric, region, validate_config
 
 
 @dataclass
@@ -80,8 +80,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         self._two_passes: TwoPasses | None = None
         # Functions that return the moments of which epsilon is made, while the base optimizer has none yet.
         self._missing_moments: list[Callable] = []
-        if by_momentum(cfg):
-            self._missing_moments.append(first_moments)
+        if direction_of(cfg).needs_optimizer:
+            self._missing_moments.append(direction_of(cfg).kept_by)
         if in_adams_metric(cfg):
             self._missing_moments.append(second_moments)
 
@@ -108,14 +108,19 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
                     f"--perturbed-weights is {selection}, but the model trains no such weights: choose "
                     f"{' or '.join(name for name in SELECTIONS if name != selection)}"
                 )
-            moments = functools.partial(of_model_parameters, first_moments, trainer.optimizer)
+            direction = direction_of(cfg)(
+                trainer.optimizer,
+                of_weights=of_model_parameters,
+                seed=trainer.cfg.common.seed,
+                number=trainer.get_num_updates,
+            )
             diagonals = functools.partial(of_model_parameters, adam_diagonals, trainer.optimizer)
             perturbation = Perturbation(
                 selected,
                 **region(cfg),
                 normalize_bias=getattr(cfg, "normalize_bias", False),
                 masters=master_weights(trainer.optimizer),
-                moments=moments if by_momentum(cfg) else None,
+                direction=direction,
                 diagonals=diagonals if in_adams_metric(cfg) else None,
             )
             self._two_passes = TwoPasses(perturbation, modules, fresh_masks=cfg.fresh_masks)
@@ -126,7 +131,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
 
         Raises:
             ValueError: see :meth:`two_passes`; or the base optimizer does not keep the moments of which
-                ``--ascent-direction momentum`` or ``--normalization adam`` makes epsilon.
+                ``--ascent-direction`` or ``--normalization adam`` makes epsilon.
         """
         two_passes, number = self.two_passes(trainer), trainer.get_num_updates()
         two_passes.reset()

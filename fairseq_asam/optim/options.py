@@ -6,9 +6,10 @@ from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
-from fairseq_asam.sharpness import NORMALIZATIONS, SELECTIONS
+from fairseq_asam.sharpness import DIRECTIONS, NORMALIZATIONS, SELECTIONS
+from fairseq_asam.sharpness.directions import Direction, meanings
 from fairseq_asam.sharpness.late_start import validate_start
-from fairseq_asam.sharpness.moments import ADAM, DIRECTIONS
+from fairseq_asam.sharpness.moments import ADAM
 from fairseq_asam.sharpness.perturbation import validate
 
 # No "from __future__ import annotations" here: fairseq's parser needs types, not their names.
@@ -48,10 +49,7 @@ class SAMConfig(FairseqDataclass):
     )
     ascent_direction: ChoiceEnum(list(DIRECTIONS)) = field(  # type: ignore[valid-type]
         default="gradient",
-        metadata={
-            "help": "what epsilon is made of: the gradient at w, or minus the optimizer's first moment "
-            "(Momentum-SAM, arXiv 2401.12033), for which an update costs one pass"
-        },
+        metadata={"help": f"what epsilon is made of; {meanings()}"},
     )
     ascent_from: float = field(
         default=0.0,
@@ -117,9 +115,9 @@ def region(cfg: Any) -> dict[str, Any]:
     return {"rho": cfg.rho, "p": cfg.p_norm, "eta": getattr(cfg, "eta", 0.0), "normalization": normalization}
 
 
-def by_momentum(cfg: Any) -> bool:
-    """Return whether epsilon is made of the base optimizer's first moment."""
-    return str(cfg.ascent_direction) == "momentum"
+def direction_of(cfg: Any) -> type[Direction]:
+    """Return the class of what epsilon is made of."""
+    return DIRECTIONS[str(cfg.ascent_direction)]
 
 
 def in_adams_metric(cfg: Any) -> bool:
@@ -142,7 +140,7 @@ def validate_config(cfg: Any) -> None:
         raise ValueError(f"--ascent-interval is {interval}, but it must be at least 1 (LookSAM: 5)")
     if reuse is not None and not 0.0 <= reuse < math.inf:
         raise ValueError(f"--ascent-reuse is {reuse}, but it must be a finite number >= 0 (LookSAM: 0.7)")
-    if by_momentum(cfg):
+    if not direction_of(cfg).needs_pass_at_w:
         others = {
             "--ascent-scope micro-batch": str(cfg.ascent_scope) == "micro-batch",
             "--fresh-masks": cfg.fresh_masks,
@@ -152,8 +150,8 @@ def validate_config(cfg: Any) -> None:
         for flag, given in others.items():
             if given:
                 raise ValueError(
-                    f"{flag} does not go with --ascent-direction momentum, which makes no pass at w: use one "
-                    "of them"
+                    f"{flag} does not go with --ascent-direction {cfg.ascent_direction}, which makes no pass "
+                    "at w: use one of them"
                 )
     if fraction < 1.0 and interval > 1:
         raise ValueError(

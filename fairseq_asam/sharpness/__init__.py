@@ -1,5 +1,6 @@
 """The mathematics of sharpness-aware training. It imports torch and nothing else."""
 
+from .directions import DIRECTIONS
 from .measure import Region, Sharpness, measure
 from .normalization import NORMALIZATIONS
 from .optimizer import SharpnessAware
@@ -8,6 +9,7 @@ from .selection import SELECTIONS, selected_parameters
 from .two_passes import TwoPasses
 
 __all__ = [
+    "DIRECTIONS",
     "NORMALIZATIONS",
     "SELECTIONS",
     "Perturbation",

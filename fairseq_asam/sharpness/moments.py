@@ -1,4 +1,4 @@
-"""What the base optimizer keeps of earlier gradients, as a direction of epsilon or as its metric."""
+"""What the base optimizer keeps of earlier gradients, of which a direction or a metric can be made."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .shards import local
 
-#: What epsilon can be made of. ``momentum`` is that of Momentum-SAM (Becker et al., arXiv 2401.12033).
-DIRECTIONS = ("gradient", "momentum")
 #: Name of the normalization operator that :func:`adam_diagonals` computes.
 ADAM = "adam"
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .moments import ADAM, DIRECTIONS, adam_diagonals, first_moments, second_moments
+from .directions import DIRECTIONS, Direction
+from .moments import ADAM, adam_diagonals, second_moments
 from .perturbation import Perturbation
 from .shards import is_sharded, local, reshard
 from .two_passes import TwoPasses, loss_of
@@ -51,9 +52,11 @@ class SharpnessAware(torch.optim.Optimizer):
         rho, **options: of :class:`~fairseq_asam.Perturbation`. Besides, ``normalization="adam"`` is T =
             (sqrt(v_hat) + eps)^(-1/2) of *base*, a kind of Adam, for biases too (arXiv 2502.02407). The first
             step has no v_hat yet, and epsilon is 0.
-        direction: what epsilon is made of. ``gradient``: that of the loss at w. ``momentum``: minus the first
-            moment of *base* (Momentum-SAM, arXiv 2401.12033). A step then runs the closure once, at w +
-            epsilon. The first step has no moment yet and runs it at w.
+        direction: what epsilon is made of, a key of :data:`~fairseq_asam.DIRECTIONS` or an object of
+            :mod:`fairseq_asam.sharpness.directions`. ``gradient``: that of the loss at w. ``momentum``: minus
+            the first moment of *base*, which the first step does not have yet. ``random``: a Gaussian vector;
+            ``Random(seed=1)`` gives it a seed. With the last two, a step runs the closure once, at w +
+            epsilon.
 
     Attributes:
         base: the base optimizer.
@@ -76,10 +79,10 @@ class SharpnessAware(torch.optim.Optimizer):
         weights: nn.Module | Iterable[tuple[str, Tensor]],
         rho: float,
         *,
-        direction: str = "gradient",
+        direction: str | Direction = "gradient",
         **options: Any,
     ):
-        if direction not in DIRECTIONS:
+        if isinstance(direction, str) and direction not in DIRECTIONS:
             raise ValueError(f"direction is {direction!r}, but it must be one of {', '.join(DIRECTIONS)}")
         if not hasattr(base, "param_groups"):
             raise TypeError(
@@ -104,17 +107,16 @@ class SharpnessAware(torch.optim.Optimizer):
             second_moments(base)  # raises if the base keeps none
             options["normalization"] = "none"
             options["diagonals"] = functools.partial(adam_diagonals, base)
-        if direction == "momentum":
-            first_moments(base)  # raises if the base keeps none
-            options["moments"] = functools.partial(first_moments, base)
-        perturbation = Perturbation(weights, rho, **options)
-        if in_adams_metric or direction == "momentum":
+        if isinstance(direction, str):
+            direction = DIRECTIONS[direction](base)
+        perturbation = Perturbation(weights, rho, direction=direction, **options)
+        if in_adams_metric or direction.needs_optimizer:
             trained = {parameter for parameter in perturbation.parameters if parameter.requires_grad}
             if hasattr(base, "optim") or not trained <= set(_parameters(base)):
                 raise ValueError(
                     f"{type(base).__name__} has only a part of the weights' moments, as with "
-                    "ZeroRedundancyOptimizer: use an optimizer with all of them, or neither direction "
-                    "momentum nor normalization adam"
+                    "ZeroRedundancyOptimizer: use an optimizer with all of them, or a direction and a "
+                    "normalization that need none"
                 )
         self._passes = TwoPasses(perturbation, modules, _parameters(base))
         self.ascends = True
@@ -162,7 +164,8 @@ class SharpnessAware(torch.optim.Optimizer):
                 distributed checkpoints make such a step to initialize the state.
 
         Returns:
-            The loss at w, with momentum's direction the one at w + epsilon; ``None`` without a closure.
+            The loss of the first pass: at w, or at w + epsilon if the direction needs no pass at w; ``None``
+            without a closure.
 
         Raises:
             TypeError: there is no closure, or it returned no loss.
@@ -183,7 +186,7 @@ class SharpnessAware(torch.optim.Optimizer):
                 )
             self.base.step()
             return None
-        two_passes = self.ascends and self.perturbation.moments is None
+        two_passes = self.ascends and self.perturbation.direction.needs_pass_at_w
         first = functools.partial(_first, closure, self._parameter_with_foreign_gradient())
         earlier = [parameter.grad for parameter in parameters]
         self.base.zero_grad()

@@ -14,9 +14,10 @@ from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from .directions import Direction, Gradient
 from .kernels import Ascent, Block, Blocks
 from .normalization import GIVEN, NORMALIZATIONS, NormalizationOperator, operator_of
-from .shards import Agreement, Shards, is_sharded, local, local_gradient, norm_over, shards_of
+from .shards import Agreement, Shards, is_sharded, local, norm_over, shards_of
 
 
 class Displacement:
@@ -144,10 +145,9 @@ class Perturbation(Displacement):
             resolution of half precision. Added to the master and rounded once, it survives on average.
             Masters are read and never changed.
         maximize: the objective is to be maximized, so epsilon goes down its gradient.
-        moments: returns the first moment m of each weight that has one, such as
-            :func:`~fairseq_asam.sharpness.moments.first_moments` of the optimizer. On entry, g = -m then
-            takes the place of the gradients (Momentum-SAM, arXiv 2401.12033). No pass at w is needed. Without
-            any moment, as before the first step, nothing is perturbed.
+        direction: what takes the place of the gradients g, such as ``Momentum(optimizer)`` or
+            ``Random(seed=1)`` of :mod:`fairseq_asam.sharpness.directions`. These need no pass at w. Without
+            any vector, as before the first step with momentum, nothing is perturbed.
         diagonals: returns the diagonal of T for each weight, such as
             :func:`~fairseq_asam.sharpness.moments.adam_diagonals` of the optimizer. On entry, it takes the
             place of *normalization*, for biases too. A weight that it leaves out is not perturbed.
@@ -177,13 +177,14 @@ class Perturbation(Displacement):
         normalize_bias: bool = False,
         masters: Mapping[Tensor, Tensor] | None = None,
         maximize: bool = False,
-        moments: Callable[[], Mapping[Tensor, Tensor]] | None = None,
+        direction: Direction | None = None,
         diagonals: Callable[[], Mapping[Tensor, Tensor]] | None = None,
     ):
         super().__init__()
         self.rho, self.eta, self.p = rho, eta, p
         self.normalization, self.normalize_bias = normalization, normalize_bias
-        self.maximize, self.moments, self.diagonals = maximize, moments, diagonals
+        self.maximize, self.diagonals = maximize, diagonals
+        self.direction = Gradient() if direction is None else direction
         self.norm: Tensor | None = None
         masters = dict(masters or {})
         self._names: dict[Tensor, str] = {}
@@ -216,7 +217,7 @@ class Perturbation(Displacement):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _CHECKS:
             validate(**{name: value})
-            value = value if isinstance(value, str) else float(value)
+            value = float(value) if name in ("rho", "eta", "p") else value
         super().__setattr__(name, value)
 
     def _refuse(self, given: Iterable[Tensor]) -> None:
@@ -237,7 +238,7 @@ class Perturbation(Displacement):
 
     def _move(self) -> None:
         try:
-            gradients = self._gradients()
+            gradients = self.direction.vectors(self._trained())
             diagonals = None if self.diagonals is None else self.diagonals()
         except (ValueError, RuntimeError):
             if self._shards:
@@ -251,28 +252,11 @@ class Perturbation(Displacement):
         self._remember_places(gradients)
         self._perturb(gradients, diagonals)
 
-    def _gradients(self) -> dict[Tensor, Tensor]:
-        """Return this process's part of the gradient, or of the moment, of each parameter that has one."""
-        if self.moments is not None:
-            moments = self.moments()
-            return {p: local(moments[p]) for p in self._names if p.requires_grad and p in moments}
-        present = [p for p in (*self._names, *self._not_real) if p.requires_grad and p.grad is not None]
-        if not present:
-            what = "no parameter has a gradient"
-            if self._shards:
-                what += " (set_requires_gradient_sync(False) leaves shards without)"
-            raise RuntimeError(
-                f"{what}: call backward() at w before entering the block, or make no update for a batch that "
-                "you skip"
-            )
-        self._refuse(given=present)
-        for parameter in present:
-            if parameter.grad.layout != torch.strided:
-                raise ValueError(
-                    f"the gradient of {self._names[parameter]} is sparse, which sharpness-aware training "
-                    "does not support: use a dense gradient (for nn.Embedding, sparse=False)"
-                )
-        return {parameter: local_gradient(parameter, self._names[parameter]) for parameter in present}
+    def _trained(self) -> dict[Tensor, str]:
+        """Return the parameters that require a gradient, and their names."""
+        trained = {p: name for p, name in (*self._names.items(), *self._not_real.items()) if p.requires_grad}
+        self._refuse(given=trained)
+        return trained
 
     @torch.no_grad()
     def _perturb(self, gradients: dict[Tensor, Tensor], diagonals: dict[Tensor, Tensor] | None) -> None:
@@ -283,8 +267,7 @@ class Perturbation(Displacement):
         on_cpu = self.norm.device.type == "cpu"  # on other devices, reading a value would stall them
         if self.rho == 0.0 or (on_cpu and not usable):
             return
-        # Minus the moment is where the optimizer goes, whether it minimizes or maximizes.
-        rho = -self.rho if self.maximize or self.moments is not None else self.rho
+        rho = self.direction.sign(self.maximize) * self.rho
         ascent = Ascent(rho, q, torch.where(usable, inverse, 0.0), usable)
         # Go backwards here and forwards in _restore: what a CPU touched last is still in its cache.
         for block, of_block in reversed(blocks):
@@ -359,6 +342,10 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "eta": (lambda eta: 0.0 <= eta < math.inf, "it must be a finite number >= 0 (the paper uses 0.01)"),
     "p": (lambda p: p > 1.0, "it must be greater than 1 (the paper uses 2 and inf)"),
     "normalization": (lambda name: name in NORMALIZATIONS, f"it must be one of {', '.join(NORMALIZATIONS)}"),
+    "direction": (
+        lambda direction: isinstance(direction, Direction),
+        "it must be an object of fairseq_asam.sharpness.directions, such as Momentum(optimizer)",
+    ),
 }
 
 

@@ -63,6 +63,18 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
+def part_of(whole: Tensor, weight: Tensor) -> Tensor:
+    """Return this process's part of *whole*, a tensor in the shape of *weight*.
+
+    Every process must have the same *whole*. Nothing is sent.
+    """
+    if not is_sharded(weight):
+        return whole
+    replicas = type(weight).from_local(whole, weight.device_mesh, run_check=False)
+    # Clone the part, or it would keep the whole in memory.
+    return replicas.redistribute(placements=weight.placements).to_local().clone()
+
+
 def shards_of(weight: Tensor, tensor_dims: Iterable[int] | None = None) -> Shards | None:
     """Return the processes that share *weight*, along *tensor_dims* if given; ``None`` if there are none."""
     if not is_sharded(weight):

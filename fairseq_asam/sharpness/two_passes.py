@@ -200,7 +200,7 @@ class TwoPasses:
     def only_at_w_plus_epsilon(self, evaluate: Evaluate, *arguments: Any) -> Any:
         """Make the only pass of a batch, at w + epsilon, and return what *evaluate* returned.
 
-        This is for a perturbation with moments, which needs no pass at w. The gradient is added to the
+        This is for a perturbation whose direction needs no pass at w. The gradient is added to the
         earlier ones, and the buffers are those that the pass leaves.
 
         Raises:

@@ -20,7 +20,7 @@ from fairseq.trainer import Trainer
 from omegaconf import DictConfig
 
 from fairseq_asam.optim import SHARPNESS_AWARE, sharpness_aware_optimizer, validate_config
-from fairseq_asam.optim.options import by_momentum, in_adams_metric
+from fairseq_asam.optim.options import direction_of, in_adams_metric
 from fairseq_asam.sharpness.late_start import first_ascent
 from fairseq_asam.sharpness.random_state import RandomState
 
@@ -49,7 +49,7 @@ def check_configuration(cfg: Any) -> None:
     component = "the component that it reuses would have to be shared out like the optimizer's state"
     scaled = getattr(cfg.optimizer, "fp16_adam_stats", False)
     needs_moments = {
-        "--ascent-direction momentum": by_momentum(cfg.optimizer),
+        f"--ascent-direction {cfg.optimizer.ascent_direction}": direction_of(cfg.optimizer).needs_optimizer,
         "--normalization adam": in_adams_metric(cfg.optimizer),
     }
     without_moments = [

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn import Module
 
 from fairseq_asam.optim import sharpness_aware_optimizer
-from fairseq_asam.optim.options import by_momentum
 from fairseq_asam.sharpness import TwoPasses
 
 from .fraction import extrapolate_, random_part
@@ -56,10 +55,10 @@ class SharpnessAwareTask(FairseqTask):
 
         The loss and the logging outputs returned are those at w. ``.grad`` accumulates the gradients of the
         passes at w + epsilon. With ``--ascent-scope update``, these passes follow the pass at w of the last
-        micro-batch, and that call returns the sample size of all micro-batches. With ``--ascent-direction
-        momentum``, the only pass is at w + epsilon, and so is the loss. With ``--ascent-fraction``, logging
-        outputs at w that are sums are extrapolated to the whole batch. Means, as of the criteria of
-        text-to-speech, are those of the part.
+        micro-batch, and that call returns the sample size of all micro-batches. With an
+        ``--ascent-direction`` that needs no pass at w, the only pass is at w + epsilon, and so is the loss.
+        With ``--ascent-fraction``, logging outputs at w that are sums are extrapolated to the whole batch.
+        Means, as of the criteria of text-to-speech, are those of the part.
         """
         asam = sharpness_aware_optimizer(optimizer)
         cfg, update = asam.sharpness_config, asam.update
@@ -75,7 +74,7 @@ class SharpnessAwareTask(FairseqTask):
         )
         if not update.ascends:
             return step(sample)
-        if by_momentum(cfg):
+        if not update.two_passes.perturbation.direction.needs_pass_at_w:
             set_num_updates: Any = model.set_num_updates
             set_num_updates(update_num)  # at w, of which some models step a moving average then
             with _no_new_update(model):

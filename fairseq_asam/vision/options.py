@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, get_args, get_type_hints
 
+from fairseq_asam.sharpness.directions import DIRECTIONS, meanings
 from fairseq_asam.sharpness.late_start import validate_start
-from fairseq_asam.sharpness.moments import DIRECTIONS
 from fairseq_asam.sharpness.normalization import IDENTITY, NORMALIZATIONS
 from fairseq_asam.sharpness.perturbation import validate
 
@@ -97,8 +97,7 @@ class TrainOptions:
         metavar="M",
     )
     ascent_direction: str = _option(
-        "what epsilon is made of: the gradient at w, or minus SGD's momentum, for which an update costs one "
-        "pass (arXiv 2401.12033)",
+        f"what epsilon is made of; {meanings()}",
         "gradient",
         choices=DIRECTIONS,
     )
@@ -153,17 +152,22 @@ class TrainOptions:
     def _check(self) -> None:
         validate(rho=self.rho, eta=self.eta, p=self.p_norm)
         validate_start(self.ascent_from)
-        of_epsilon = self.rho or self.m or self.ascent_from or self.ascent_direction != "gradient"
+        direction, default = DIRECTIONS[self.ascent_direction], type(self).ascent_direction
+        of_epsilon = self.rho or self.m or self.ascent_from or self.ascent_direction != default
         if self.optimizer == "sgd" and of_epsilon:
             raise ValueError(
                 "sgd has no epsilon and takes no rho, m, ascent_from or ascent_direction: choose sam or asam "
                 "to use them"
             )
-        if self.ascent_direction == "momentum" and (self.m or not self.momentum):
+        if self.m and not direction.needs_pass_at_w:
             raise ValueError(
-                "ascent_direction is momentum, which needs a momentum above 0 and makes one epsilon for the "
-                f"batch, but momentum is {self.momentum} and m is {self.m or 0}: change these, or ascend by "
-                "gradient"
+                f"m is {self.m}, but ascent_direction {self.ascent_direction} makes one epsilon for the "
+                f"batch: set m to 0, or ascend by {default}"
+            )
+        if direction.needs_optimizer and not self.momentum:
+            raise ValueError(
+                f"momentum is {self.momentum}, but ascent_direction {self.ascent_direction} is made of it: "
+                f"choose one above 0, or ascend by {default}"
             )
         if self.optimizer != "asam" and NORMALIZATIONS[self.normalization] is not IDENTITY:
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import platform
@@ -20,8 +19,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from fairseq_asam import Perturbation
+from fairseq_asam.sharpness.directions import DIRECTIONS
 from fairseq_asam.sharpness.late_start import first_ascent
-from fairseq_asam.sharpness.moments import first_moments
 
 from . import data, models
 from .batches import Batches, evaluation_loader, seed_of, training_loader
@@ -91,6 +90,7 @@ class Run:
         self._build_model()
         self.epochs: list[dict[str, Any]] = []
         self.seconds = 0.0
+        self.updates = 0
         if checkpoint is not None:
             self._restore(checkpoint)
 
@@ -153,7 +153,6 @@ class Run:
             weight_decay=options.weight_decay,
         )
         prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        by_momentum = options.ascent_direction == "momentum"
         perturbation = None
         if options.optimizer != "sgd":
             perturbation = Perturbation(
@@ -163,7 +162,9 @@ class Run:
                 p=options.p_norm,
                 normalization=options.normalization,
                 normalize_bias=options.normalize_bias,
-                moments=functools.partial(first_moments, optimizer) if by_momentum else None,
+                direction=DIRECTIONS[options.ascent_direction](
+                    optimizer, seed=options.seed, number=lambda: self.updates
+                ),
             )
         self.update = Update(
             self.accelerator,
@@ -196,7 +197,8 @@ class Run:
         for count, (images, targets) in enumerate(bar, start=1):
             if self.cutmix is not None:
                 images, targets = self.cutmix(images, targets)
-            self.update.ascends = (epoch - 1) * len(self.batches) + count > self.first_ascent
+            self.updates = (epoch - 1) * len(self.batches) + count - 1
+            self.update.ascends = self.updates >= self.first_ascent
             meter.add(self.update(*self._on_device(images, targets)))
             if count % LOOK_EVERY == 0 or count == len(self.batches):
                 means = meter.means()

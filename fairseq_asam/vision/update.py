@@ -36,8 +36,8 @@ class Update:
     Args:
         accelerator: spreads the batch over processes and casts to half precision.
         model, optimizer: as *accelerator* prepared them.
-        perturbation: moves the weights of *model*. If it has moments, an update makes one pass. ``None``:
-            make plain updates of *optimizer*.
+        perturbation: moves the weights of *model*. If its direction needs no pass at w, an update makes one
+            pass. ``None``: make plain updates of *optimizer*.
         label_smoothing: of the training loss, in both passes.
         m: number of images with an epsilon of their own (m-sharpness; Foret et al. 2021, Section 4.1), which
             divides N. The step uses the mean of the gradients at each w + epsilon. ``None``: one epsilon from
@@ -75,7 +75,7 @@ class Update:
         elif not self.ascends:
             loss, accuracy = evaluate()
             measured = Measured(loss, accuracy, torch.full_like(loss, math.nan))
-        elif self._two_passes.perturbation.moments is not None:
+        elif not self._two_passes.perturbation.direction.needs_pass_at_w:
             loss, accuracy = self._two_passes.only_at_w_plus_epsilon(evaluate)
             measured = Measured(loss, accuracy, torch.full_like(loss, math.nan))
         else:

@@ -25,7 +25,7 @@ from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 
 from fairseq_asam.optim import SHARPNESS_AWARE
-from fairseq_asam.optim.options import by_momentum
+from fairseq_asam.optim.options import direction_of
 
 LONGEST_SENTENCE = 100  # tokens
 BATCHES = 40  # that a corpus makes
@@ -133,7 +133,7 @@ def configuration(
 
 def passes(cfg: Any) -> float:
     """Return how many forward and backward passes an update of *cfg* costs, on average."""
-    if cfg.optimizer._name not in SHARPNESS_AWARE or by_momentum(cfg.optimizer):
+    if cfg.optimizer._name not in SHARPNESS_AWARE or not direction_of(cfg.optimizer).needs_pass_at_w:
         return 1.0
     return 1.0 + cfg.optimizer.ascent_fraction / cfg.optimizer.ascent_interval
 

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairseq_asam import NORMALIZATIONS, Perturbation, Region, SharpnessAware, TwoPasses, measure
-from fairseq_asam.sharpness.moments import adam_diagonals, first_moments
+from fairseq_asam import DIRECTIONS, NORMALIZATIONS, Perturbation, Region, SharpnessAware, TwoPasses, measure
+from fairseq_asam.sharpness.moments import adam_diagonals
 from tests.processes import in_processes
 
 INF = math.inf
@@ -171,19 +171,18 @@ SHARDINGS = {
     },
 }
 #: The regions that four processes are tested with, which take long on two cores.
-FEWER = (0, 3, 6)
+FEWER = (0, 3, 6, 8)
 ADAM = functools.partial(torch.optim.Adam, lr=0.02, foreach=False)
 
 
 def trained(model, options, share, shares, updates, accumulate=1):
     """The sharpness of each update, and the last gradient and weights."""
     optimizer = ADAM(model.parameters())
-    by_momentum = options.get("direction") == "momentum"
-    moments = functools.partial(first_moments, optimizer) if by_momentum else None
+    direction = DIRECTIONS[options.get("direction", "gradient")](optimizer)
     in_adams_metric = options.get("normalization") == "adam"
     diagonals = functools.partial(adam_diagonals, optimizer) if in_adams_metric else None
     options = {k: v for k, v in options.items() if k != "direction" and v != "adam"}
-    perturbation = Perturbation(model.named_parameters(), **options, moments=moments, diagonals=diagonals)
+    perturbation = Perturbation(model.named_parameters(), **options, direction=direction, diagonals=diagonals)
     two_passes = TwoPasses(perturbation, [model])
     seen = []
     for step in range(updates):
@@ -195,8 +194,8 @@ def trained(model, options, share, shares, updates, accumulate=1):
                 loss.backward()
                 return loss
 
-            (two_passes.only_at_w_plus_epsilon if by_momentum else two_passes.at_w)(evaluate)
-        if not by_momentum:
+            (two_passes.at_w if direction.needs_pass_at_w else two_passes.only_at_w_plus_epsilon)(evaluate)
+        if direction.needs_pass_at_w:
             two_passes.at_w_plus_epsilon()
             seen.append(float(two_passes.sharpness))
         optimizer.step()
@@ -215,6 +214,7 @@ REGIONS = [
     ]
 ]
 REGIONS += [dict(rho=0.5, direction="momentum"), dict(rho=0.1, normalization="adam")]
+REGIONS += [dict(rho=0.5, direction="random")]
 
 
 def trainings(processes, updates):

@@ -11,6 +11,8 @@ import torch
 from fairseq.trainer import Trainer
 from torch import nn
 
+from tests.sharpness.plain_directions import VECTORS
+
 
 @dataclass
 class Reference:
@@ -29,7 +31,7 @@ class Reference:
     interval: int = 1
     alpha: float | None = None
     zeros: bool = False
-    momentum: bool = False
+    direction: str = "gradient"
 
     def __post_init__(self):
         self.parts = self.trainer.model, self.trainer.criterion
@@ -44,7 +46,7 @@ class Reference:
         number = self.trainer.get_num_updates()
         torch.manual_seed(self.trainer.cfg.common.seed + number)
         self.random_state = {worker: torch.get_rng_state() for _, _, worker in micro_batches}
-        if self.momentum:
+        if self.direction != "gradient":
             step = self.one_pass(micro_batches)
         elif number % self.interval > 0:
             step = self.reuse(total(self.gradient(batch, worker) for batch, _, worker in micro_batches))
@@ -77,9 +79,12 @@ class Reference:
         return g, total(perturbed)
 
     def one_pass(self, micro_batches):
-        """The gradient summed over *micro_batches* where minus Adam's first moment leads."""
+        """The gradient summed over *micro_batches* where a vector leads that needs no gradient at w."""
         state = self.trainer.optimizer.optimizer.state
-        g = {n: -state[w]["exp_avg"] for n, w in self.weights.items() if "exp_avg" in state.get(w, {})}
+        moments = {n: state[w]["exp_avg"] for n, w in self.weights.items() if "exp_avg" in state.get(w, {})}
+        chosen = {n: w for n, w in self.weights.items() if self.is_chosen(w)}
+        seed, number = self.trainer.cfg.common.seed, self.trainer.get_num_updates()
+        g = VECTORS[self.direction](at_w=None, moments=moments, weights=chosen, seed=seed, number=number)
         with self.perturbed_by(g):
             return total(self.gradient(batch, worker) for batch, _, worker in micro_batches)
 
@@ -136,6 +141,10 @@ class Reference:
         w = self.weights[name]
         if self.normalization == "adam" and not self.trainer.optimizer.optimizer.state.get(w):
             return False
+        return self.is_chosen(w)
+
+    def is_chosen(self, w):
+        """Whether --perturbed-weights names *w*."""
         if self.perturbed == "normalization-layers":
             return w in self.gains
         return self.perturbed == "all" or w not in self.embeddings

@@ -133,6 +133,7 @@ def test_the_paper_s_values_are_the_defaults(train):
     [
         ["asam", "--ascent-interval", "5"],
         ["asam", "--ascent-direction", "momentum", "--normalization", "adam"],
+        ["asam", "--ascent-direction", "random"],
         pytest.param(["asam"], marks=pytest.mark.slow),
         pytest.param(["sam", "--ascent-fraction", "0.5"], marks=pytest.mark.slow),
     ],
@@ -222,6 +223,11 @@ def test_the_installed_commands_work_from_the_repository_root(corpus, tmp_path):
         (["--p-norm", "1"], "p is 1.0, but"),
         (["--eta", "nan"], "eta is nan, but"),
         (["--normalization", "row-wise"], "'row-wise' (choose from"),
+        (["--ascent-direction", "up"], "'up' (choose from"),
+        (
+            ["--ascent-direction", "random", "--fresh-masks"],
+            "--fresh-masks does not go with --ascent-dir",
+        ),
         (["--ascent-fraction", "0"], "--ascent-fraction is 0.0, but"),
         (["--ascent-interval", "0"], "--ascent-interval is 0, but"),
         (["--ascent-reuse", "-1"], "--ascent-reuse is -1.0, but"),

@@ -12,7 +12,8 @@ from torch import nn
 import fairseq_asam.optim.optimizers as plugin
 from fairseq_asam import NORMALIZATIONS, Perturbation
 from fairseq_asam.optim.half_precision import master_weights
-from fairseq_asam.sharpness.moments import adam_diagonals, first_moments
+from fairseq_asam.sharpness.directions import Momentum
+from fairseq_asam.sharpness.moments import adam_diagonals
 from tests.commands import checkpoint, recipe
 from tests.training import configuration, mean_sharpness, trainer_and_batches
 
@@ -65,12 +66,13 @@ def test_epsilon_is_that_of_the_cpu_and_needs_no_synchronization(normalization, 
 
 @pytest.mark.parametrize("source", ["moments", "diagonals"])
 def test_epsilon_from_what_adam_keeps_is_that_of_the_cpu_and_needs_no_synchronization(source):
-    read = {"moments": first_moments, "diagonals": adam_diagonals}[source]
-
     def perturbation_of(model):
         adam = torch.optim.Adam(model.parameters(), lr=0.0)
         adam.step()
-        return Perturbation(model.named_parameters(), 5.0, **{source: functools.partial(read, adam)})
+        options = {"direction": Momentum(adam)}
+        if source == "diagonals":
+            options = {"diagonals": functools.partial(adam_diagonals, adam)}
+        return Perturbation(model.named_parameters(), 5.0, **options)
 
     assert_epsilon_is_that_of_the_cpu_and_needs_no_synchronization(perturbation_of)
 

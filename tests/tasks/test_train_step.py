@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import itertools
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from fairseq import utils
 from fairseq.data.data_utils import compute_mask_indices
 from fairseq.logging import metrics
 
+from fairseq_asam import DIRECTIONS
 from tests.training import FLOAT64_THROUGHOUT, FeatureBatchNorm, configuration, trainer_and_batches
 
 from .reference import Reference
@@ -61,9 +63,12 @@ def test_the_step_is_algorithm_1(corpus, scope, optimizer, normalization, clip_n
 
 @pytest.mark.parametrize(
     "direction, normalization",
-    [("momentum", "element-wise"), ("momentum", "none"), ("momentum", "adam"), ("gradient", "adam")],
+    [
+        *itertools.product(sorted(set(DIRECTIONS) - {"gradient"}), ["element-wise", "none", "adam"]),
+        ("gradient", "adam"),
+    ],
 )
-def test_a_step_made_of_adam_s_moments(corpus, direction, normalization):
+def test_a_step_in_other_directions_and_in_adam_s_metric(corpus, direction, normalization):
     """Twenty updates of three micro-batches each, with dropout. The first update has no moments.
 
     Adam's eps is not tiny: 1 / eps magnifies the rounding of gradients that are almost 0.
@@ -71,13 +76,14 @@ def test_a_step_made_of_adam_s_moments(corpus, direction, normalization):
     masks = ["--dropout", "0.2", "--clip-norm", "0.05", "--adam-eps", "1e-5"]
     flags = ["--optimizer", "asam", "--rho", str(RHO), "--ascent-direction", direction]
     trainer, batches = setting(corpus, *flags, "--normalization", normalization, *masks)
-    by_momentum = direction == "momentum"
-    reference = reference_of(corpus, *masks, normalization=normalization, momentum=by_momentum)
+    reference = reference_of(corpus, *masks, normalization=normalization, direction=direction)
     for update in range(20):
         micro_batches = [batches[(3 * update + i) % len(batches)] for i in range(3)]
         reference.update(micro_batches)
         stats = trainer.train_step(copy.deepcopy(micro_batches))
-        assert ("sharpness" in stats) == (not by_momentum)  # without a pass at w, L(w) is not measured
+        assert ("sharpness" in stats) == (
+            direction == "gradient"
+        )  # without a pass at w, L(w) is not measured
         assert_same_weights(trainer, reference)
 
 

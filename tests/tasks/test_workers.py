@@ -51,6 +51,7 @@ def assert_close(actual, expected):
     [
         ["asam", "--criterion", "scaled_cross_entropy"],
         ["asam", "--ascent-direction", "momentum", "--normalization", "adam"],
+        ["asam", "--ascent-direction", "random"],
         pytest.param(["asam"], marks=pytest.mark.slow),
         pytest.param(["sam", "--clip-norm", "0.05"], marks=pytest.mark.slow),
         pytest.param(["asam", "--ascent-interval", "3"], marks=pytest.mark.slow),

@@ -211,8 +211,12 @@ def test_two_processes_make_the_weights_of_one(m, tmp_path):
         (["--ascent-from", "100000"], "training ends after"),
         (["--optimizer", "sgd", "--ascent-from", "0.5"], "sgd has no epsilon"),
         (["--optimizer", "sgd", "--ascent-direction", "momentum"], "sgd has no epsilon"),
-        (["--ascent-direction", "momentum", "--m", "8"], "momentum is 0.9 and m is 8"),
-        (["--ascent-direction", "momentum", "--momentum", "0"], "momentum is 0.0 and m is 0"),
+        (["--ascent-direction", "up"], "'up' (choose from"),
+        (["--ascent-direction", "random", "--m", "8"], "m is 8, but ascent_direction random makes one"),
+        (
+            ["--ascent-direction", "momentum", "--momentum", "0"],
+            "momentum is 0.0, but ascent_direction momentum",
+        ),
     ],
 )
 def test_bad_input_gets_one_sentence(flags, said, tmp_path, capsys):

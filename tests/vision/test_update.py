@@ -2,7 +2,6 @@
 overflow."""
 
 import copy
-import functools
 
 import pytest
 import torch
@@ -11,9 +10,9 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-from fairseq_asam import Perturbation
-from fairseq_asam.sharpness.moments import first_moments
+from fairseq_asam import DIRECTIONS, Perturbation
 from fairseq_asam.vision.update import Update
+from tests.sharpness.plain_directions import VECTORS
 
 LR, DECAY, RHO, ETA, SMOOTHING = 0.3, 0.01, 0.4, 0.01, 0.1
 
@@ -30,17 +29,15 @@ def batches(count, size=12):
         yield images, torch.randint(5, (size,), generator=generator)
 
 
-def updater(model, normalization, *, rho=RHO, by_momentum=False, scaler=None, **options):
+def updater(model, normalization, *, rho=RHO, direction="gradient", scaler=None, **options):
     """The update of *model* by sgd (``normalization=None``), sam or asam with momentum, and the optimizer."""
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = scaler
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=DECAY)
     perturbation = None
     if normalization is not None:
-        moments = functools.partial(first_moments, optimizer) if by_momentum else None
-        perturbation = Perturbation(
-            model.named_parameters(), rho, ETA, normalization=normalization, moments=moments
-        )
+        options_of_epsilon = {"normalization": normalization, "direction": DIRECTIONS[direction](optimizer)}
+        perturbation = Perturbation(model.named_parameters(), rho, ETA, **options_of_epsilon)
     prepared = AcceleratedOptimizer(optimizer, scaler=scaler)
     return Update(accelerator, model, prepared, perturbation, label_smoothing=SMOOTHING, **options), optimizer
 
@@ -97,15 +94,20 @@ def test_algorithm_1(normalization, m):
 
 
 @pytest.mark.parametrize("normalization", ["none", "element-wise"])
-def test_momentum_sam(normalization):
-    """The gradient where minus SGD's momentum leads; the first update is plain."""
+@pytest.mark.parametrize("direction", sorted(set(DIRECTIONS) - {"gradient"}))
+def test_one_pass_where_the_direction_leads(normalization, direction):
+    """Momentum's first update is plain."""
     model = network()
-    update, _ = updater(model, normalization, by_momentum=True)
+    names = [name for name, _ in model.named_parameters()]
+    update, _ = updater(model, normalization, direction=direction)
     weights = [w.detach().clone() for w in model.parameters()]
     momenta = [torch.zeros_like(w) for w in weights]
     for number, (images, targets) in enumerate(batches(20)):
-        g = [-buffer for buffer in momenta]
-        moved = at_w_plus_epsilon(model, weights, normalization, g) if number else weights
+        moments, named = (dict(zip(names, each)) for each in (momenta, weights))
+        g = VECTORS[direction](
+            at_w=None, moments=moments if number else {}, weights=named, seed=0, number=number
+        )
+        moved = at_w_plus_epsilon(model, weights, normalization, g.values()) if g else weights
         loss, g = gradient(model, moved, images, targets)
         momenta = [0.9 * b + g_i + DECAY * w for b, g_i, w in zip(momenta, g, weights)]
         weights = [w - LR * b for w, b in zip(weights, momenta)]

@@ -1,15 +1,16 @@
-"""Epsilon made of a base optimizer's moments: the direction of momentum and Adam's metric, by hand."""
+"""The directions of ascent, and Adam's metric, by hand."""
 
 from __future__ import annotations
-
-import functools
 
 import pytest
 import torch
 from torch import nn
 
-from fairseq_asam import Perturbation, SharpnessAware
+from fairseq_asam import DIRECTIONS, Perturbation, SharpnessAware
+from fairseq_asam.sharpness.directions import Momentum, Random
 from fairseq_asam.sharpness.moments import first_moments
+
+from .plain_directions import VECTORS
 
 ETA, RHO, LR = 0.01, 0.3, 0.05
 
@@ -39,7 +40,7 @@ def sgd(parameters):
 def by_hand(base: str, normalization: str, direction: str, updates: int) -> list[torch.Tensor]:
     """epsilon = rho T^2 g / ||T g||, and a step of *base* with the gradient at w + epsilon.
 
-    With the direction momentum, g = -m. The first update has no moments, and no epsilon made of them.
+    The first update has no moments, and no epsilon made of them.
     """
     model = setting()
     weights = dict(model.named_parameters())
@@ -47,11 +48,14 @@ def by_hand(base: str, normalization: str, direction: str, updates: int) -> list
     v = {name: torch.zeros_like(w) for name, w in weights.items()}
     for t in range(1, updates + 1):
         w = {name: weight.detach().clone() for name, weight in weights.items()}
-        if t > 1:
-            if direction == "momentum":
-                ascent = {n: -m[n] for n in w}
-            else:
-                ascent = dict(zip(w, torch.autograd.grad(loss_of(model, t), list(weights.values()))))
+        ascent = VECTORS[direction](
+            at_w=lambda t=t: dict(zip(weights, torch.autograd.grad(loss_of(model, t), model.parameters()))),
+            moments=m if t > 1 else {},
+            weights=w,
+            seed=0,
+            number=t - 1,
+        )
+        if ascent and (t > 1 or normalization != "adam"):
             T = {n: torch.ones_like(w[n]) for n in w}
             for n in w:
                 if normalization == "adam":
@@ -75,19 +79,14 @@ def by_hand(base: str, normalization: str, direction: str, updates: int) -> list
     return list(model.parameters())
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(
-    "base, normalization, direction",
-    [
-        (adam, "none", "momentum"),
-        (adam, "element-wise", "momentum"),
-        (sgd, "none", "momentum"),
-        (sgd, "element-wise", "momentum"),
-        (adam, "adam", "gradient"),
-        (adam, "adam", "momentum"),
-    ],
+    "base, normalization",
+    [(adam, "none"), (adam, "element-wise"), (adam, "adam"), (sgd, "none"), (sgd, "element-wise")],
 )
 def test_twenty_updates(base, normalization, direction):
-    model = setting()
+    """The passes, the loss that a step returns, and the weights."""
+    model, needs_pass_at_w = setting(), direction == "gradient"
     options = {"rho": RHO, "eta": ETA, "normalization": normalization}
     optimizer = SharpnessAware(base(model.parameters()), model, direction=direction, **options)
     losses = []
@@ -101,11 +100,11 @@ def test_twenty_updates(base, normalization, direction):
             return loss
 
         loss = optimizer.step(closure).item()
-        assert loss == losses[-1 if direction == "momentum" else -2]
-    if direction == "momentum":
-        assert len(losses) == 20 and optimizer.sharpness is None
-    else:
+        assert loss == losses[-2 if needs_pass_at_w else -1]
+    if needs_pass_at_w:
         assert len(losses) == 40 and optimizer.sharpness == losses[-1] - losses[-2]
+    else:
+        assert len(losses) == 20 and optimizer.sharpness is None
     for weight, expected in zip(model.parameters(), by_hand(base.__name__, normalization, direction, 20)):
         torch.testing.assert_close(weight, expected, rtol=1e-10, atol=1e-12)
 
@@ -114,8 +113,8 @@ def test_in_a_loop_of_one_s_own_epsilon_has_length_rho():
     """And the weights come back bit for bit."""
     model = setting()
     optimizer = adam(model.parameters())
-    moments = functools.partial(first_moments, optimizer)
-    perturbation = Perturbation(model.named_parameters(), RHO, normalization="none", moments=moments)
+    momentum = Momentum(optimizer)
+    perturbation = Perturbation(model.named_parameters(), RHO, normalization="none", direction=momentum)
     before = [w.detach().clone() for w in model.parameters()]
     with perturbation:
         assert all(map(torch.equal, model.parameters(), before))  # no moment yet
@@ -137,11 +136,47 @@ def test_a_weight_without_a_moment_is_left_alone():
     loss_of(model, 1).backward()
     optimizer.step()
     model[2].weight.requires_grad_(True)
-    moments = functools.partial(first_moments, optimizer)
     before = [w.detach().clone() for w in model.parameters()]
-    with Perturbation(model.named_parameters(), RHO, moments=moments):
+    with Perturbation(model.named_parameters(), RHO, direction=Momentum(optimizer)):
         moved = [not torch.equal(w, b) for w, b in zip(model.parameters(), before)]
     assert moved == [True, True, False, True]
+
+
+def random_epsilons(count: int, **options) -> list[torch.Tensor]:
+    """The epsilons of the first blocks with the direction random and these options of it."""
+    model = setting()
+    perturbation = Perturbation(
+        model.named_parameters(), RHO, normalization="none", direction=Random(**options)
+    )
+    epsilons, before = [], nn.utils.parameters_to_vector(model.parameters()).detach()
+    for _ in range(count):
+        with perturbation:
+            epsilons.append(nn.utils.parameters_to_vector(model.parameters()).detach() - before)
+    return epsilons
+
+
+def test_random_epsilons_have_length_rho_and_are_drawn_anew():
+    """Without a gradient, by every block or by the number of the update, and from each seed others."""
+    epsilons = random_epsilons(50, seed=1) + random_epsilons(50, seed=2)
+    for epsilon in epsilons:
+        torch.testing.assert_close(epsilon.norm().item(), RHO, rtol=1e-12, atol=0.0)
+    cosines = torch.stack(epsilons) @ torch.stack(epsilons).T / RHO**2
+    # 32 weights: cosines of independent Gaussian vectors have the mean 0 and the variance 1 / 32.
+    others = cosines[~torch.eye(100, dtype=torch.bool)]
+    assert others.abs().max() < 0.9 and abs(others.mean()) < 0.02
+    assert others.var().item() == pytest.approx(1 / 32, rel=0.1)
+    number = iter([7, 7, 2]).__next__
+    seventh, again, second = random_epsilons(3, seed=1, number=number)
+    assert torch.equal(seventh, again) and torch.equal(seventh, epsilons[7])
+    assert torch.equal(second, epsilons[2])
+
+
+def test_random_leaves_the_generator_of_torch_alone():
+    """Of which dropout masks are drawn."""
+    model = setting()
+    state = torch.get_rng_state()
+    with Perturbation(model.named_parameters(), RHO, direction=Random()):
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
@@ -182,7 +217,9 @@ def test_bad_input_is_refused():
     for base in (torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.RMSprop(model.parameters())):
         with pytest.raises(ValueError, match=f"^{type(base).__name__} keeps no first moment"):
             SharpnessAware(base, model, rho=0.1, direction="momentum")
-    with pytest.raises(ValueError, match="direction is 'up', but it must be one of gradient, momentum"):
+    with pytest.raises(
+        ValueError, match="direction is 'up', but it must be one of gradient, momentum, random"
+    ):
         SharpnessAware(adam(model.parameters()), model, rho=0.1, direction="up")
     with pytest.raises(ValueError, match="Adam has only a part of the weights' moments"):
         SharpnessAware(adam(model[0].parameters()), model, rho=0.1, direction="momentum")
@@ -194,6 +231,15 @@ def test_bad_input_is_refused():
             SharpnessAware(base, model, rho=0.1, normalization="adam")
     with pytest.raises(ValueError, match="Adam has only a part of the weights' moments"):
         SharpnessAware(adam(model[0].parameters()), model, rho=0.1, normalization="adam")
+    for direction in ("momentum", Momentum):
+        with pytest.raises(
+            ValueError, match=r"direction is .*but it must be an object of .*Momentum\(optimizer"
+        ):
+            Perturbation(model.named_parameters(), 0.1, direction=direction)
+    with pytest.raises(
+        ValueError, match=r"Momentum is made of what the base .* pass it, Momentum\(optimizer\)"
+    ):
+        Momentum()
     with pytest.raises(ValueError, match="normalization is 'adam', but it must be one of none"):
         Perturbation(model.named_parameters(), 0.1, normalization="adam")
     adagrad = torch.optim.Adagrad(model.parameters())

@@ -1,0 +1,199 @@
+"""The directions of ascent: what epsilon is made of. Nothing else in the library knows them.
+
+To add one, write a class and name it in :data:`DIRECTIONS`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .moments import first_moments
+from .shards import is_sharded, local, local_gradient, part_of
+
+#: Returns what an optimizer keeps for each weight.
+Read = Callable[[Any], Mapping[Tensor, Tensor]]
+
+
+class Direction:
+    """The vector g in the formula of :class:`~fairseq_asam.Perturbation`.
+
+    All directions are made with the same arguments. Each uses those that it needs.
+
+    Args:
+        optimizer: the base optimizer.
+        of_weights: called with :meth:`kept_by` and *optimizer*, returns what *optimizer* keeps for the
+            weights of the perturbation, if it steps others, such as float32 masters. By default it steps the
+            same.
+        seed: of random numbers.
+        number: returns the number of the update, which decides the random numbers together with *seed*. By
+            default each entry into the block of a perturbation is an update of its own.
+
+    Attributes:
+        meaning: what epsilon is made of, in a few words for help pages.
+        needs_pass_at_w: whether an update needs a pass at w, for the gradient there, before the one at
+            w + epsilon. Without it an update is one pass, and nothing can be asked of a pass at w.
+        needs_optimizer: whether g is made of what the base optimizer keeps.
+
+    Raises:
+        ValueError: *optimizer* does not keep what the direction needs.
+    """
+
+    meaning: ClassVar[str]
+    needs_pass_at_w: ClassVar[bool] = False
+    needs_optimizer: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        optimizer: Any = None,
+        *,
+        of_weights: Callable[[Read, Any], Mapping[Tensor, Tensor]] | None = None,
+        seed: int = 0,
+        number: Callable[[], int] | None = None,
+    ):
+        self.optimizer, self.seed = optimizer, seed
+        self._of_weights, self._number, self._entries = of_weights, number, 0
+        if self.needs_optimizer:
+            self._kept()
+
+    def sign(self, maximize: bool) -> float:
+        """Return 1 if epsilon goes along g, and -1 if it goes against g.
+
+        Args:
+            maximize: whether the objective is to be maximized.
+        """
+        return 1.0
+
+    def vectors(self, weights: Mapping[Tensor, str]) -> dict[Tensor, Tensor]:
+        """Return g, or this process's part of it, for each of *weights* that is to be perturbed.
+
+        Args:
+            weights: those of the perturbation that require a gradient, and their names.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def kept_by(optimizer: Any) -> Mapping[Tensor, Tensor]:
+        """Return what g is made of, for each weight that *optimizer* has stepped.
+
+        Raises:
+            ValueError: *optimizer* keeps nothing of the kind.
+        """
+        raise NotImplementedError
+
+    def _kept(self) -> Mapping[Tensor, Tensor]:
+        if self.optimizer is None:
+            name = type(self).__name__
+            raise ValueError(f"{name} is made of what the base optimizer keeps: pass it, {name}(optimizer)")
+        if self._of_weights is None:
+            return self.kept_by(self.optimizer)
+        return self._of_weights(self.kept_by, self.optimizer)
+
+    def _next_number(self) -> int:
+        """Return the number of the update that this entry into the block belongs to."""
+        if self._number is not None:
+            return self._number()
+        self._entries += 1
+        return self._entries - 1
+
+
+class Gradient(Direction):
+    """The gradient at w, from ``.grad``: SAM and ASAM."""
+
+    meaning = "the gradient at w"
+    needs_pass_at_w = True
+
+    def sign(self, maximize: bool) -> float:
+        return -1.0 if maximize else 1.0
+
+    def vectors(self, weights: Mapping[Tensor, str]) -> dict[Tensor, Tensor]:
+        """Return this process's part of the gradient of each of *weights* that has one.
+
+        Raises:
+            RuntimeError: none has a gradient.
+            ValueError: a gradient is sparse, or is whole while its weight is in shards.
+        """
+        present = {weight: name for weight, name in weights.items() if weight.grad is not None}
+        if not present:
+            what = "no parameter has a gradient"
+            if any(map(is_sharded, weights)):
+                what += " (set_requires_gradient_sync(False) leaves shards without)"
+            raise RuntimeError(
+                f"{what}: call backward() at w before entering the block, or make no update for a batch that "
+                "you skip"
+            )
+        for weight, name in present.items():
+            if weight.grad.layout != torch.strided:
+                raise ValueError(
+                    f"the gradient of {name} is sparse, which sharpness-aware training does not support: use "
+                    "a dense gradient (for nn.Embedding, sparse=False)"
+                )
+        return {weight: local_gradient(weight, name) for weight, name in present.items()}
+
+
+class Momentum(Direction):
+    """Minus the first moment of the base optimizer: Momentum-SAM (Becker et al., arXiv 2401.12033).
+
+    A weight without a moment, as before its first step, is not perturbed.
+    """
+
+    meaning = "minus the base optimizer's first moment (Momentum-SAM, arXiv 2401.12033)"
+    needs_optimizer = True
+    kept_by = staticmethod(first_moments)
+
+    def sign(self, maximize: bool) -> float:
+        return -1.0  # minus the moment is where the optimizer goes, whether it minimizes or maximizes
+
+    def vectors(self, weights: Mapping[Tensor, str]) -> dict[Tensor, Tensor]:
+        moments = self._kept()
+        return {weight: local(moments[weight]) for weight in weights if weight in moments}
+
+
+class Random(Direction):
+    """A Gaussian vector, drawn anew in each update: the control for a direction that knows the loss.
+
+    It has a number for every weight that requires a gradient, whether or not the loss depends on it. The
+    numbers of the i-th such weight in update n, both counted from 0, are ``torch.randn`` of the weight's
+    shape, in at least float32, from a generator on the weight's device that is seeded with
+    ``seed_of(seed, n, i)``. So they are the same in every process with a device of this kind, and in a run
+    that is resumed. Of weights in shards, each process has its part of these whole vectors. torch's own
+    generators, of which dropout masks are drawn, are not touched.
+    """
+
+    meaning = "a Gaussian vector, drawn anew in each update from --seed"
+
+    def vectors(self, weights: Mapping[Tensor, str]) -> dict[Tensor, Tensor]:
+        number = self._next_number()
+        drawn = {}
+        for index, weight in enumerate(weights):
+            device = local(weight).device
+            generator = torch.Generator(device).manual_seed(seed_of(self.seed, number, index))
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            whole = torch.randn(weight.shape, generator=generator, dtype=dtype, device=device)
+            drawn[weight] = part_of(whole, weight)
+        return drawn
+
+
+#: The directions by name.
+DIRECTIONS: Mapping[str, type[Direction]] = {"gradient": Gradient, "momentum": Momentum, "random": Random}
+
+
+def meanings() -> str:
+    """Return what each direction is, for help pages."""
+    each = "; ".join(f"{name}: {direction.meaning}" for name, direction in DIRECTIONS.items())
+    one_pass = [name for name, direction in DIRECTIONS.items() if not direction.needs_pass_at_w]
+    return f"{each}; an update costs one pass with {' or '.join(one_pass)}"
+
+
+def seed_of(*numbers: int) -> int:
+    """Return a seed in [0, 2^64), another for each sequence of *numbers*: that of SHA-256, in hexadecimal.
+
+    Sums of the numbers would not do: seed 1 of update 2 would be seed 2 of update 1, and fairseq seeds
+    dropout with such a sum. On a CPU, torch looks at the last 32 bits alone.
+    """
+    digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).hexdigest()
+    return int(digest[:16], 16)
