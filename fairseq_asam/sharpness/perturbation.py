@@ -208,6 +208,7 @@ class Perturbation(Displacement):
         if any(
             parameter.dtype in (torch.float16, torch.bfloat16) and parameter not in masters
             for parameter in self.parameters
+            if parameter.requires_grad
         ):
             warnings.warn(
                 "half-precision weights absorb most of epsilon, which is far below their resolution: give "

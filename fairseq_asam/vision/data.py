@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +16,12 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageNet
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader
+from torchvision.datasets.imagenet import META_FILE, load_meta_file
 from torchvision.transforms import v2
 
 DIGITS_IN_TEST = 600
+_DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"  # of ImageNet, with its list of classes
 
 
 @dataclass(frozen=True)
@@ -99,17 +104,102 @@ def _cifar(cifar: type[CIFAR10]) -> Callable[[Path | None, bool], tuple[Labelled
     return fetch
 
 
+class ImageNetSplit(ImageNet):
+    """The training or the validation images of ImageNet.
+
+    The devkit's list of classes decides the labels, so that both splits have the same ones. Hidden files and
+    folders, as Jupyter and macOS make them, are ignored.
+
+    Args:
+        root: folder of the archives, or of what torchvision has unpacked.
+        split: ``train`` or ``val``.
+
+    Raises:
+        ValueError: there is a folder of another class, or none.
+        FileNotFoundError: a class folder has no image.
+        RuntimeError: an archive is damaged.
+    """
+
+    def __init__(self, root: Path, split: str):
+        folder = os.path.join(os.path.expanduser(root), split)
+
+        def is_image(path: str) -> bool:
+            return path.lower().endswith(IMG_EXTENSIONS) and f"{os.sep}." not in path[len(folder) :]
+
+        super().__init__(str(root), split, loader=_read_image, is_valid_file=is_image)
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        names = sorted(e.name for e in os.scandir(directory) if e.is_dir() and not e.name.startswith("."))
+        labels = {name: label for label, name in enumerate(sorted(load_meta_file(Path(directory).parent)[0]))}
+        others = [name for name in names if name not in labels]
+        if others:
+            raise ValueError(
+                f"'{directory}' has {_some(others)}, no class of ImageNet's devkit: move it away"
+            )
+        if not names:
+            raise ValueError(
+                f"'{directory}' has no class folders: move each image into the folder of its class, such as "
+                f"{_some(list(labels))}"
+            )
+        return names, {name: labels[name] for name in names}
+
+
 def _imagenet(root: Path | None, download: bool) -> tuple[LabelledImages, LabelledImages]:
-    archives = "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar"
+    unpacked = {
+        _DEVKIT: META_FILE,
+        "ILSVRC2012_img_train.tar": "train",
+        "ILSVRC2012_img_val.tar": "val",
+    }
     if root is None:
-        raise FileNotFoundError(f"ImageNet needs a folder: name the one that has {archives} with --data")
-    try:
-        return tuple(ImageNet(str(root), split) for split in ("train", "val"))
-    except (RuntimeError, OSError) as error:
+        raise FileNotFoundError(f"ImageNet needs a folder: name the one of {', '.join(unpacked)} with --data")
+    missing = [a for a, folder in unpacked.items() if not ((root / a).exists() or (root / folder).exists())]
+    if missing:
         raise FileNotFoundError(
-            f"'{root}' has no ImageNet: get {archives} from image-net.org, which wants you to register, and "
-            "put them there; they are unpacked at the first use"
+            f"'{root}' has only a part of ImageNet, or nothing: get {', '.join(missing)} from image-net.org, "
+            "which wants you to register; what you put there is unpacked at the first use"
+        )
+    _check_meta_file(root)
+    train, val = (_imagenet_split(root, split) for split in ("train", "val"))
+    for one, other in ((train, val), (val, train)):
+        lacking = [name for name in other.wnids if name not in one.wnid_to_idx]
+        if lacking:
+            raise ValueError(
+                f"'{root / one.split}' lacks the class folder {_some(lacking)}, which '{root / other.split}' "
+                "has: give both the same classes"
+            )
+    return train, val
+
+
+def _imagenet_split(root: Path, split: str) -> ImageNetSplit:
+    try:
+        return ImageNetSplit(root, split)
+    except (RuntimeError, OSError) as error:  # it may name a thousand empty folders
+        message = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise FileNotFoundError(f"'{root / split}' cannot be read: {message}") from error
+
+
+def _check_meta_file(root: Path) -> None:
+    """Raise ValueError if torchvision's file of ImageNet's classes is there and cannot be read."""
+    try:
+        if (root / META_FILE).exists():
+            load_meta_file(root)
+    except Exception as error:  # torch.load raises many kinds
+        raise ValueError(
+            f"'{root / META_FILE}' is damaged ({error}): remove it, and put {_DEVKIT} there, from "
+            "which it is made anew"
         ) from error
+
+
+def _read_image(path: str) -> Any:
+    try:
+        return default_loader(path)
+    except Exception as error:  # Pillow raises many kinds
+        raise OSError(f"the image '{path}' cannot be read ({error}): fetch it again, or remove it") from error
+
+
+def _some(names: list[str]) -> str:
+    """Return the first of *names*, and how many others there are."""
+    return f"'{names[0]}'" if len(names) == 1 else f"'{names[0]}' and {len(names) - 1} more"
 
 
 def _cifar_spec(cifar: type[CIFAR10], num_classes: int, mean: tuple, std: tuple) -> DatasetSpec:
@@ -195,8 +285,8 @@ def load(
         download: fetch CIFAR if it is missing.
 
     Raises:
-        ValueError: a value is not allowed.
-        FileNotFoundError: the data is missing.
+        ValueError: a value is not allowed, or the two splits have other classes.
+        FileNotFoundError: the data is missing or damaged.
     """
     if name not in DATASETS:
         raise ValueError(f"there is no data set '{name}': choose one of {', '.join(DATASETS)}")

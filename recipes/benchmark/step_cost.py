@@ -168,21 +168,21 @@ def peaks(
             peak[flags] = process.apply(peak_bytes, (cfg, args.threads, updates))
 
     base, *_ = cfgs
-    copy = 4 * weights
     print(f"\n| optimizer | peak, MB | copies of the weights above {base} | share of {base} and one copy |")
     print("|:--|--:|--:|--:|")
     rows = []
     for flags in cfgs:
-        more = peak[flags] - peak[base]
-        row = {
-            "optimizer": flags,
-            "peak_bytes": peak[flags],
-            "copies": more / copy,
-            "share": peak[flags] / (peak[base] + copy),
-        }
+        row = {"optimizer": flags, "peak_bytes": peak[flags], **in_copies(peak[flags], peak[base], weights)}
         print(f"| {flags} | {peak[flags] / 1e6:.0f} | {row['copies']:.2f} | {row['share']:.3f} |")
         rows.append(row)
     return rows
+
+
+def in_copies(peak: int, base: int, weights: int) -> dict[str, float]:
+    """Return how many float32 copies of the *weights* a peak is above that of *base*, and its share of *base*
+    and one copy. Peaks are in bytes."""
+    copy = 4 * weights
+    return {"copies": (peak - base) / copy, "share": peak / (base + copy)}
 
 
 def peak_bytes(cfg: Any, threads: int, updates: int) -> int:

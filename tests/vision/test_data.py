@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from fairseq_asam.vision.batches import Batches, training_loader
 from fairseq_asam.vision.data import DATASETS, load, with_noise
 
 
@@ -175,17 +176,134 @@ def test_autoaugment_makes_images_that_no_crop_makes(cifar):
     assert len({image.numpy().tobytes() for image in images}) == 20
 
 
+def imagenet(root, train=("n1", "n2", "n3"), val=("n1", "n2", "n3"), devkit=("n1", "n2", "n3")):
+    """Write ImageNet as torchvision unpacks it, an image a class, and return its folder."""
+    torch.save(({name: (f"class {name}",) for name in devkit}, []), root / "meta.bin")
+    for split, names, size in (("train", train, (300, 400)), ("val", val, (500, 280))):
+        (root / split).mkdir()
+        for name in names:
+            write_image(root / split / name / "image.JPEG", size)
+    return root
+
+
+def write_image(path, size=(40, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "red").save(path)
+
+
 def test_imagenet_is_read_from_the_folders_that_torchvision_unpacks(tmp_path):
-    wnids = ["n01440764", "n01443537"]
-    torch.save(({wnid: (f"class {wnid}",) for wnid in wnids}, wnids), tmp_path / "meta.bin")
-    for split, size in (("train", (300, 400)), ("val", (500, 280))):
-        for wnid in wnids:
-            (tmp_path / split / wnid).mkdir(parents=True)
-            Image.new("RGB", size, "red").save(tmp_path / split / wnid / "image.JPEG")
+    imagenet(tmp_path)
     for augmentation in DATASETS["imagenet"].augmentations:
         data = load("imagenet", tmp_path, augmentation=augmentation)
-        assert labels_of(data.train) == labels_of(data.test) == [0, 1]
-        assert images_of(data.train).shape == images_of(data.test).shape == (2, 3, 224, 224)
+        assert labels_of(data.train) == labels_of(data.test) == [0, 1, 2]
+        assert images_of(data.train).shape == images_of(data.test).shape == (3, 3, 224, 224)
+
+
+def test_imagenet_without_some_classes_has_the_labels_of_the_whole(tmp_path):
+    data = load("imagenet", imagenet(tmp_path, train=("n1", "n3"), val=("n1", "n3")))
+    assert labels_of(data.train) == labels_of(data.test) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        ({"val": ("n1", "n3")}, "/val' lacks the class folder 'n2', which '.*/train' has"),
+        ({"train": ("n2", "n3")}, "/train' lacks the class folder 'n1', which '.*/val' has"),
+        ({"val": ("n3",)}, "/val' lacks the class folder 'n1' and 1 more, which"),
+        ({"train": ("n1", "n2"), "val": ("n2", "n3")}, "/train' lacks the class folder 'n3', which"),
+        (
+            {"val": ("n1", "n2", "n3", "lost+found")},
+            r"/val' has 'lost\+found', no class of ImageNet's devkit",
+        ),
+        (
+            {"val": ()},
+            "/val' has no class folders: move each image into the folder of its class, such as 'n1'",
+        ),
+    ],
+)
+def test_splits_of_imagenet_with_other_classes_are_refused(folders, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load("imagenet", imagenet(tmp_path, **folders))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train/.ipynb_checkpoints/image.png",
+        "val/.thumbnails/image.png",
+        "train/n1/.ipynb_checkpoints/image-checkpoint.JPEG",
+        "val/n2/._image.JPEG",
+    ],
+)
+def test_hidden_files_and_folders_of_imagenet_are_no_images(name, tmp_path):
+    root = tmp_path / ".cache"  # a hidden folder above hides nothing
+    root.mkdir()
+    write_image(imagenet(root) / name)
+    data = load("imagenet", root)
+    assert labels_of(data.train) == labels_of(data.test) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("other", [None, "readme.txt", ".image.JPEG"])
+def test_a_class_folder_of_imagenet_without_an_image_is_named(split, other, tmp_path):
+    image = imagenet(tmp_path) / split / "n2" / "image.JPEG"
+    image.unlink() if other is None else image.rename(image.with_name(other))
+    with pytest.raises(FileNotFoundError, match=f"/{split}' cannot be read: Found no valid file .* n2"):
+        load("imagenet", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("absent", "asked"),
+    [
+        (["meta.bin"], "get ILSVRC2012_devkit_t12.tar.gz from"),
+        (["meta.bin", "val"], "get ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_val.tar from"),
+        (["train"], "get ILSVRC2012_img_train.tar from"),
+    ],
+)
+def test_the_missing_part_of_imagenet_is_asked_for(absent, asked, tmp_path):
+    imagenet(tmp_path)
+    for name in absent:
+        (tmp_path / name).rename(tmp_path / f"{name}.old")
+    with pytest.raises(FileNotFoundError, match=f"has only a part of ImageNet, or nothing: {asked}"):
+        load("imagenet", tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 300])
+def test_a_damaged_list_of_imagenet_s_classes_is_named(kept, tmp_path):
+    file = imagenet(tmp_path) / "meta.bin"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"meta.bin' is damaged .*: remove it, and put ILSVRC2012_devkit"):
+        load("imagenet", tmp_path)
+
+
+def test_a_damaged_archive_of_imagenet_is_named(tmp_path):
+    (imagenet(tmp_path) / "meta.bin").unlink()
+    (tmp_path / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"half of it")
+    with pytest.raises(FileNotFoundError, match=r"archive ILSVRC2012_devkit_t12.tar.gz .* corrupted"):
+        load("imagenet", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("form", "share", "workers"),
+    [
+        ("JPEG", 0.9, 0),
+        ("JPEG", 0.5, 1),
+        ("JPEG", 0.001, 0),
+        ("JPEG", 0.0, 0),
+        ("PNG", 0.5, 0),
+        ("WEBP", 0.5, 0),
+    ],
+)
+def test_a_truncated_image_is_named(form, share, workers, tmp_path):
+    file = imagenet(tmp_path) / "train" / "n2" / "image.JPEG"
+    Image.effect_noise((300, 400), 50).convert("RGB").save(file, form)
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    images = load("imagenet", tmp_path).train
+    loader = training_loader(images, Batches(3, 3, seed=0), workers, torch.device("cpu"))
+    with pytest.raises(
+        OSError, match=r"the image '.*/train/n2/image.JPEG' cannot be read .*: fetch it again"
+    ):
+        next(iter(loader))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +327,10 @@ def test_a_value_that_is_not_allowed_is_refused(arguments, message):
     [
         ("cifar10", "has no CIFAR10, .* in 'cifar-10-batches-py': fetch it with --download, or unpack http"),
         ("cifar100", "has no CIFAR100, .* in 'cifar-100-python': fetch it with --download"),
-        ("imagenet", "has no ImageNet: get ILSVRC2012_devkit_t12.tar.gz, .* from image-net.org"),
+        (
+            "imagenet",
+            "has only a part of ImageNet, or nothing: get ILSVRC2012_devkit_t12.tar.gz, .* from image",
+        ),
     ],
 )
 def test_missing_data_is_told_with_the_remedy(tmp_path, name, message):

@@ -1,0 +1,108 @@
+"""Sharpness-aware updates in a loop of HuggingFace's accelerate."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from fairseq_asam import Perturbation, TwoPasses
+
+from .settings import SCOPES
+
+
+class AccumulatingTwoPasses(TwoPasses):
+    """Makes both passes of an update, of one or several micro-batches, within ``accumulate()``::
+
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        perturbation = Perturbation(model.named_parameters(), rho=0.5)
+        two_passes = AccumulatingTwoPasses(accelerator, model, perturbation)
+
+        def forward_and_backward(inputs, targets):
+            loss = criterion(model(inputs), targets)
+            accelerator.backward(two_passes.marked(loss))
+            return loss
+
+        for inputs, targets in loader:
+            with accelerator.accumulate(model):
+                loss = two_passes(forward_and_backward, inputs, targets)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+
+    There is one epsilon for the update. The passes at w + epsilon are made with the last micro-batch, the
+    one after which the optimizer steps. A clipping of gradients belongs before ``optimizer.step()``, under
+    ``if accelerator.sync_gradients``.
+
+    With a direction that needs no pass at w, each micro-batch has its only pass at w + epsilon.
+
+    Args:
+        accelerator: spreads batches over processes.
+        model: as *accelerator* prepared it.
+        perturbation: of the weights of *model*, made after ``prepare``.
+        ascent_scope: ``update``, or ``micro-batch``: each micro-batch of each process has an epsilon of its
+            own (m-sharpness).
+        **options: of :class:`~fairseq_asam.TwoPasses`.
+
+    Attributes:
+        sharpness: as in :class:`~fairseq_asam.TwoPasses`: the sum over the micro-batches of this process.
+
+    Raises:
+        ValueError: *accelerator* uses DeepSpeed, Megatron-LM or FSDP1; *ascent_scope* is not allowed.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        perturbation: Perturbation,
+        ascent_scope: str = "update",
+        **options: Any,
+    ):
+        refuse_divided_models(accelerator)
+        if ascent_scope not in SCOPES:
+            raise ValueError(f"ascent_scope is {ascent_scope!r}, but it must be one of {', '.join(SCOPES)}")
+        super().__init__(perturbation, [model], **options)
+        self.accelerator, self.model, self.ascent_scope = accelerator, model, ascent_scope
+
+    def __call__(self, evaluate: Any, *arguments: Any, again: Any = None) -> Any:
+        """Make what the micro-batch needs, and return what its first pass returned.
+
+        Arguments and exceptions are those of :class:`~fairseq_asam.TwoPasses`.
+        """
+        again = again or evaluate
+        if not self.perturbation.direction.needs_pass_at_w:
+            return self.only_at_w_plus_epsilon(evaluate, *arguments)
+        if self.ascent_scope == "micro-batch":
+            return super().__call__(functools.partial(self._alone, evaluate), *arguments, again=again)
+        if self.accelerator.sync_gradients:
+            return super().__call__(evaluate, *arguments, again=again)
+        return self.at_w(evaluate, *arguments, again=functools.partial(self._before_the_last, again))
+
+    def _alone(self, evaluate: Any, *arguments: Any) -> Any:
+        with self.accelerator.no_sync(self.model):
+            return evaluate(*arguments)
+
+    def _before_the_last(self, evaluate: Any, *arguments: Any) -> Any:
+        """Run a pass of a micro-batch that is not the last, with gradients summed over processes if asked."""
+        if self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
+            return evaluate(*arguments)
+        return self._alone(evaluate, *arguments)
+
+
+def refuse_divided_models(accelerator: Accelerator) -> None:
+    """Raise ValueError if *accelerator* divides the model in a way that hides weights or gradients."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"accelerate is to use {kind.value}, which keeps gradients to itself: use "
+            "DistributedDataParallel, or FSDP with fsdp_version 2"
+        )
+    if kind == DistributedType.FSDP and not getattr(accelerator, "is_fsdp2", False):
+        raise ValueError(
+            "accelerate is to use FSDP with fsdp_version 1, which hides the shapes of weights: set "
+            "fsdp_version to 2"
+        )
