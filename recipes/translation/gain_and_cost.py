@@ -30,7 +30,15 @@ from recipes.translation.experiment import (
     complete_systems,
     experiment_run,
 )
-from recipes.translation.table5 import ABOUT_TIME, about_scores, collect, difference, spread, time_ratio
+from recipes.translation.table5 import (
+    ABOUT_TIME,
+    DIFFERENCE,
+    about_scores,
+    collect,
+    difference,
+    spread,
+    time_ratio,
+)
 
 
 @dataclass(frozen=True)
@@ -151,7 +159,7 @@ def as_markdown(results: dict) -> str:
         )
     header = [
         *("", "rho", "passes", "time / Adam's", "best validation loss", "share of the gain of two passes"),
-        *("validation BLEU", "test BLEU", "difference", "p", "test chrF2", "difference", "p"),
+        *("validation BLEU", "test BLEU", *DIFFERENCE, "test chrF2", *DIFFERENCE),
     ]
     table = (
         f"Set-up `{results['setup']}`, seeds {seeds}; mean ± standard deviation over the seeds. Passes are "
@@ -164,8 +172,8 @@ def as_markdown(results: dict) -> str:
         [name, *difference(against["BLEU"]), *difference(against["chrF2"])]
         for name, against in results["averaged"].items()
     ]
-    header = ["", "test BLEU, difference", "p", "test chrF2, difference", "p"]
-    return f"{table}\nAgainst Adam, averaged, by the same test:\n\n{markdown_table(header, rows)}"
+    header = ["", *(f"{metric}: {cell}" for metric in ("test BLEU", "test chrF2") for cell in DIFFERENCE)]
+    return f"{table}\nAgainst Adam, averaged, by the same tests:\n\n{markdown_table(header, rows)}"
 
 
 def draw(results: dict) -> Figure:
