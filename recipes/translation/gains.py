@@ -73,13 +73,24 @@ def read(files: Sequence[Path]) -> list[dict]:
     systems: dict[str, dict] = {}
     for file in files:
         for row in json.loads(file.read_text("utf-8"))["systems"]:
-            # table5.py says "Adam+SAM", as the paper does, and gain_and_cost.py "SAM".
-            name = row["system"].removeprefix("Adam+")
+            name = shown(row["system"])
             if systems.setdefault(name, {**row, "system": name})["runs"] != row["runs"]:
                 sys.exit(
                     f"gains.py: '{file}' has other runs of '{name}' than '{files[0]}': draw one at a time."
                 )
     return list(systems.values())
+
+
+def shown(system: str) -> str:
+    """Return the name of a *system* as a reader looks for it: "SAM, momentum" for "momentum, SAM".
+
+    table5.py says "Adam+SAM", as the paper does, and gain_and_cost.py "SAM".
+    """
+    name = system.removesuffix(AVERAGED).removeprefix("Adam+")
+    form, _, optimizer = name.rpartition(", ")
+    if form and optimizer in ("SAM", "ASAM"):
+        name = f"{optimizer}, {form}"
+    return name + (AVERAGED if system.endswith(AVERAGED) else "")
 
 
 def forms(systems: Sequence[dict]) -> list[Form]:

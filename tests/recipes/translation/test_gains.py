@@ -33,7 +33,7 @@ def test_a_form_is_compared_with_adam_and_its_average_with_adams_average(tmp_pat
     )
     other = write(tmp_path / "gain_and_cost.json", ADAM, row("momentum, SAM", 9.0, 11.0, 13.0, seconds=110))
     momentum, sam = gains.forms(gains.read([table5, other]))
-    assert (momentum.name, momentum.time) == ("momentum, SAM", 1.1)
+    assert (momentum.name, momentum.time) == ("SAM, momentum", 1.1)
     assert (momentum.alone, momentum.averaged) == (gains.Gain(-1.0, [-1.0, -1.0]), None)
     assert (sam.name, sam.time, sam.alone.difference) == ("SAM", 2.0, 2.0)
     # Differences 1, 1 and 4: a standard error of 1, and t of 4.3027 with two degrees of freedom.
