@@ -7,9 +7,12 @@ A figure is checked where it is marked in one of two ways:
 """
 
 import functools
+import math
 import re
 import subprocess
 from pathlib import Path
+
+import torch
 
 from tests.commands import ROOT
 
@@ -126,3 +129,30 @@ def test_named_commands_and_files_exist():
             if not (ROOT / file).exists():
                 missing.append(f"{document.relative_to(ROOT)}: {file}")
     assert not missing, "\n".join(missing)
+
+
+def test_the_pytorch_code_of_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    assert len(blocks) == 3
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    names = {
+        "torch": torch,
+        "SGD": torch.optim.SGD,
+        "model": model,
+        "loss_of": torch.nn.functional.cross_entropy,
+    }
+    names["batches"] = [(torch.randn(8, 3), torch.randint(2, (8,))) for _ in range(2)]
+
+    def closure():
+        names["optimizer"].zero_grad()
+        loss = names["loss_of"](model(names["batches"][0][0]), names["batches"][0][1])
+        loss.backward()
+        return loss
+
+    names["closure"] = closure
+    for block in blocks:
+        before = [parameter.clone() for parameter in model.parameters()]
+        exec(block, names)
+        assert math.isfinite(names["loss"])
+        assert not any(torch.equal(w, old) for w, old in zip(model.parameters(), before))

@@ -88,7 +88,8 @@ def average_of(run: Run) -> Run:
     """Return the run that averages the weights of the last epochs of the training *run*."""
     last = min(AVERAGED, run.options["epochs"])
     folder = run.folder / "average"
-    command = [sys.executable, "-m", "recipes.translation.average", str(run.folder), str(folder)]
+    out = str(folder / "checkpoint_best.pt")
+    command = [sys.executable, "-m", "fairseq_asam.averaging", str(run.folder), out]
     return Run(folder, {**run.options, "averaged epochs": last}, [[*command, "--last", str(last)]])
 
 

@@ -2,11 +2,11 @@
 
     python -m recipes.translation.flatness DATA OUT RUN RUN... [--split valid] [--rho 0.1 0.2] [--batches 10]
 
-DATA is a corpus folder of data_prep. A RUN is a folder of train.py or average.py of which score.py has
-translated the split; its best checkpoint counts. Sharpness and adaptive sharpness (Equations 2 and 4 of the
-paper, p = 2, in nats per token) are those on random batches of the training set, the same for all runs,
-without dropout. Runs that differ in the seed alone are one system. Kendall's tau is over the means of the
-systems: it is below 0 where the flatter system has the higher BLEU. Writes OUT/flatness.{json,md,png}.
+DATA is a corpus folder of data_prep. A RUN is a folder of train.py, or of its averaged checkpoints, of which
+score.py has translated the split; its best checkpoint counts. Sharpness and adaptive sharpness (Equations 2
+and 4 of the paper, p = 2, in nats per token) are those on random batches of the training set, the same for
+all runs, without dropout. Runs that differ in the seed alone are one system. Kendall's tau is over the means
+of the systems: it is below 0 where the flatter system has the higher BLEU. Writes OUT/flatness.{json,md,png}.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Whether the flatter of trained models translate better.")
     parser.add_argument("data", type=Path, help="corpus folder of data_prep")
     parser.add_argument("out", type=Path, help="folder for flatness.json, flatness.md and flatness.png")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of train.py or average.py")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs or of averages")
     parser.add_argument("--split", default="valid", help="the split whose BLEU counts (default: valid)")
     parser.add_argument("--rho", type=float, nargs="+", default=[0.1, 0.2], help="radii (default: 0.1 0.2)")
     parser.add_argument("--batches", type=at_least_1, default=10, help="of the training set (default: 10)")

@@ -18,11 +18,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from matplotlib.figure import Figure
-
 from fairseq_asam.files import write_json
 from recipes.reporter import markdown_table, shown, write_figure, write_text
-from recipes.translation import rho_search
+from recipes.translation import gains, rho_search
 from recipes.translation.experiment import (
     average_of,
     comparison_arguments,
@@ -30,7 +28,15 @@ from recipes.translation.experiment import (
     complete_systems,
     experiment_run,
 )
-from recipes.translation.table5 import ABOUT_TIME, about_scores, collect, difference, spread, time_ratio
+from recipes.translation.table5 import (
+    ABOUT_TIME,
+    DIFFERENCE,
+    about_scores,
+    collect,
+    difference,
+    spread,
+    time_ratio,
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,6 @@ FORMS = {
     "fraction 0.25": Form("asam --ascent-fraction 0.25", 1.25, rho_of="asam"),
     "interval 2": Form("asam --ascent-interval 2", 1.5, rho_of="asam"),
 }
-QUALITY = {"best_valid_loss": "best validation loss", "test BLEU": "test BLEU", "test chrF2": "test chrF2"}
 
 
 def main() -> None:
@@ -102,7 +107,7 @@ def main() -> None:
     table = as_markdown(results)
     write_json(args.out / "gain_and_cost.json", results)
     write_text(args.out / "gain_and_cost.md", table)
-    write_figure(args.out / "gain_and_cost.png", draw(results))
+    write_figure(args.out / "gain_and_cost.png", gains.draw(results["systems"]))
     print(table, end="")
 
 
@@ -113,18 +118,18 @@ def share_of_gain(row: dict, systems: list[dict]) -> float | None:
     nothing. None without such a gain, and where *row* has no such loss.
     """
 
-    def gains(name: str) -> list[float]:
+    def falls(name: str) -> list[float]:
         return [
             adam["best_valid_loss"] - run["best_valid_loss"]
             for adam, run in zip(by_name["Adam"]["runs"], by_name[name]["runs"])
         ]
 
     by_name = {each["system"]: each for each in systems}
-    of_two_passes = [gains(name) for name in ("SAM", "ASAM") if name in by_name]
+    of_two_passes = [falls(name) for name in ("SAM", "ASAM") if name in by_name]
     certain = [sum(each) for each in of_two_passes if min(each) > 0]
     if not certain or "best_valid_loss" not in row["mean"]:
         return None
-    return sum(gains(row["system"])) / max(certain)
+    return sum(falls(row["system"])) / max(certain)
 
 
 def as_markdown(results: dict) -> str:
@@ -151,7 +156,7 @@ def as_markdown(results: dict) -> str:
         )
     header = [
         *("", "rho", "passes", "time / Adam's", "best validation loss", "share of the gain of two passes"),
-        *("validation BLEU", "test BLEU", "difference", "p", "test chrF2", "difference", "p"),
+        *("validation BLEU", "test BLEU", *DIFFERENCE, "test chrF2", *DIFFERENCE),
     ]
     table = (
         f"Set-up `{results['setup']}`, seeds {seeds}; mean ± standard deviation over the seeds. Passes are "
@@ -164,37 +169,8 @@ def as_markdown(results: dict) -> str:
         [name, *difference(against["BLEU"]), *difference(against["chrF2"])]
         for name, against in results["averaged"].items()
     ]
-    header = ["", "test BLEU, difference", "p", "test chrF2, difference", "p"]
-    return f"{table}\nAgainst Adam, averaged, by the same test:\n\n{markdown_table(header, rows)}"
-
-
-def draw(results: dict) -> Figure:
-    """Return a figure of quality over passes and over time: a row of panels for each cost.
-
-    Bars are standard deviations over the seeds. Averaged weights took the time of their training.
-    """
-    systems = results["systems"]
-    by_name = {row["system"]: row for row in systems}
-    trained = [by_name[row["system"].removesuffix(", averaged")] for row in systems]
-    costs = {
-        "passes of an update": [row["passes"] for row in systems],
-        "training time / Adam's": [
-            row["training_seconds"] / systems[0]["training_seconds"] for row in trained
-        ],
-    }
-    figure = Figure(figsize=(5 * len(QUALITY), 4 * len(costs)), layout="constrained")
-    for row_of_panels, (cost, values) in zip(figure.subplots(len(costs), len(QUALITY)), costs.items()):
-        for axes, (key, label) in zip(row_of_panels, QUALITY.items()):
-            for number, (row, value) in enumerate(zip(systems, values)):
-                if key in row["mean"]:  # averaged weights have no loss
-                    style = {"fmt": "os^D"[number % 4], "color": f"C{number}", "label": row["system"]}
-                    # Put them a little beside each other: bars at the same cost would hide one another.
-                    x = value + 0.008 * number
-                    axes.errorbar(x, row["mean"][key], row["sd"][key], capsize=3, **style)
-            axes.set(xlabel=cost, ylabel=label)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4)
-    return figure
+    header = ["", *(f"{metric}: {cell}" for metric in ("test BLEU", "test chrF2") for cell in DIFFERENCE)]
+    return f"{table}\nAgainst Adam, averaged, by the same tests:\n\n{markdown_table(header, rows)}"
 
 
 if __name__ == "__main__":

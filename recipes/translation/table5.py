@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from fairseq_asam.files import write_json
@@ -32,10 +33,11 @@ from recipes.translation.experiment import (
 )
 from recipes.translation.rho_search import best, search, validation_point, write
 from recipes.translation.score import METRICS, read_lines
-from recipes.translation.significance import paired_bootstrap
+from recipes.translation.significance import paired_bootstrap, t_test
 from recipes.translation.train_log import training_seconds
 
 LOSSES = ("best_valid_loss", "last_valid_loss", "last_train_loss")
+DIFFERENCE = ("difference", "p", "t interval")
 ABOUT_TIME = "The time of an epoch is that of the fastest seed."
 #: Validation and test BLEU of tokens in Table 5 of the paper.
 PAPER = {"Adam": (35.34, 34.86), "Adam+SAM": (35.52, 34.78), "Adam+ASAM": (35.66, 35.02)}
@@ -74,8 +76,8 @@ def main() -> None:
 def collect(args: argparse.Namespace, systems: dict[str, list[Run]]) -> dict:
     """Return what the table shows: the runs of each system with their figures, means and standard deviations.
 
-    Losses are in bits per token. The first system is the baseline, against which paired_bootstrap tests the
-    others on the test set.
+    Losses are in bits per token. The first system is the baseline, against which the others are tested on
+    the test set, as significance.py has it.
     """
     baseline = next(iter(systems.values()))
     references = read_lines(baseline[0].folder / "test.ref")
@@ -97,7 +99,11 @@ def collect(args: argparse.Namespace, systems: dict[str, list[Run]]) -> dict:
         if runs is not baseline:
             translated = [[read_lines(run.folder / "test.hyp") for run in each] for each in (baseline, runs)]
             row["against baseline"] = {
-                metric: paired_bootstrap(metric, *translated, references) for metric in METRICS
+                metric: {
+                    **paired_bootstrap(metric, *translated, references),
+                    **t_test(*([run[f"test {metric}"] for run in each["runs"]] for each in (rows[0], row))),
+                }
+                for metric in METRICS
             }
         rows.append(row)
     first = baseline[0].folder
@@ -143,7 +149,7 @@ def as_markdown(results: dict) -> str:
         against = row.get("against baseline")
         tested = [cell for metric in METRICS for cell in difference(against and against[metric])]
         means = [spread(row, key) for key in ("valid BLEU", "test BLEU", "test chrF2")]
-        scores.append([name, *means[:2], *tested[:2], means[2], *tested[2:]])
+        scores.append([name, *means[:2], *tested[:3], means[2], *tested[3:]])
         paper = [shown(score) for score in PAPER.get(name, (None, None))]
         of_tokens.append(
             [name, *(spread(row, f"{split} BLEU of tokens") for split in ("valid", "test")), *paper]
@@ -163,8 +169,8 @@ def as_markdown(results: dict) -> str:
             f"{about_scores(results)}\n",
             markdown_table(
                 [
-                    *("optimizer", "validation BLEU", "test BLEU", "difference", "p"),
-                    *("test chrF2", "difference", "p"),
+                    *("optimizer", "validation BLEU", "test BLEU", *DIFFERENCE),
+                    *("test chrF2", *DIFFERENCE),
                 ],
                 scores,
             ),
@@ -183,16 +189,26 @@ def about_scores(results: dict) -> str:
     return (
         f"Scores by sacrebleu, {counts['valid']} validation and {counts['test']} test sentences, "
         f"{', '.join(f'`{signature}`' for signature in results['signatures'])}. Differences of the test "
-        "scores from Adam's, with their 95 % interval and p, by a paired bootstrap over seeds and sentences:"
+        "scores from Adam's have two intervals of 95 %: in brackets, with p, that of a paired bootstrap over "
+        "seeds and sentences, which is too narrow with few seeds; and the t interval over the seeds alone."
     )
 
 
-def difference(test: dict | None) -> tuple[str, str]:
-    """Return two cells: the difference with its interval, and p; empty ones for the baseline."""
+def difference(test: dict | None) -> tuple[str, ...]:
+    """Return the cells under DIFFERENCE; empty ones for the baseline."""
     if test is None:
-        return "", ""
-    (low, high), p = test["interval"], test["p_value"]
-    return f"{test['difference']:+.2f} ({low:+.2f} to {high:+.2f})", f"{p:.3f}" if p >= 0.001 else "< 0.001"
+        return ("",) * len(DIFFERENCE)
+    p = test["p_value"]
+    return (
+        f"{test['difference']:+.2f} ({between(test['interval'])})",
+        f"{p:.3f}" if p >= 0.001 else "< 0.001",
+        between(test["t_interval"]),
+    )
+
+
+def between(interval: Sequence[float] | None) -> str:
+    """Return an interval in words; nothing if there is none."""
+    return "{:+.2f} to {:+.2f}".format(*interval) if interval else ""
 
 
 def spread(row: dict, key: str, digits: int = 2) -> str:

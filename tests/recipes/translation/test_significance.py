@@ -8,7 +8,7 @@ import pytest
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 
-from recipes.translation.significance import paired_bootstrap
+from recipes.translation.significance import paired_bootstrap, t_test
 
 WORDS = ["the", "a", "page", "menu", "opens", "closes", "file", "table", "cell", "row", "with", "of", "new"]
 
@@ -57,3 +57,27 @@ def test_the_same_system_differs_by_nothing(references):
     runs = [noisy(references, 0.3, seed) for seed in range(3)]
     found = paired_bootstrap("BLEU", runs, runs, references)
     assert found == {"difference": 0.0, "interval": [0.0, 0.0], "p_value": 1.0}
+
+
+def test_the_t_interval_is_the_textbooks():
+    """Student's sleep data, as in the help of R's t.test: t = -4.0621, 9 degrees of freedom, p = 0.002833."""
+    drug_1 = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+    drug_2 = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+    found = t_test(drug_2, drug_1)
+    assert found["t_interval"] == pytest.approx([-2.4598858, -0.7001142], abs=1e-7)
+    assert found["t_p_value"] == pytest.approx(0.002833, abs=1e-6)
+
+
+def test_a_t_interval_over_five_seeds_is_wider_than_that_of_a_bootstrap(references):
+    baseline = [noisy(references, 0.3, seed) for seed in range(5)]
+    mixed = [noisy(references, share, 10 + seed) for seed, share in enumerate([0.1, 0.33, 0.33, 0.33, 0.33])]
+    scores = [[BLEU().corpus_score(run, [references]).score for run in runs] for runs in (baseline, mixed)]
+    bootstrap = paired_bootstrap("BLEU", baseline, mixed, references)["interval"]
+    wider = t_test(*scores)["t_interval"]
+    assert wider[0] < bootstrap[0] and bootstrap[1] < wider[1]
+
+
+def test_the_t_interval_where_there_is_no_spread():
+    assert t_test([1.0], [2.0]) == {"t_interval": None, "t_p_value": None}
+    assert t_test([1.0, 2.0], [2.0, 3.0]) == {"t_interval": [1.0, 1.0], "t_p_value": 0.0}
+    assert t_test([1.0, 2.0], [1.0, 2.0]) == {"t_interval": [0.0, 0.0], "t_p_value": 1.0}

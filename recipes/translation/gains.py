@@ -1,0 +1,152 @@
+"""What each form of sharpness-aware training gains over Adam in test BLEU, as a picture.
+
+    python -m recipes.translation.gains OUT.png FILE...
+
+A FILE is what table5.py or gain_and_cost.py wrote: table5.json or gain_and_cost.json. Several files of one
+experiment go into one picture. Each form has a row with two differences and its training time: its best
+checkpoint is compared with Adam's best checkpoint, and its averaged weights with Adam's averaged weights. The
+bars are 95 % t intervals over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from matplotlib.figure import Figure
+
+from recipes.reporter import write_figure
+from recipes.translation.significance import t_test
+
+AVERAGED = ", averaged"
+#: The field of a form, and how the picture shows it: label, place within the row, colour.
+KINDS = {
+    "alone": ("best checkpoint against Adam's best checkpoint", 0.14, "C7"),
+    "averaged": ("averaged weights against Adam's averaged weights", -0.14, "C0"),
+}
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The mean over the seeds of a difference in test BLEU, and its 95 % t interval (None with one seed)."""
+
+    difference: float
+    interval: list[float] | None
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a form gains over Adam.
+
+    Attributes:
+        name: As in the tables.
+        time: The time of its training, divided by Adam's.
+        alone: The gain of its best checkpoint over Adam's best checkpoint.
+        averaged: The gain of its averaged weights over Adam's averaged weights, None if not measured.
+    """
+
+    name: str
+    time: float
+    alone: Gain
+    averaged: Gain | None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw what each form gains over Adam.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the PNG to write")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="table5.json, gain_and_cost.json")
+    args = parser.parse_args()
+    write_figure(args.out, draw(read(args.files)))
+
+
+def read(files: Sequence[Path]) -> list[dict]:
+    """Return the systems of the tables in *files*, each once.
+
+    Raises:
+        SystemExit: The files are of different experiments.
+    """
+    systems: dict[str, dict] = {}
+    for file in files:
+        for row in json.loads(file.read_text("utf-8"))["systems"]:
+            name = shown(row["system"])
+            if systems.setdefault(name, {**row, "system": name})["runs"] != row["runs"]:
+                sys.exit(
+                    f"gains.py: '{file}' has other runs of '{name}' than '{files[0]}': draw one at a time."
+                )
+    return list(systems.values())
+
+
+def shown(system: str) -> str:
+    """Return the name of a *system* as a reader looks for it: "SAM, momentum" for "momentum, SAM".
+
+    table5.py says "Adam+SAM", as the paper does, and gain_and_cost.py "SAM".
+    """
+    name = system.removesuffix(AVERAGED).removeprefix("Adam+")
+    form, _, optimizer = name.rpartition(", ")
+    if form and optimizer in ("SAM", "ASAM"):
+        name = f"{optimizer}, {form}"
+    return name + (AVERAGED if system.endswith(AVERAGED) else "")
+
+
+def forms(systems: Sequence[dict]) -> list[Form]:
+    """Return the forms among *systems*, those of the shortest training first."""
+    by_name = {row["system"]: row for row in systems}
+
+    def gain(name: str, over: str) -> Gain | None:
+        if name not in by_name or over not in by_name:
+            return None
+        scores = [[run["test BLEU"] for run in by_name[each]["runs"]] for each in (over, name)]
+        return Gain(mean(scores[1]) - mean(scores[0]), t_test(*scores)["t_interval"])
+
+    seconds = by_name["Adam"]["training_seconds"]
+    found = [
+        Form(
+            name,
+            row["training_seconds"] / seconds,
+            gain(name, "Adam"),
+            gain(name + AVERAGED, "Adam" + AVERAGED),
+        )
+        for name, row in by_name.items()
+        if name != "Adam" and not name.endswith(AVERAGED)
+    ]
+    return sorted(found, key=lambda form: form.time)
+
+
+def draw(systems: Sequence[dict]) -> Figure:
+    """Return a figure with a row for each of the :func:`forms` among *systems*."""
+    rows = dict(enumerate(reversed(forms(systems))))
+    figure = Figure(figsize=(8, 1.3 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color="black", linewidth=1)
+    for kind, (label, offset, color) in KINDS.items():
+        gains = {height + offset: getattr(form, kind) for height, form in rows.items() if getattr(form, kind)}
+        differences = [gain.difference for gain in gains.values()]
+        reach = [
+            [abs(bound - gain.difference) for bound in gain.interval or [gain.difference] * 2]
+            for gain in gains.values()
+        ]
+        style = {"fmt": "o", "color": color, "capsize": 3, "label": label}
+        axes.errorbar(differences, list(gains), xerr=list(zip(*reach)) or None, **style)
+    beside = {"transform": axes.get_yaxis_transform(), "va": "center"}
+    axes.text(1.02, len(rows) - 0.3, "time / Adam's", **beside)
+    for height, form in rows.items():
+        axes.text(1.02, height, f"{form.time:.2f}", **beside)
+    axes.set_yticks(list(rows), [form.name for form in rows.values()])
+    axes.set_ylim(-0.5, len(rows) - 0.5)
+    adam = next(row for row in systems if row["system"] == "Adam")
+    about = f"{adam['epochs']} epochs, {len(adam['runs'])} seeds, 95 % t intervals"
+    axes.set_xlabel(f"test BLEU, difference from Adam ({about})")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=1, frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
