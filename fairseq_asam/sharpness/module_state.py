@@ -147,11 +147,12 @@ class ModuleState:
             for name in set(module._buffers.keys()) - saved.keys():
                 del module._buffers[name]
             for name, (buffer, copy) in saved.items():
-                if self._initialized and copy is not None and _went_up(copy, module._buffers[name]):
+                now = module._buffers[name] if name in module._buffers else None
+                if self._initialized and _went_up(copy, now):
                     continue
                 if buffer is not None and copy is not None:
                     _put(buffer, copy)
-                if name not in module._buffers or module._buffers[name] is not buffer:
+                if now is not buffer or name not in module._buffers:
                     module._buffers[name] = buffer
         for watched in self._watched:
             if watched.copy is not None:
@@ -183,6 +184,13 @@ class ModuleState:
         for weight, version in self._others:
             if weight._version != version and not moves.get(weight):
                 moves[weight] = self._initialized = True
+        if any(
+            getattr(weight, "_post_accumulate_grad_hooks", None) for weight, moved in moves.items() if moved
+        ):
+            raise RuntimeError(
+                "the pass at w changed a weight that has a hook on its gradient, as an optimizer within "
+                "backward() would: step after both passes"
+            )
         if lost:
             raise RuntimeError(
                 f"the pass at w changed frozen weights ({', '.join(lost)}) of which no copy was made, so "
@@ -246,14 +254,11 @@ def _put(tensor: Tensor, values: Tensor) -> None:
         tensor.data = values.clone()
 
 
-def _went_up(before: Tensor, buffer: Tensor | None) -> bool:
-    """Return whether *buffer* is a flag, a single number, that was 0 and is not any more."""
-    return (
-        buffer is not None
-        and before.numel() == buffer.numel() == 1
-        and not before.any()
-        and bool(buffer.any())
-    )
+def _went_up(before: Tensor | None, now: Tensor | None) -> bool:
+    """Return whether a buffer is a flag, a single number, that was 0 and is not any more."""
+    if before is None or now is None or not before.numel() == now.numel() == 1:
+        return False
+    return not before.any() and bool(now.any())
 
 
 def _stamp(weight: Tensor) -> tuple[int, int]:
