@@ -29,7 +29,7 @@ class Moving:
     def __init__(self, perturbed: Iterable[Tensor]):
         self.perturbed = frozenset(perturbed)
         # The copies take no more memory than those that the perturbation makes after them.
-        self.room = sum(weight.nbytes for weight in self.perturbed if not is_lazy(weight))
+        self.room = sum(w.nbytes for w in self.perturbed if w.requires_grad and not is_lazy(w))
         self.moves: dict[Tensor, bool] = {}
 
     def keep(self, weights: Collection[Tensor]) -> None:
@@ -143,15 +143,15 @@ class ModuleState:
             saved = self._buffers.get(module)
             if (saved is None and not module._buffers) or module in initialized:
                 continue
-            saved = saved or {}
-            for name in set(module._buffers.keys()) - saved.keys():
+            saved, now = saved or {}, dict(module._buffers.items())
+            for name in now.keys() - saved.keys():
                 del module._buffers[name]
             for name, (buffer, copy) in saved.items():
-                if self._initialized and copy is not None and _went_up(copy, module._buffers[name]):
+                if self._initialized and _went_up(copy, now.get(name)):
                     continue
                 if buffer is not None and copy is not None:
                     _put(buffer, copy)
-                if name not in module._buffers or module._buffers[name] is not buffer:
+                if name not in now or now[name] is not buffer:
                     module._buffers[name] = buffer
         for watched in self._watched:
             if watched.copy is not None:
@@ -183,6 +183,13 @@ class ModuleState:
         for weight, version in self._others:
             if weight._version != version and not moves.get(weight):
                 moves[weight] = self._initialized = True
+        if any(
+            getattr(weight, "_post_accumulate_grad_hooks", None) for weight, moved in moves.items() if moved
+        ):
+            raise RuntimeError(
+                "the pass at w changed a weight that has a hook on its gradient, as an optimizer within "
+                "backward() would: step after both passes"
+            )
         if lost:
             raise RuntimeError(
                 f"the pass at w changed frozen weights ({', '.join(lost)}) of which no copy was made, so "
@@ -246,14 +253,11 @@ def _put(tensor: Tensor, values: Tensor) -> None:
         tensor.data = values.clone()
 
 
-def _went_up(before: Tensor, buffer: Tensor | None) -> bool:
-    """Return whether *buffer* is a flag, a single number, that was 0 and is not any more."""
-    return (
-        buffer is not None
-        and before.numel() == buffer.numel() == 1
-        and not before.any()
-        and bool(buffer.any())
-    )
+def _went_up(before: Tensor | None, now: Tensor | None) -> bool:
+    """Return whether a buffer is a flag, a single number, that was 0 and is not any more."""
+    if before is None or now is None or not before.numel() == now.numel() == 1:
+        return False
+    return not before.any() and bool(now.any())
 
 
 def _stamp(weight: Tensor) -> tuple[int, int]:
