@@ -20,7 +20,7 @@ Read = Callable[[Any], Mapping[Tensor, Tensor]]
 
 
 class Direction:
-    """The vector g in the formula of :class:`~fairseq_asam.Perturbation`.
+    """What takes the place of the gradient g in the formula of :class:`~fairseq_asam.Perturbation`.
 
     All directions are made with the same arguments. Each uses those that it needs.
 
@@ -61,7 +61,7 @@ class Direction:
             self.kept()
 
     def sign(self, maximize: bool) -> float:
-        """Return 1 if epsilon goes along g, and -1 if it goes against g.
+        """Return 1 if g is :meth:`vectors`, and -1 if it is minus these.
 
         Args:
             maximize: whether the objective is to be maximized.
@@ -69,7 +69,7 @@ class Direction:
         return 1.0
 
     def vectors(self, weights: Mapping[Tensor, str]) -> dict[Tensor, Tensor]:
-        """Return g, or this process's part of it, for each of *weights* that is to be perturbed.
+        """Return g but for its sign, or this process's part of it, for each of *weights* to be perturbed.
 
         Args:
             weights: those of the perturbation that require a gradient, and their names.
