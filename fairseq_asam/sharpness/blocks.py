@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 import torch
 from torch import Tensor
@@ -38,12 +38,12 @@ class Blocks:
         self.places: list[tuple[Tensor, Tensor | None]] = []
         self.redirected: dict[Tensor, Tensor] = {}
         # What the blocks were planned for. They are planned again when it changes.
-        self._planned_for: list | None = None
+        self._form: list | None = None
         self._blocks: list[Block] = []
         # Elements of a flat piece of each weight; None for a weight that is processed as it is.
         self._piece_sizes: list[int | None] = []
-        # The weights whose T may be a norm over several processes, and their operators.
-        self._over_shards: dict[Tensor, NormalizationOperator] = {}
+        self._sharded = [weight for weight in weights if is_sharded(weight)]
+        self._operators_of_sharded: dict[Tensor, NormalizationOperator] = {}
         # Memory of which the blocks of a kind, device and dtype take turns.
         self._memory: dict[tuple, Tensor] = {}
         self._copies_on_cpu: dict[Tensor, Tensor] = {}
@@ -75,25 +75,27 @@ class Blocks:
             p: order of the norm that bounds the region.
             settings: what *operator_of* depends on.
         """
-        parts = {w: part for w in gradients if (part := local(w)).numel() > 0}
-        masters = [self._masters[w] for w in parts if w in self._masters] if self._masters else []
-        tensors = [*parts.values(), *masters]
-        plan = [(eta, p, *settings), [id(w) for w in gradients], [t.data_ptr() for t in tensors]]
-        plan += [t.shape for t in tensors], [t.stride() for t in tensors]
-        if plan != self._planned_for:
-            self._planned_for = None  # plan again next time if an exception interrupts this plan
-            self.places = [(w, None if is_sharded(w) else w.detach()) for w in gradients]
-            self._plan(parts, operator_of, eta, p)
-            self._planned_for = plan
+        weights, of_weights = list(gradients), list(gradients.values())
+        parts = [local(w) for w in weights] if self._sharded else weights
+        tensors = (
+            parts + [self._masters[w] for w in weights if w in self._masters] if self._masters else parts
+        )
+        form = [(eta, p, *settings), [id(w) for w in weights], [t.data_ptr() for t in tensors]]
+        form += [t.shape for t in tensors], [t.stride() for t in tensors]
+        if form != self._form:
+            self._form = None  # plan again next time if an exception interrupts this plan
+            self._plan(weights, operator_of, eta, p)
+            self._form = form
         for memory in self._memory.values():
             memory.untyped_storage().resize_(memory.numel() * memory.element_size())
         # Every process takes part, whether or not it has a gradient: the others wait for it.
-        precomputed = {**diagonals_over_shards(self._over_shards, eta), **(diagonals or {})}
-        pieces = self._pieces(gradients[w] for w in parts)
-        if precomputed:
-            for block in self._blocks:
-                if block.operator is PRECOMPUTED:
-                    block.diagonals = [precomputed[parameter] for parameter in block.parameters]
+        precomputed = {**diagonals_over_shards(self._operators_of_sharded, eta), **(diagonals or {})}
+        for block in self._blocks:
+            if block.operator is PRECOMPUTED:
+                block.diagonals = [precomputed[parameter] for parameter in block.parameters]
+        pieces = of_weights
+        if any(self._piece_sizes):
+            pieces = [piece for g, size in zip(of_weights, self._piece_sizes) for piece in _cut(g, size)]
         return [(block, [pieces[index] for index in block.indices]) for block in self._blocks]
 
     def free(self) -> None:
@@ -107,20 +109,25 @@ class Blocks:
 
     def _plan(
         self,
-        parts: Mapping[Tensor, Tensor],
+        weights: list[Tensor],
         operator_of: Callable[[Tensor], NormalizationOperator],
         eta: float,
         p: float,
     ) -> None:
-        """Cut the weights, of which this process has *parts*, into pieces, and put these into blocks."""
+        """Cut *weights* into pieces, and put these into blocks."""
         self.redirected, self._blocks, self._piece_sizes, self._memory = {}, [], [], {}
-        self._over_shards = {w: operator_of(w) for w in self._weights if is_sharded(w)}
-        overlapping = _overlapping(parts)
+        self.places = [(w, None if is_sharded(w) else w.detach()) for w in weights]
+        self._operators_of_sharded = {w: operator_of(w) for w in self._sharded}
+        overlapping = _overlapping(weights)
         unshared = cpu.alone_in_their_storage(self._weights) - overlapping
         open_blocks: dict[tuple, Block] = {}
         indices = itertools.count()
-        for parameter, part in parts.items():
-            part, operator, shards = part.detach(), operator_of(parameter), shards_of(parameter)
+        for parameter in weights:
+            part, operator, shards = local(parameter).detach(), operator_of(parameter), shards_of(parameter)
+            if part.numel() == 0:
+                self._piece_sizes.append(None)
+                next(indices)
+                continue
             if shards_of(parameter, operator.norm_dims(parameter)) is not None:
                 operator = PRECOMPUTED
             master = [local(self._masters[parameter]).detach()] if parameter in self._masters else []
@@ -143,20 +150,25 @@ class Blocks:
                     if shares_block:
                         open_blocks[key] = block
                 block.append(next(indices), parameter, weight, *others[: len(master)])
+                block.in_place = parameter not in self.redirected
+                block.overlaps = parameter in overlapping
                 if kept:
                     block.copy = others[-1]
-                    block.in_place = parameter not in self.redirected
-                    block.overlaps = parameter in overlapping
         self._share_memory()
 
     def _share_memory(self) -> None:
-        """Give each block the memory of which its kind, device and dtype take turns."""
-        takes_turns = [(type(b), b.weights[0].device, b.working_dtype) for b in self._blocks]
-        for key, block in sorted(zip(takes_turns, self._blocks), key=lambda pair: -pair[1].size):
-            if key not in self._memory:
-                _, device, dtype = key
-                self._memory[key] = torch.empty(block.size, device=device, dtype=dtype)
-            block.use(self._memory[key])
+        """Give blocks of a kind the memory of one, of which they take turns; or of all, if that is little."""
+        kinds: dict[tuple, list[Block]] = {}
+        for block in self._blocks:
+            kinds.setdefault((type(block), block.weights[0].device, block.working_dtype), []).append(block)
+        for (kind, device, dtype), blocks in kinds.items():
+            sizes = [block.size for block in blocks]
+            keep = sum(sizes) <= _BLOCK_SIZE and not cpu.is_on_cpu(blocks[0].weights[0])
+            memory = torch.empty(sum(sizes) if keep else max(sizes), device=device, dtype=dtype)
+            self._memory[kind, device, dtype] = memory
+            begins = itertools.accumulate(sizes, initial=0) if keep else itertools.repeat(0)
+            for block, begin in zip(blocks, begins):
+                block.use(memory[begin:], keep)
 
     def _copy_on_cpu(self, part: Tensor, parameter: Tensor) -> Tensor:
         """Return flat memory for a copy of a weight: that of the last plan if it fits."""
@@ -164,9 +176,6 @@ class Blocks:
         if copy is None or copy.numel() != part.numel() or copy.dtype != part.dtype:
             copy = self._copies_on_cpu[parameter] = cpu.memory_for_copy(part)
         return copy
-
-    def _pieces(self, gradients: Iterable[Tensor]) -> list[Tensor]:
-        return [piece for g, size in zip(gradients, self._piece_sizes) for piece in _cut(g, size)]
 
 
 def _cut(tensor: Tensor, size: int | None) -> tuple[Tensor, ...]:
@@ -177,20 +186,19 @@ def _cut(tensor: Tensor, size: int | None) -> tuple[Tensor, ...]:
     return flat.split(size) if flat.numel() > size else (flat,)
 
 
-def _overlapping(parts: Mapping[Tensor, Tensor]) -> set[Tensor]:
-    """Return the weights that share memory with others. A gap within a weight counts as its memory."""
+def _overlapping(weights: list[Tensor]) -> set[Tensor]:
+    """Return those of *weights* that share memory with others. A gap within a weight counts as its memory."""
     overlapping: set[Tensor] = set()
     places = []
-    for number, (weight, part) in enumerate(parts.items()):
+    for number, part in enumerate(map(local, weights)):
         extent = 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride()))
         begin, itemsize = part.data_ptr(), part.element_size()
         end = begin + extent * itemsize if begin else 0  # there is no memory on the meta device
-        places.append((str(part.device), begin, end, number, weight))
-    places.sort(key=lambda place: place[:4])
-    last_device, last_end, last = None, 0, None
-    for device, begin, end, _, weight in places:
+        places.append((str(part.device), begin, end, number))
+    last_device, last_end, last = None, 0, 0
+    for device, begin, end, number in sorted(places):
         if device == last_device and begin < last_end:
-            overlapping |= {last, weight}
+            overlapping |= {weights[last], weights[number]}
         if device != last_device or end > last_end:
-            last_device, last_end, last = device, end, weight
+            last_device, last_end, last = device, end, number
     return overlapping
