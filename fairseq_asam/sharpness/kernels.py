@@ -55,11 +55,8 @@ class Block:
         size: number of elements.
     """
 
-    def __init__(
-        self, operator: NormalizationOperator, eta: float, dtype: torch.dtype, shards: Shards | None = None
-    ):
+    def __init__(self, operator: NormalizationOperator, eta: float, shards: Shards | None = None):
         self.operator, self.eta, self.shards = operator, eta, shards
-        self.working_dtype = torch.promote_types(dtype, torch.float32)
         self.indices: list[int] = []
         self.parameters: list[Tensor] = []
         self.weights: list[Tensor] = []
@@ -138,12 +135,12 @@ class Block:
         if self.operator is PRECOMPUTED:
             return self.diagonals
         if not self.operator.is_element_wise:
-            weights = [weight.to(self.working_dtype) for weight in self.masters or self.copies]
+            weights = [weight.to(self.memory.dtype) for weight in self.masters or self.copies]
         elif self.masters:
             torch._foreach_copy_(self.parts, self.masters)
             weights = [self.memory]
         else:
-            weights = [self.copy.to(self.working_dtype)]
+            weights = [self.copy.to(self.memory.dtype)]
         return self.operator.diagonal(weights, self.eta)
 
 

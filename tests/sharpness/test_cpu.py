@@ -26,7 +26,7 @@ def test_the_fast_form_is_that_of_the_diagonal(operator, dtype):
 @pytest.mark.parametrize("operator", FAST)
 def test_a_fast_block_keeps_its_weights_if_the_norm_is_not_finite(in_place, operator):
     """Where some weights are on an accelerator, the host does not read the norm."""
-    block = FastBlock(operator, ETA, torch.float32)
+    block = FastBlock(operator, ETA)
     weight, gradient = torch.ones(3), torch.tensor([1.0, np.inf, np.nan])
     block.append(0, weight, weight)
     block.in_place = in_place
