@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from . import cpu
 from .kernels import Block
 from .normalization import PRECOMPUTED, NormalizationOperator
 from .shards import diagonals_over_shards, is_sharded, local, shards_of
+
+OperatorOf = Callable[[Tensor], NormalizationOperator]
 
 # Elements of a block on an accelerator. It bounds the temporary memory; a larger block takes fewer launches.
 _BLOCK_SIZE = 2**24
@@ -29,12 +31,13 @@ class Blocks:
         masters: the float32 master of each half-precision weight that has one.
 
     Attributes:
-        places: the weights in blocks, each with its memory at w; ``None`` in place of this for shards.
+        places: the weights with gradients, each with its memory at w; ``None`` in place of this for shards.
         redirected: the weights that are not moved in place, and where w + epsilon is written.
     """
 
     def __init__(self, weights: list[Tensor], masters: Mapping[Tensor, Tensor]):
         self._weights, self._masters = weights, masters
+        self._sharded = [weight for weight in weights if is_sharded(weight)]
         self.places: list[tuple[Tensor, Tensor | None]] = []
         self.redirected: dict[Tensor, Tensor] = {}
         # What the blocks were planned for. They are planned again when it changes.
@@ -42,9 +45,7 @@ class Blocks:
         self._blocks: list[Block] = []
         # Elements of a flat piece of each weight; None for a weight that is processed as it is.
         self._piece_sizes: list[int | None] = []
-        # The weights whose T may be a norm over several processes, and their operators.
-        self._over_shards: dict[Tensor, NormalizationOperator] = {}
-        # Memory of which the blocks of a kind, device and dtype take turns.
+        # Memory of each device and dtype, to compute in.
         self._memory: dict[tuple, Tensor] = {}
         self._copies_on_cpu: dict[Tensor, Tensor] = {}
 
@@ -56,7 +57,7 @@ class Blocks:
         self,
         gradients: Mapping[Tensor, Tensor],
         diagonals: Mapping[Tensor, Tensor] | None,
-        operator_of: Callable[[Tensor], NormalizationOperator],
+        operator_of: OperatorOf,
         eta: float,
         p: float,
         *settings: Hashable,
@@ -75,52 +76,46 @@ class Blocks:
             p: order of the norm that bounds the region.
             settings: what *operator_of* depends on.
         """
-        parts = {w: part for w in gradients if (part := local(w)).numel() > 0}
-        masters = [self._masters[w] for w in parts if w in self._masters] if self._masters else []
-        tensors = [*parts.values(), *masters]
-        plan = [(eta, p, *settings), [id(w) for w in gradients], [t.data_ptr() for t in tensors]]
-        plan += [t.shape for t in tensors], [t.stride() for t in tensors]
-        if plan != self._planned_for:
+        weights, pieces = list(gradients), list(gradients.values())
+        tensors = [local(w) for w in weights] if self._sharded else weights
+        if self._masters:
+            tensors = tensors + [self._masters[w] for w in weights if w in self._masters]
+        plan_for = [(eta, p, *settings), [id(w) for w in weights], [t.data_ptr() for t in tensors]]
+        plan_for += [t.shape for t in tensors], [t.stride() for t in tensors]
+        if plan_for != self._planned_for:
             self._planned_for = None  # plan again next time if an exception interrupts this plan
-            self.places = [(w, None if is_sharded(w) else w.detach()) for w in gradients]
-            self._plan(parts, operator_of, eta, p)
-            self._planned_for = plan
+            self._plan(weights, operator_of, eta, p)
+            self._planned_for = plan_for
         for memory in self._memory.values():
-            memory.untyped_storage().resize_(memory.numel() * memory.element_size())
+            memory.untyped_storage().resize_(memory.nbytes)
         # Every process takes part, whether or not it has a gradient: the others wait for it.
-        precomputed = {**diagonals_over_shards(self._over_shards, eta), **(diagonals or {})}
-        pieces = self._pieces(gradients[w] for w in parts)
-        if precomputed:
-            for block in self._blocks:
-                if block.operator is PRECOMPUTED:
-                    block.diagonals = [precomputed[parameter] for parameter in block.parameters]
+        over_shards = diagonals_over_shards({w: operator_of(w) for w in self._sharded}, eta)
+        for block in self._blocks:
+            if block.operator is PRECOMPUTED:
+                given = over_shards if diagonals is None else diagonals
+                block.diagonals = [given[parameter] for parameter in block.parameters]
+        if any(self._piece_sizes):
+            pieces = [piece for g, size in zip(pieces, self._piece_sizes) for piece in _cut(g, size)]
         return [(block, [pieces[index] for index in block.indices]) for block in self._blocks]
 
     def free(self) -> None:
-        """Free the memory that the blocks need no more in this step."""
+        """Free the memory that the blocks do not need until the next step."""
         for block in self._blocks:
             block.diagonals = None
-        for (kind, *_), memory in self._memory.items():
-            if kind is Block:
-                with contextlib.suppress(RuntimeError):  # not all kinds of devices can do so
-                    memory.untyped_storage().resize_(0)
+        for memory in self._memory.values():
+            with contextlib.suppress(RuntimeError):  # some kinds of devices cannot do so
+                memory.untyped_storage().resize_(0)
 
-    def _plan(
-        self,
-        parts: Mapping[Tensor, Tensor],
-        operator_of: Callable[[Tensor], NormalizationOperator],
-        eta: float,
-        p: float,
-    ) -> None:
-        """Cut the weights, of which this process has *parts*, into pieces, and put these into blocks."""
+    def _plan(self, weights: list[Tensor], operator_of: OperatorOf, eta: float, p: float) -> None:
+        """Cut *weights* into pieces, and put these into blocks."""
         self.redirected, self._blocks, self._piece_sizes, self._memory = {}, [], [], {}
-        self._over_shards = {w: operator_of(w) for w in self._weights if is_sharded(w)}
-        overlapping = _overlapping(parts)
+        self.places = [(w, None if is_sharded(w) else w.detach()) for w in weights]
+        overlapping = _overlapping(weights)
         unshared = cpu.alone_in_their_storage(self._weights) - overlapping
-        open_blocks: dict[tuple, Block] = {}
+        open_blocks: dict[object, Block] = {}
         indices = itertools.count()
-        for parameter, part in parts.items():
-            part, operator, shards = part.detach(), operator_of(parameter), shards_of(parameter)
+        for parameter in weights:
+            part, operator, shards = local(parameter).detach(), operator_of(parameter), shards_of(parameter)
             if shards_of(parameter, operator.norm_dims(parameter)) is not None:
                 operator = PRECOMPUTED
             master = [local(self._masters[parameter]).detach()] if parameter in self._masters else []
@@ -130,43 +125,43 @@ class Blocks:
             is_cut = is_cut and (on_cpu or part.numel() > block_size)
             is_fast = on_cpu and is_cut and p == 2.0 and not master and cpu.has_fast_form(part, operator)
             shares_block = parameter not in overlapping and (cpu.is_small(part) if is_fast else not on_cpu)
-            kept = [self._copy_on_cpu(part, parameter)] if on_cpu and not shares_block else []
-            if is_fast and parameter in unshared and not shares_block:
+            key = (part.device, part.dtype, operator, shards, len(master)) if shares_block else object()
+            kept = [self._copy_on_cpu(parameter)] if on_cpu and not shares_block else []
+            if is_fast and kept and parameter in unshared:
                 self.redirected[parameter] = kept[0].view(part.shape)
             self._piece_sizes.append(block_size if is_cut else None)
-            key = (part.device, part.dtype, operator, shards, len(master), is_fast)
             for weight, *others in zip(*(_cut(t, self._piece_sizes[-1]) for t in (part, *master, *kept))):
-                block = open_blocks.get(key) if shares_block else None
+                index, block = next(indices), open_blocks.get(key)
+                if weight.numel() == 0:
+                    continue
                 if block is None or block.size + weight.numel() > block_size:
-                    block = (cpu.FastBlock if is_fast else Block)(operator, eta, part.dtype, shards)
-                    self._blocks.append(block)
-                    if shares_block:
-                        open_blocks[key] = block
-                block.append(next(indices), parameter, weight, *others[: len(master)])
-                if kept:
-                    block.copy = others[-1]
+                    block = open_blocks[key] = (cpu.FastBlock if is_fast else Block)(operator, eta, shards)
                     block.in_place = parameter not in self.redirected
                     block.overlaps = parameter in overlapping
+                    block.copy = others[-1] if kept else None
+                    self._blocks.append(block)
+                block.append(index, parameter, weight, *others[: len(master)])
         self._share_memory()
 
     def _share_memory(self) -> None:
-        """Give each block the memory of which its kind, device and dtype take turns."""
-        takes_turns = [(type(b), b.weights[0].device, b.working_dtype) for b in self._blocks]
-        for key, block in sorted(zip(takes_turns, self._blocks), key=lambda pair: -pair[1].size):
+        """Give all blocks the same memory to compute in, or each its own, if that is little."""
+        sizes = [block.size for block in self._blocks]
+        keep = sum(sizes) <= _BLOCK_SIZE and not any(cpu.is_on_cpu(b.weights[0]) for b in self._blocks)
+        begins = itertools.accumulate(sizes, initial=0) if keep else itertools.repeat(0)
+        for block, begin in zip(self._blocks, begins):
+            weight, size = block.weights[0], sum(sizes) if keep else max(sizes)
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            key = weight.device, dtype
             if key not in self._memory:
-                _, device, dtype = key
-                self._memory[key] = torch.empty(block.size, device=device, dtype=dtype)
-            block.use(self._memory[key])
+                self._memory[key] = torch.empty(size, device=weight.device, dtype=dtype)
+            block.use(self._memory[key][begin:], keep)
 
-    def _copy_on_cpu(self, part: Tensor, parameter: Tensor) -> Tensor:
-        """Return flat memory for a copy of a weight: that of the last plan if it fits."""
-        copy = self._copies_on_cpu.get(parameter)
-        if copy is None or copy.numel() != part.numel() or copy.dtype != part.dtype:
+    def _copy_on_cpu(self, parameter: Tensor) -> Tensor:
+        """Return flat memory for a copy of this process's part: that of the last plan if it fits."""
+        part, copy = local(parameter), self._copies_on_cpu.get(parameter)
+        if copy is None or (copy.numel(), copy.dtype) != (part.numel(), part.dtype):
             copy = self._copies_on_cpu[parameter] = cpu.memory_for_copy(part)
         return copy
-
-    def _pieces(self, gradients: Iterable[Tensor]) -> list[Tensor]:
-        return [piece for g, size in zip(gradients, self._piece_sizes) for piece in _cut(g, size)]
 
 
 def _cut(tensor: Tensor, size: int | None) -> tuple[Tensor, ...]:
@@ -177,20 +172,19 @@ def _cut(tensor: Tensor, size: int | None) -> tuple[Tensor, ...]:
     return flat.split(size) if flat.numel() > size else (flat,)
 
 
-def _overlapping(parts: Mapping[Tensor, Tensor]) -> set[Tensor]:
-    """Return the weights that share memory with others. A gap within a weight counts as its memory."""
+def _overlapping(weights: list[Tensor]) -> set[Tensor]:
+    """Return those of *weights* that share memory with others. A gap within a weight counts as its memory."""
     overlapping: set[Tensor] = set()
     places = []
-    for number, (weight, part) in enumerate(parts.items()):
+    for number, part in enumerate(map(local, weights)):
         extent = 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride()))
         begin, itemsize = part.data_ptr(), part.element_size()
         end = begin + extent * itemsize if begin else 0  # there is no memory on the meta device
-        places.append((str(part.device), begin, end, number, weight))
-    places.sort(key=lambda place: place[:4])
-    last_device, last_end, last = None, 0, None
-    for device, begin, end, _, weight in places:
+        places.append((str(part.device), begin, end, number))
+    last_device, last_end, last = None, 0, 0
+    for device, begin, end, number in sorted(places):
         if device == last_device and begin < last_end:
-            overlapping |= {last, weight}
+            overlapping |= {weights[last], weights[number]}
         if device != last_device or end > last_end:
-            last_device, last_end, last = device, end, weight
+            last_device, last_end, last = device, end, number
     return overlapping

@@ -70,8 +70,8 @@ class FastBlock(Block):
     the parameter, and no weight is copied away and back.
     """
 
-    def use(self, memory: Tensor) -> None:
-        super().use(memory)
+    def use(self, memory: Tensor, keeps: bool) -> None:
+        super().use(memory, keeps)
         # Keeps T^2 g from the norm to the move.
         self._direction = self.copy if len(self.weights) == 1 else torch.empty_like(self.memory)
         # Make it once: a new tensor in each step costs time.

@@ -49,17 +49,14 @@ class Block:
         masters: their float32 masters; empty if they have none.
         copy: flat memory for a copy of the weights, from which T is computed and they are restored.
         copies: its parts, in the form of the weights.
-        diagonals: T of each weight, if the operator is ``PRECOMPUTED``. It is set for one move.
+        diagonals: T of the weights, between steps ``None``. It is set from outside if it is ``PRECOMPUTED``.
         in_place: whether the weights themselves move (``cpu.py`` has blocks of which they do not).
         overlaps: whether there is one weight, and another block moves a part of its memory too.
         size: number of elements.
     """
 
-    def __init__(
-        self, operator: NormalizationOperator, eta: float, dtype: torch.dtype, shards: Shards | None = None
-    ):
+    def __init__(self, operator: NormalizationOperator, eta: float, shards: Shards | None = None):
         self.operator, self.eta, self.shards = operator, eta, shards
-        self.working_dtype = torch.promote_types(dtype, torch.float32)
         self.indices: list[int] = []
         self.parameters: list[Tensor] = []
         self.weights: list[Tensor] = []
@@ -77,9 +74,12 @@ class Block:
         self.masters += master
         self.size += weight.numel()
 
-    def use(self, memory: Tensor) -> None:
-        """Compute in this flat *memory*, which blocks share: it keeps nothing from one to the next."""
-        self.memory = memory[: self.size]
+    def use(self, memory: Tensor, keeps: bool) -> None:
+        """Compute in this flat *memory*.
+
+        If the block *keeps* it from the norm to the move, T g is computed once. Otherwise blocks take turns.
+        """
+        self.memory, self._keeps = memory[: self.size], keeps
         self.parts = in_form_of(self.weights, self.memory)
         if self.copy is None:
             self.copy = memory.new_empty(self.size, dtype=self.weights[0].dtype)
@@ -88,7 +88,10 @@ class Block:
     def norms(self, gradients: list[Tensor], order: float, unit: Tensor | None) -> list[Tensor]:
         """Return norms whose common norm is ||T g||_order of the block; with *unit*, in multiples of it."""
         torch._foreach_copy_(self.copies, self.weights)
-        self._normalize(gradients)
+        diagonals = self._normalize(gradients)
+        self._has_normalized = self._keeps and unit is None
+        if self._has_normalized:
+            self.diagonals = diagonals
         if unit is not None:
             self.memory.div_(torch.where(unit > 0, unit, 1.0).to(self.memory.device))
         return [torch.linalg.vector_norm(self.memory, order)]
@@ -96,7 +99,7 @@ class Block:
     def move(self, gradients: list[Tensor], ascent: Ascent, remember: Remember) -> None:
         """Add epsilon to the weights, after *remember* has been told of them."""
         epsilon = self.memory
-        diagonals = self._normalize(gradients)
+        diagonals = self.diagonals if self._has_normalized else self._normalize(gradients)
         epsilon.mul_(ascent.inverse.to(epsilon.device))
         if ascent.is_zero is not None:  # T g may be inf or NaN, and 0 * inf and 0 * NaN are NaN
             epsilon.masked_fill_(ascent.is_zero.to(epsilon.device), 0.0)
@@ -132,12 +135,12 @@ class Block:
         if self.operator is PRECOMPUTED:
             return self.diagonals
         if not self.operator.is_element_wise:
-            weights = [weight.to(self.working_dtype) for weight in self.masters or self.copies]
+            weights = [weight.to(self.memory.dtype) for weight in self.masters or self.copies]
         elif self.masters:
             torch._foreach_copy_(self.parts, self.masters)
             weights = [self.memory]
         else:
-            weights = [self.copy.to(self.working_dtype)]
+            weights = [self.copy.to(self.memory.dtype)]
         return self.operator.diagonal(weights, self.eta)
 
 

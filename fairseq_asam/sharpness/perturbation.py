@@ -82,7 +82,7 @@ class Displacement:
             if place is None:
                 increment_version(weight)
             elif weight.data_ptr() != place.data_ptr():
-                # It was moved out of its memory by us, or by a forward pass, as quantization noise does.
+                # We have put it into other memory, or a forward pass has, as quantization noise does.
                 weight.data = place
                 increment_version(weight)
         _forget_derived_weights()
@@ -228,17 +228,16 @@ class Perturbation(Displacement):
     def _refuse(self, given: Iterable[Tensor]) -> None:
         """Raise a ValueError if a parameter of *given* cannot be perturbed."""
         for parameter in given:
-            name = self._names.get(parameter) or self._not_real[parameter]
             if parameter.is_complex():
                 raise ValueError(
-                    f"{name} has dtype {parameter.dtype}, but the paper defines epsilon for real weights: "
-                    "train its real and imaginary parts as two parameters, or do not pass it"
+                    f"{self._not_real[parameter]} has dtype {parameter.dtype}, but the paper defines epsilon "
+                    "for real weights: train its real and imaginary part as two parameters, or do not pass it"
                 )
             # torch has no public sign of FSDP1. test_fsdp1_is_refused_and_told_of_fsdp2 fails if this goes.
             if getattr(parameter, "_fsdp_flattened", False):
                 raise ValueError(
-                    f"{name} is in shards of FullyShardedDataParallel (FSDP1), which hides the shapes of "
-                    "weights: use torch.distributed.fsdp.fully_shard (FSDP2)"
+                    f"{self._names[parameter]} is in shards of FullyShardedDataParallel (FSDP1), which hides "
+                    "the shapes of weights: use torch.distributed.fsdp.fully_shard (FSDP2)"
                 )
 
     def _move(self) -> None:
@@ -284,9 +283,9 @@ class Perturbation(Displacement):
             parameter.data = data
         # Autograd refuses graphs that saved a weight before an operation in place. Of new memory of a weight,
         # or of an operation on its part in shards, it has to be told.
-        for parameter, place in self._places:
-            if place is None or parameter in self._blocks.redirected:
-                increment_version(parameter)
+        in_shards = [parameter for parameter, place in self._places if place is None]
+        for parameter in (*self._blocks.redirected, *in_shards):
+            increment_version(parameter)
 
     @torch.no_grad()
     def _blocks_and_norm(
@@ -299,7 +298,7 @@ class Perturbation(Displacement):
         )
         # Powers other than squares soon leave the range of float32. Take them in units of the largest number.
         unit = None if q in (1.0, 2.0) else self._norm(blocks, math.inf)
-        self.norm = self._norm(blocks, q, unit, [self._names[p] for p in gradients])
+        self.norm = self._norm(blocks, q, unit, [self._names[p] for p in gradients if self._shards])
         return blocks
 
     def _norm(

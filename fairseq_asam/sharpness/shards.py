@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from typing_extensions import TypeGuard
 
 
+_WHOLE = Tensor, nn.Parameter
+
+
 class Shards(NamedTuple):
     """The processes that share a weight: those along *dims* of the device *mesh*."""
 
@@ -55,7 +58,7 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Return whether *tensor* is a ``DTensor``, of which this process has one part."""
     # Look for its name: importing the class takes seconds, and older versions of torch keep it elsewhere.
     kind = type(tensor)
-    return kind not in (Tensor, nn.Parameter) and any(base.__name__ == "DTensor" for base in kind.__mro__)
+    return kind not in _WHOLE and any(base.__name__ == "DTensor" for base in kind.__mro__)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -92,7 +95,7 @@ def local_gradient(weight: Tensor, name: str) -> Tensor:
         ValueError: the gradient is whole and the weight in shards, or the other way round.
     """
     gradient = weight.grad
-    if not is_sharded(weight) and not is_sharded(gradient):
+    if not (is_sharded(weight) or is_sharded(gradient)):
         return gradient
     if is_sharded(weight) and is_sharded(gradient):
         if gradient.placements != weight.placements:

@@ -1,4 +1,4 @@
-"""Normalization operators: each T by hand, and its flat form against its diagonal."""
+"""Normalization operators: each T by hand, and what is a bias."""
 
 import re
 
@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from fairseq_asam import NORMALIZATIONS
 from fairseq_asam.sharpness.normalization import is_bias, operator_of
 
 ETA = 0.5
@@ -28,19 +27,6 @@ def test_the_diagonal_by_hand(name):
             torch.ones(1)
         ]
         assert torch.equal(diagonal.expand_as(weight), torch.tensor(expected))
-
-
-@pytest.mark.parametrize("name", [name for name, each in NORMALIZATIONS.items() if each.has_flat_form])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_flat_form_is_that_of_the_diagonal(name, dtype):
-    torch.manual_seed(0)
-    weights, gradient = [torch.randn(n, dtype=dtype) for n in (7, 9)], torch.randn(16, dtype=dtype)
-    operator = NORMALIZATIONS[name]
-    diagonal = torch.cat(operator.diagonal(weights, ETA) or [torch.ones(16, dtype=dtype)])
-    minus_eta = torch.tensor(-ETA, dtype=dtype)
-    for flat in (weights, [torch.cat(weights)]):
-        direction = operator.flat_direction(gradient, flat, minus_eta, torch.empty(16, dtype=dtype))
-        torch.testing.assert_close(direction, diagonal**2 * gradient)
 
 
 def test_a_bias_is_what_has_the_word_in_its_own_name():
