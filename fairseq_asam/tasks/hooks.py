@@ -236,7 +236,7 @@ def _with_help_for_optimizers(parse_args_and_arch):
         arguments = sys.argv[1:] if input_args is None else input_args
         if {"-h", "--help"} & set(arguments):
             for name in SHARPNESS_AWARE:
-                if name in arguments:
+                if {name, f"--optimizer={name}"} & set(arguments):
                     OPTIMIZER_REGISTRY[name].add_args(parser.add_argument_group(f"--optimizer {name}"))
         return parse_args_and_arch(parser, input_args, **kwargs)
 

@@ -6,8 +6,6 @@ import pytest
 import torch
 
 import fairseq_asam.optim.optimizers as plugin
-from fairseq_asam.optim.half_precision import master_weights, of_model_parameters
-from fairseq_asam.sharpness.moments import adam_diagonals, first_moments
 from tests.sharpness.plain_directions import VECTORS
 from tests.training import configuration, mean_sharpness, trainer_and_batches
 
@@ -113,37 +111,61 @@ def test_float16_reuses_the_component_of_float32(corpus, flags, scope):
     assert torch.cosine_similarity(plain, expected, 0) < 0.95
 
 
-@pytest.mark.parametrize("flags", [[], ["--fp16"], ["--fp16", "--fp16-no-flatten-grads"], ["--amp"]])
+def in_the_shapes_of(weights, tensors):
+    """*tensors* in float64, one for each of *weights*; with --fp16 there is one flat tensor for all."""
+    joined = torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+    parts = joined.split([w.numel() for w in weights])
+    return {w: part.view_as(w) for w, part in zip(weights, parts)}
+
+
+#: Half a unit in the last place, relative, and a little for float32.
+HALF_A_UNIT = {torch.float32: 1e-6, torch.float16: 2**-11 + 1e-4, torch.bfloat16: 2**-8 + 1e-4}
+
+
+@pytest.mark.parametrize(
+    "flags, bf16",
+    [
+        ([], False),
+        (["--fp16"], False),
+        (["--fp16", "--fp16-no-flatten-grads"], False),
+        ([], True),
+        (["--amp"], False),
+    ],
+)
 @pytest.mark.parametrize(
     "direction, normalization",
     [("momentum", "element-wise"), ("momentum", "adam"), ("random", "element-wise")],
 )
-def test_half_precision_weights_move_from_their_masters(corpus, flags, direction, normalization):
+def test_half_precision_weights_move_from_their_masters(corpus, flags, bf16, direction, normalization):
     """By epsilon = rho T^2 g / ||T g|| of float32 vectors, rounded once."""
     rho = 5 if normalization == "element-wise" else 0.5
     epsilon = ["--ascent-direction", direction, "--rho", str(rho), "--normalization", normalization]
-    trainer, batches = setting(corpus, *flags, *epsilon)
+    trainer, batches = setting(corpus, *flags, *epsilon, bf16=bf16)
     for i in range(2):
         trainer.train_step([batches[i]])
-    perturbation = trainer.optimizer.fp32_optimizer if flags else trainer.optimizer
-    perturbation = perturbation.two_passes(trainer).perturbation
-    masters = master_weights(trainer.optimizer)
-    moments = of_model_parameters(first_moments, trainer.optimizer)
-    names = {w: name for name, w in trainer.model.named_parameters()}
-    assert moments.keys() <= names.keys() and len(moments) > 40
-    w = {p: masters.get(p, p).detach().double() for p in names}
+    asam = getattr(trainer.optimizer, "fp32_optimizer", trainer.optimizer)
+    # fairseq's order: a weight that is used twice comes once.
+    names = {w: name for name, w in trainer.model.named_parameters() if w.grad is not None}
+    assert len(names) > 40
+    adam, states = asam.optimizer, [asam.optimizer.state[master] for master in asam.params]
+    w = in_the_shapes_of(names, asam.params)
+    moments = in_the_shapes_of(names, [state["exp_avg"] for state in states])
+    of_run = {"seed": trainer.cfg.common.seed, "number": trainer.get_num_updates()}
+    g = VECTORS[direction](at_w=None, moments=moments, weights=names, **of_run)
+    v = in_the_shapes_of(names, [state["exp_avg_sq"] for state in states])
     T = {p: torch.ones_like(w[p]) if "bias" in names[p] else w[p].abs() + 0.01 for p in names}
     if normalization == "adam":
-        T = {p: T.double() for p, T in of_model_parameters(adam_diagonals, trainer.optimizer).items()}
-    given = {"seed": trainer.cfg.common.seed, "number": trainer.get_num_updates()}
-    g = VECTORS[direction](at_w=None, moments=moments, weights=w, **given)
-    g = {p: vector.double() for p, vector in g.items()}
-    norm = sum((T[p] * g[p]).square().sum() for p in g).sqrt()
-    with perturbation:
-        for p in g:
+        (group,) = adam.param_groups
+        correction = 1 - group["betas"][1] ** 2
+        T = {p: ((v[p] / correction).sqrt() + group["eps"]) ** -0.5 for p in names}
+    norm = sum((T[p] * g[p]).square().sum() for p in names).sqrt()
+    with asam.two_passes(trainer).perturbation:
+        for p in names:
             expected = w[p] + rho * T[p] ** 2 * g[p] / norm
-            # half a unit in the last place, and the smallest numbers that float16 has
-            torch.testing.assert_close(p.detach().double(), expected, rtol=6e-4 if flags else 1e-6, atol=1e-6)
+            # atol: the smallest numbers that float16 has
+            torch.testing.assert_close(
+                p.detach().double(), expected, rtol=HALF_A_UNIT[p.dtype], atol=1e-6, msg=names[p]
+            )
 
 
 @pytest.mark.parametrize("interval", ["1", "2"])

@@ -1,5 +1,6 @@
 """What is refused at start-up and what is not; what the plugin leaves alone."""
 
+import sys
 import threading
 import time
 from argparse import Namespace
@@ -62,6 +63,17 @@ def test_data_that_a_thread_loads_during_the_passes_have_the_noise_of_their_seed
         RandomState().restore()
     RandomState.release()
     assert drawn == [tuple(np.random.RandomState(seed).rand(2)) for seed in range(200)]
+
+
+@pytest.mark.parametrize("words", [["--optimizer", "asam"], ["--optimizer=asam"]])
+def test_help_lists_our_options_beside_those_of_the_base_optimizer(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fairseq-train", *words, "--help"])
+    with pytest.raises(SystemExit) as end:
+        options.parse_args_and_arch(options.get_training_parser())
+    shown = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "--optimizer asam:" in shown and "--rho RHO" in shown and "--adam-betas" in shown
+    assert "--lr-scheduler" in shown and "--optimizer sam:" not in shown
 
 
 def configuration(data, *flags, optimizer="asam"):
