@@ -1,4 +1,4 @@
-"""Preparation of the German-English corpora: the help of LibreOffice, a generated one, and IWSLT'14."""
+"""Preparation of corpora: the help of LibreOffice, IWSLT'14, files of your own, and a generated one."""
 
 
 class PreparationError(Exception):

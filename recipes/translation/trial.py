@@ -185,10 +185,11 @@ def best_peak(results: Path) -> str | None:
     found = {peak: read_result(results, decaying("adam", peak, DECAY_SEEDS[0])) for peak in PEAKS}
     if None in found.values():
         return None
-    bleu = {
-        peak: max(epoch["validation BLEU"] for epoch in result["epochs"]) for peak, result in found.items()
-    }
-    return max(bleu, key=bleu.get)
+
+    def best_bleu(peak: str) -> float:
+        return max(epoch["validation BLEU"] for epoch in found[peak]["epochs"])
+
+    return max(PEAKS, key=best_bleu)
 
 
 if __name__ == "__main__":

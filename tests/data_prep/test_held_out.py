@@ -16,7 +16,7 @@ PAGE_SENTENCES = 5
 
 def pages(count: int) -> list[Pair]:
     pairs = generated.pairs(PAGE_SENTENCES * count, seed=5)
-    return [pair._replace(source=pair.source // PAGE_SENTENCES) for pair in pairs]
+    return [pair._replace(page=pair.page // PAGE_SENTENCES) for pair in pairs]
 
 
 def split(pairs: list[Pair], seed: int = 1) -> Splits:
@@ -41,7 +41,7 @@ def test_pages_are_held_out_whole():
     splits = split(pages(100))
     assert 20 <= len(splits["valid"]) < 20 + PAGE_SENTENCES
     assert 40 <= len(splits["test"]) < 40 + PAGE_SENTENCES
-    sources = [{pair.source for pair in pairs} for pairs in splits.values()]
+    sources = [{pair.page for pair in pairs} for pairs in splits.values()]
     assert sum(map(len, sources)) == len(set().union(*sources))
 
 
@@ -61,7 +61,7 @@ def test_no_side_held_out_is_in_training_or_one_word_from_it():
         lambda text: "Indeed " + text.partition(" ")[2],
     ],
 )
-@pytest.mark.parametrize("side", ["german", "english"])
+@pytest.mark.parametrize("side", ["source", "target"])
 def test_a_sentence_is_not_held_out_if_another_page_has_one_like_it(side, twin):
     """Every sentence of half of the pages has a twin of one side on another page."""
     pairs = pages(100)
@@ -70,11 +70,11 @@ def test_a_sentence_is_not_held_out_if_another_page_has_one_like_it(side, twin):
             "Ganz anders ist dieser Satz hier.", "This sentence here is quite different.", 1000 + i
         )._replace(**{side: twin(getattr(pair, side))})
         for i, pair in enumerate(pairs)
-        if pair.source % 2
+        if pair.page % 2
     ]
     splits = split(pairs + marked)
     assert splits["test"] and splits["valid"]
-    assert all(pair.source % 2 == 0 for pair in splits["valid"] + splits["test"])
+    assert all(pair.page % 2 == 0 for pair in splits["valid"] + splits["test"])
 
 
 def test_only_sentences_of_five_words_are_held_out_and_all_else_trains():
@@ -84,15 +84,15 @@ def test_only_sentences_of_five_words_are_held_out_and_all_else_trains():
         for i in range(100)
     ]
     splits = split(pages(100) + short + heading)
-    assert all(pair.english.endswith(".") and len(words(pair.english)) >= 5 for pair in splits["test"])
-    assert {"page", "heading"} <= {word for pair in splits["train"] for word in words(pair.english)}
+    assert all(pair.target.endswith(".") and len(words(pair.target)) >= 5 for pair in splits["test"])
+    assert {"page", "heading"} <= {word for pair in splits["train"] for word in words(pair.target)}
 
 
 def test_pairs_are_distinct():
     pairs = pages(100)
     splits = split([pair for pair in pairs for _ in range(2)])
     for part in splits.values():
-        assert len({(words(pair.german), words(pair.english)) for pair in part}) == len(part)
+        assert len({(words(pair.source), words(pair.target)) for pair in part}) == len(part)
 
 
 def test_the_seed_alone_chooses():

@@ -6,25 +6,31 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from data_prep import generated
+from data_prep import debian, generated
 from data_prep.cleaning import Pair, Rules, words
 from data_prep.corpus import STATISTICS
-from data_prep.libreoffice_help import PACKAGES, PAGES, clean, sentence_pairs, sentences
-from data_prep.segmentation import BINARIZED, MODEL, TEXTS, VOCABULARY
+from data_prep.libreoffice_help import clean, package_of, pages_of, sentence_pairs, sentences
+from data_prep.segmentation import BINARIZED, MODEL, VOCABULARY, text_files
 from tests.commands import ROOT
 from tests.data_prep.commands import assert_refused, command, contents, lines, run
 
 SMALL = ("--vocab-size", "150", "--held-out", "3", "5", "--workers", "1")
+GERMAN = ("de", "en")
+TEXTS = text_files(GERMAN)
 PARTS = {*TEXTS, MODEL, VOCABULARY, BINARIZED, STATISTICS}
 PAGE_COUNT, PARAGRAPHS = 12, 5
+LATIN_LETTERS = "abcdefghijklmnoprstuvwzäöüßABDEFGHIJKLMNOPRSTUVWZÄÖÜ"
+CYRILLIC_LETTERS = "абцдефгхийклмнопрстувшзэёюяАБДЕФГХИЙКЛМНОПРСТУВШЗЭЁЮ"
 
 Packages = dict[str, Path]
+Spelling = Callable[[str], str]
 
 
 def page(paragraphs: dict[str, str], release: str) -> str:
@@ -35,28 +41,35 @@ def page(paragraphs: dict[str, str], release: str) -> str:
     )
 
 
-def write_packages(folder: Path, release: str = "7.4", prefix: str = "") -> Packages:
+def cyrillic(text: str) -> str:
+    """Return Latin text in Cyrillic letters, if not in Russian."""
+    return text.translate(str.maketrans(LATIN_LETTERS, CYRILLIC_LETTERS))
+
+
+def write_packages(
+    folder: Path, release: str = "7.4", prefix: str = "", source: str = "de", spell: Spelling = str
+) -> Packages:
     """Write both packages, unpacked. The first page has but a heading; each paragraph has two sentences."""
     pairs = iter(generated.pairs(2 * PAGE_COUNT * PARAGRAPHS, seed=1))
-    roots = {language: folder / PACKAGES[language] for language in PACKAGES}
+    roots = {language: folder / package_of(language) for language in (source, "en")}
     for number in range(PAGE_COUNT + 1):
         paragraphs: dict[str, dict[str, str]] = {
-            "de": {"hd_1": f"Über die Seite {'i' * number}"},
+            source: {"hd_1": spell(f"Über die Seite {'i' * number}")},
             "en": {"hd_1": f"About the page {'i' * number}"},
         }
         for name in range(PARAGRAPHS if number else 0):
             first, second = next(pairs), next(pairs)
-            paragraphs["de"][f"{prefix}par_{name}"] = f"{first.german} {second.german}"
-            paragraphs["en"][f"par_{name}"] = f"{first.english} <b>{second.english}</b>"
+            paragraphs[source][f"{prefix}par_{name}"] = spell(f"{first.source} {second.source}")
+            paragraphs["en"][f"par_{name}"] = f"{first.target} <b>{second.target}</b>"
         for language, texts in paragraphs.items():
-            file = roots[language] / PAGES[language] / "swriter" / f"{number}.html"
+            file = roots[language] / pages_of(language) / "swriter" / f"{number}.html"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(page(texts, release), encoding="utf-8")
     return roots
 
 
 def options(packages: Packages) -> tuple[object, ...]:
-    return ("--german", packages["de"], "--english", packages["en"], *SMALL)
+    return ("--source-package", packages["de"], "--target-package", packages["en"], *SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +84,8 @@ def packages(unpacked, tmp_path_factory) -> Packages:
         pytest.skip("needs dpkg-deb")
     folder = tmp_path_factory.mktemp("debian")
     files = {}
-    for language, name in PACKAGES.items():
+    for language in GERMAN:
+        name = package_of(language)
         tree = folder / name
         shutil.copytree(unpacked[language], tree)
         (tree / "DEBIAN").mkdir()
@@ -106,7 +120,7 @@ def test_the_folder_is_whole(prepared):
 
 
 def test_each_sentence_stands_beside_its_translation(prepared):
-    expected = {pair.german: pair.english for pair in generated.pairs(2 * PAGE_COUNT * PARAGRAPHS, seed=1)}
+    expected = {pair.source: pair.target for pair in generated.pairs(2 * PAGE_COUNT * PARAGRAPHS, seed=1)}
     expected |= {
         f"Über die Seite {'i' * n}".strip(): f"About the page {'i' * n}".strip()
         for n in range(PAGE_COUNT + 1)
@@ -166,6 +180,52 @@ def test_unpacked_packages_make_the_same_corpus(prepared, unpacked, tmp_path):
     made = contents(folder)
     assert made.pop(STATISTICS) != expected.pop(STATISTICS)  # they name the packages
     assert made == expected
+
+
+def test_another_language_is_prepared_by_its_code(tmp_path):
+    packages = write_packages(tmp_path, source="ru", spell=cyrillic)
+    folder = tmp_path / "corpus"
+    arguments = ("--source-package", packages["ru"], "--target-package", packages["en"], *SMALL)
+    result = run("libreoffice_help", folder, "--source-language", "ru", *arguments)
+    assert result.returncode == 0, result.stderr
+    expected = {
+        cyrillic(pair.source): pair.target for pair in generated.pairs(2 * PAGE_COUNT * PARAGRAPHS, seed=1)
+    }
+    for name in ("valid", "test"):
+        assert len(lines(folder, f"{name}.ru")) >= 3
+        for russian, english in zip(lines(folder, f"{name}.ru"), lines(folder, f"{name}.en")):
+            assert expected[russian] == english
+    assert (folder / BINARIZED / "train.ru-en.ru.idx").exists()
+    assert list(json.loads((folder / STATISTICS).read_text())["words"]["train"]) == ["russian", "english"]
+    german = run("libreoffice_help", folder, *SMALL)
+    assert_refused(german, folder, "was prepared with source_language ru, not de")
+
+
+def test_a_corpus_made_before_there_were_other_languages_is_a_german_one(prepared, packages, tmp_path):
+    folder = tmp_path / "corpus"
+    shutil.copytree(prepared[0], folder)
+    statistics = json.loads((folder / STATISTICS).read_text())
+    del statistics["settings"]["source_language"]
+    (folder / STATISTICS).write_text(json.dumps(statistics))
+    assert "nothing to do" in run("libreoffice_help", folder, *options(packages)).stdout
+    french = run("libreoffice_help", folder, *options(packages), "--source-language", "fr")
+    assert_refused(french, folder, "was prepared with source_language de, not fr")
+
+
+@pytest.mark.parametrize("compression", ["xz", "gzip", "none", "zstd"])
+def test_a_package_is_unpacked_without_programs_of_debian(
+    compression, packages, unpacked, tmp_path, monkeypatch
+):
+    if compression == "zstd" and sys.version_info < (3, 14):
+        pytest.importorskip("backports.zstd")
+    tree, package, root = tmp_path / "tree", tmp_path / "help.deb", tmp_path / "root"
+    subprocess.run(["dpkg-deb", "--raw-extract", packages["de"], tree], check=True)
+    (tree / "usr" / "other").write_text("no page")
+    build = ["dpkg-deb", f"-Z{compression}", "--build", "--root-owner-group", tree, package]
+    subprocess.run(build, check=True, capture_output=True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    debian.unpack(package, pages_of("de"), root, package_of("de"))
+    assert contents(root) == contents(unpacked["de"])
 
 
 def test_run_again_it_does_only_what_is_missing(prepared, packages, tmp_path):
@@ -251,11 +311,11 @@ def test_a_truncated_package_is_refused(bad_package, packages, tmp_path):
 
 def test_a_package_of_another_language_is_refused(bad_package, packages, tmp_path):
     shutil.copy(packages["en"], bad_package["de"])
-    refuse(bad_package, tmp_path, bad_package["de"], f"holds no {PAGES['de']}", "libreoffice-help-de")
+    refuse(bad_package, tmp_path, bad_package["de"], f"holds no {pages_of('de')}", "libreoffice-help-de")
 
 
 def test_a_package_without_pages_is_refused(bad_package, tmp_path):
-    (bad_package["de"] / PAGES["de"]).mkdir(parents=True)
+    (bad_package["de"] / pages_of("de")).mkdir(parents=True)
     refuse(bad_package, tmp_path, bad_package["de"], "holds no page")
 
 
@@ -270,8 +330,8 @@ def test_pages_whose_ids_do_not_match_are_refused(bad_package, tmp_path):
 
 
 def test_one_package_without_the_other_is_refused(packages, tmp_path):
-    result = run("libreoffice_help", tmp_path / "corpus", "--german", packages["de"])
-    assert_refused(result, "--german and --english", "give both")
+    result = run("libreoffice_help", tmp_path / "corpus", "--source-package", packages["de"])
+    assert_refused(result, "--source-package and --target-package", "give both")
 
 
 def test_a_part_of_the_training_set_leaves_the_held_out_sets_alone(prepared, packages, tmp_path):
@@ -321,7 +381,7 @@ def test_a_corpus_of_other_settings_is_left_alone(prepared, packages):
     assert contents(prepared[0]) == before
 
 
-@pytest.mark.skipif(Path("/", PAGES["de"]).exists(), reason="the help is installed here")
+@pytest.mark.skipif(Path("/", pages_of("de")).exists(), reason="the help is installed here")
 def test_without_the_packages_the_generated_corpus_stands_in_and_says_so(tmp_path):
     folder = tmp_path / "corpus"
     result = run("libreoffice_help", folder, *SMALL, PATH=str(tmp_path))
@@ -332,6 +392,19 @@ def test_without_the_packages_the_generated_corpus_stands_in_and_says_so(tmp_pat
     assert statistics["note"] == note
     assert result.stdout.splitlines()[-1] == note
     assert len(lines(folder, "train.de")) > 9000
+
+
+def test_without_the_packages_of_another_language_nothing_stands_in(tmp_path):
+    folder = tmp_path / "corpus"
+    result = run("libreoffice_help", folder, "--source-language", "om", *SMALL, PATH=str(tmp_path))
+    assert_refused(result, "--source-language om", "there is no apt-get here", "--source-package")
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("language", ["en", "ja", "klingon"])
+def test_a_language_without_help_is_refused_with_those_that_have_it(language, tmp_path):
+    result = run("libreoffice_help", tmp_path / "corpus", "--source-language", language, *SMALL)
+    assert_refused(result, f"--source-language {language}", "choose from ca, cs, da, de, el, es, ")
 
 
 @pytest.mark.parametrize(
@@ -348,12 +421,37 @@ def test_without_the_packages_the_generated_corpus_stands_in_and_says_so(tmp_pat
     ],
 )
 def test_sentences(paragraph, expected):
-    assert list(sentences(paragraph)) == expected
+    assert list(sentences(paragraph, "de")) == expected
+
+
+@pytest.mark.parametrize(
+    ("language", "paragraph", "expected"),
+    [
+        (
+            "fr",
+            "Cliquez sur « OK ». Étape 2 : voir cf. Annexe.",
+            ['Cliquez sur "OK".', "Étape 2: voir cf. Annexe."],
+        ),
+        (
+            "es",
+            "¿Desea guardar? ¡Sí! Vaya a Datos ▸ Filtros.",
+            ["¿Desea guardar?", "¡Sí!", "Vaya a Datos - Filtros."],
+        ),
+        ("cs", "Zvolte např. Calc. Žádný text. Řez.", ["Zvolte např. Calc.", "Žádný text.", "Řez."]),
+        ("ru", "См. Справку. Ещё текст. Щёлкните.", ["См. Справку.", "Ещё текст.", "Щёлкните."]),
+        ("en", "See usw. This ends.", ["See usw.", "This ends."]),
+    ],
+)
+def test_sentences_end_by_the_rules_of_their_language(language, paragraph, expected):
+    assert list(sentences(paragraph, language)) == expected
 
 
 def test_sentences_are_paired_where_both_sides_have_equally_many():
-    assert list(sentence_pairs("Eins. Zwei.", "One. Two.")) == [("Eins.", "One."), ("Zwei.", "Two.")]
-    assert list(sentence_pairs("Eins. Zwei.", "One and two.")) == [("Eins. Zwei.", "One and two.")]
+    assert list(sentence_pairs(("Eins. Zwei.", "One. Two."), GERMAN)) == [
+        ("Eins.", "One."),
+        ("Zwei.", "Two."),
+    ]
+    assert list(sentence_pairs(("Eins. Zwei.", "One and two."), GERMAN)) == [("Eins. Zwei.", "One and two.")]
 
 
 @pytest.mark.parametrize(
@@ -378,6 +476,18 @@ def test_sentences_are_paired_where_both_sides_have_equally_many():
 )
 def test_each_rule_drops_what_it_says(german, english, rule):
     rules = Rules()
-    kept = clean([Pair(german, english, 0)], rules)
+    kept = clean([Pair(german, english, 0)], GERMAN, rules)
     assert [row["rule"] for row in rules.table if row["dropped"]] == ([rule] if rule else [])
     assert len(kept) == (rule is None)
+
+
+@pytest.mark.parametrize(
+    ("source", "english", "kept"),
+    [
+        ("Слово в Writer.", "A word in Writer.", True),
+        ("Слово в Writer.", "The слово in Writer.", False),
+        ("Λέξη στο Writer.", "A word in Writer.", False),
+    ],
+)
+def test_letters_are_those_of_the_language_and_latin_ones(source, english, kept):
+    assert bool(clean([Pair(source, english, 0)], ("ru", "en"), Rules())) == kept
