@@ -12,11 +12,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes.faults import faults
+from recipes.image_classification import table
 from recipes.reporter import markdown_table, shown
-from recipes.translation import compare, flatness, gain_and_cost, gains, table5
+from recipes.translation import compare, confidence, flatness, gain_and_cost, gains, table5
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
+
+
+def image_table(corner: str, found: dict) -> str:
+    """Return the page of a table of recipes/image_classification."""
+    cells = {(cell["row"], cell["column"]): cell for cell in found["cells"]}
+    return table.as_markdown(corner, cells, found.get("paper"), found["note"])
+
 
 #: Who printed the pages of results, by their places in RESULTS. A printer takes what the JSON file holds.
 WHOLE: dict[str, Callable[[Any], str]] = {
@@ -25,7 +34,13 @@ WHOLE: dict[str, Callable[[Any], str]] = {
     "translation/*/flatness.md": lambda found: flatness.as_markdown(
         found["runs"], found["split"], found["tau"]
     ),
+    "translation/*/confidence.md": confidence.as_markdown,
     "quickstart/results.md": compare.as_markdown,
+    "faults/*.md": faults.as_markdown,
+    "image_classification/table2*.md": functools.partial(image_table, "model"),
+    "image_classification/table6*.md": functools.partial(image_table, "noise rate"),
+    "image_classification/figure4*.md": functools.partial(image_table, "rho"),
+    "image_classification/rho_search*.md": functools.partial(image_table, "rho"),
 }
 
 
@@ -122,7 +137,7 @@ def adams_metric() -> str:
     return markdown_table(header, rows)
 
 
-def confidence() -> str:
+def confidence_of_models() -> str:
     """How sure some models of the search are, and how often they are right."""
     models = by("run", read("translation/help_8000/confidence.json")["models"])
     rows = [
@@ -280,7 +295,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rho-search": rho_search,
     "dropped": dropped,
     "adams-metric": adams_metric,
-    "confidence": confidence,
+    "confidence": confidence_of_models,
     "help-large": help_large,
     "step-cost": step_cost,
     "gpu-step-cost": gpu_step_cost,

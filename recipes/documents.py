@@ -32,7 +32,7 @@ from recipes.document_tables import RESULTS, ROOT, TABLES
 from recipes.reporter import write_text
 
 TABLE = re.compile(r"(<!-- table: python -m recipes\.documents (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-FIGURE = re.compile(r'\[([^\]]*)\]\(([^)\s]+\.(?:json|md))(?: "([^"]*)")?\)')
+FIGURE = re.compile(r'\[([^\]]*)\]\((?!\w+:)([^)\s]+\.(?:json|md))(?: "([^"]*)")?\)')
 #: A number that is not a part of a name, such as that of ResNet-20.
 NUMBER = re.compile(r"(?<![\w.-])[-+]?\d[\d,]*(?:\.\d+)?(?![\w-])%?")
 

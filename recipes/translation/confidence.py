@@ -52,13 +52,9 @@ def main() -> None:
         ]
     except ValueError as error:
         sys.exit(f"confidence.py: {error}.")
-    rows = [[m["run"], *(shown(m[name], digits=d) for name, d in FIGURES.items())] for m in models]
-    table = (
-        f"Split `{args.split}`, {models[0]['tokens']} target tokens, each given the reference before it. "
-        "Loss, negative log-likelihood and entropy in bits per token.\n\n"
-        + markdown_table(["", *FIGURES], rows)
-    )
-    write_json(args.out / "confidence.json", {"split": args.split, "models": models})
+    results = {"split": args.split, "models": models}
+    table = as_markdown(results)
+    write_json(args.out / "confidence.json", results)
     write_text(args.out / "confidence.md", table)
     print(table, end="")
 
@@ -89,6 +85,17 @@ def figures_of(run: Path, data: Path, split: str) -> dict[str, float | None]:
         "confidence - accuracy": means["confidence"] - means["accuracy"],
         "BLEU": json.loads(scores.read_text("utf-8"))["BLEU"] if scores.exists() else None,
     }
+
+
+def as_markdown(results: dict) -> str:
+    """Return the table and what its figures are of."""
+    models = results["models"]
+    rows = [[m["run"], *(shown(m[name], digits=d) for name, d in FIGURES.items())] for m in models]
+    return (
+        f"Split `{results['split']}`, {models[0]['tokens']} target tokens, each given the reference before "
+        "it. Loss, negative log-likelihood and entropy in bits per token.\n\n"
+        + markdown_table(["", *FIGURES], rows)
+    )
 
 
 def sums_over_tokens(log_probabilities: Tensor, target: Tensor, padding: int) -> dict[str, float]:
