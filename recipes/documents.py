@@ -31,7 +31,10 @@ from typing import Any
 from recipes.document_tables import RESULTS, ROOT, TABLES
 from recipes.reporter import write_text
 
-TABLE = re.compile(r"(<!-- table: python -m recipes\.documents (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BEGIN = "<!-- table:"
+TABLE = re.compile(
+    rf"^({BEGIN} python -m recipes\.documents (\S+) -->\n).*?^(<!-- end -->)$", re.DOTALL | re.MULTILINE
+)
 FIGURE = re.compile(r'\[([^\]]*)\]\((?!\w+:)([^)\s]+\.(?:json|md))(?: "([^"]*)")?\)')
 #: A number that is not a part of a name, such as that of ResNet-20.
 NUMBER = re.compile(r"(?<![\w.-])[-+]?\d[\d,]*(?:\.\d+)?(?![\w-])%?")
@@ -47,11 +50,10 @@ def main() -> None:
         return
     wrong = []
     for document in documents():
-        if args.check:
-            wrong += wrong_tables(document)
-        else:
-            write_text(document, with_tables(document.read_text("utf-8")))
-        wrong += wrong_figures(document)
+        text = document.read_text("utf-8")
+        if not args.check and with_tables(text) != text:
+            write_text(document, with_tables(text))
+        wrong += wrong_tables(document) + wrong_figures(document)
     if wrong:
         sys.exit("\n".join(wrong))
 
@@ -63,20 +65,24 @@ def documents() -> list[Path]:
 
 
 def with_tables(text: str) -> str:
-    """Return *text* with each table printed anew.
-
-    Raises:
-        KeyError: There is no such table.
-    """
-    return TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[3]}", text)
+    """Return *text* with each table of TABLES printed anew."""
+    return TABLE.sub(
+        lambda found: found[1] + TABLES[found[2]]() + found[3] if found[2] in TABLES else found[0], text
+    )
 
 
 def wrong_tables(document: Path) -> list[str]:
-    """Return a sentence if a table of *document* is not what its command prints."""
+    """Return a sentence for each thing that is wrong with the tables of *document*."""
     text = document.read_text("utf-8")
-    if with_tables(text) == text:
-        return []
-    return [f"{document}: a table is not that of its file: run python -m recipes.documents"]
+    names = [name for _, name, _ in TABLE.findall(text)]
+    sentences = [f"{document}: there is no table '{name}'" for name in names if name not in TABLES]
+    if len(names) != len(re.findall(f"^{BEGIN}", text, re.MULTILINE)):
+        sentences.append(
+            f"{document}: a table has no '<!-- end -->', or its first marker is not as it should be"
+        )
+    if with_tables(text) != text:
+        sentences.append(f"{document}: a table is not that of its file: run python -m recipes.documents")
+    return sentences
 
 
 def wrong_figures(document: Path) -> list[str]:

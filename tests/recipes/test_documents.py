@@ -70,6 +70,17 @@ def test_a_changed_table_is_found(page, monkeypatch, right, wrong):
     assert wrong in page.read_text()
 
 
+def test_a_marker_that_is_wrong_is_found(page, monkeypatch):
+    run(monkeypatch)
+    text = page.read_text()
+    page.write_text(text.replace("<!-- end -->", ""))
+    with pytest.raises(SystemExit, match="has no '<!-- end -->'"):
+        run(monkeypatch)
+    page.write_text(text.replace("documents systems", "documents system"))
+    with pytest.raises(SystemExit, match="there is no table 'system'"):
+        run(monkeypatch)
+
+
 RIGHT = [
     ("+0.44", "systems/SAM/difference"),
     ("+0.4", "systems/0/difference"),
