@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 class Moving:
@@ -31,22 +32,29 @@ class Moving:
         self.room = sum(weight.nbytes for weight in self.perturbed if not is_lazy(weight))
         self.moves: dict[Tensor, bool] = {}
 
-    def are_restored(self, weight: Tensor) -> bool:
-        """Return whether the perturbation restores *weight* after its pass."""
-        return weight.requires_grad and weight in self.perturbed
-
     def keep(self, weights: Collection[Tensor]) -> None:
         """Forget all but *weights*."""
         if len(self.moves) > len(weights):
             self.moves = {weight: moves for weight, moves in self.moves.items() if weight in weights}
 
 
-class _Watched(NamedTuple):
-    """A weight that a forward pass may change, with a copy to restore it or to compare it with."""
+class _Watched:
+    """A weight that a forward pass may change.
 
-    weight: Tensor
-    module: nn.Module
-    copy: Tensor | None
+    Attributes:
+        copy: of its values, to restore them or to compare them with. ``None``: its stamp alone is watched.
+        restored: whether the perturbation restores it.
+        settled: whether it is known to move or to stand still.
+        changed: whether a pass at w has changed it.
+    """
+
+    __slots__ = ("changed", "copy", "module", "restored", "settled", "stamp", "weight")
+
+    def __init__(self, weight: Tensor, module: nn.Module, restored: bool, settled: bool):
+        self.weight, self.module, self.restored, self.settled = weight, module, restored, settled
+        self.copy: Tensor | None = None
+        self.changed = False
+        self.stamp = _stamp(weight)
 
 
 class ModuleState:
@@ -54,7 +62,7 @@ class ModuleState:
 
     These are the buffers, and the weights that no perturbation restores. A pass may also set trained
     weights, from the first batch. It then computed the loss of the weights that it set, so they are w, and
-    the buffers of their module are not restored: they say that the weights are set.
+    what says that they are set is not restored: the buffers of their module, and flags that went up.
 
     Args:
         modules: those that are saved as they are now, submodules too.
@@ -70,10 +78,11 @@ class ModuleState:
         self.weights: dict[Tensor, None] = {}
         self._moving = moving
         self._room = 0 if moving is None else moving.room
-        self._buffers: list[tuple[nn.Module, dict[str, tuple[Tensor | None, Tensor | None]]]] = []
+        self._buffers: dict[nn.Module, dict[str, tuple[Tensor | None, Tensor | None]]] = {}
         self._watched: list[_Watched] = []
-        self._stamps: list[tuple[int, int]] = []  # of the weights watched, before the present pass
-        self._changed: set[int] = set()  # their indices
+        # What a forward pass makes of the other weights is w. It matters to flags elsewhere that it has.
+        self._others: list[tuple[Tensor, int]] = []
+        self._initialized = False  # whether a pass at w has set trained weights for the first time
         for module in modules:
             self.add(module)
 
@@ -82,70 +91,73 @@ class ModuleState:
         """Save *module* too, as it is now, unless it is saved already. Return its weights that are new."""
         if module in self.modules:
             return []
-        new: list[Tensor] = []
+        moving, weights, before = self._moving, self.weights, len(self.weights)
         for part in module.modules():
             if part in self.modules:
                 continue
             self.modules.add(part)
-            self._buffers.append((part, _buffers(part)))
+            has_buffers = bool(part._buffers)
+            if has_buffers:
+                self._buffers[part] = _buffers(part)
             for weight in part._parameters.values():
-                if weight is not None and weight not in self.weights:
-                    self.weights[weight] = None
-                    new.append(weight)
-                    if self._moving is not None:
-                        self._watch(weight, part, self._moving)
-        return new
+                if weight is None or weight in weights:
+                    continue
+                weights[weight] = None
+                # Lazy weights, shards and other kinds have no such counters or change in ways of their own.
+                if moving is not None and type(weight) in _PLAIN and not weight.is_inference():
+                    restored = weight in moving.perturbed and weight.requires_grad
+                    if has_buffers or not restored:
+                        self._watch(weight, part, restored, moving)
+                    else:
+                        self._others.append((weight, weight._version))
+        return list(weights)[before:]
 
-    def _watch(self, weight: Tensor, module: nn.Module, moving: Moving) -> None:
-        is_trained = moving.are_restored(weight)
-        # What a forward pass makes of a trained weight is w, unless buffers tell of it.
-        if type(weight) not in (Tensor, nn.Parameter) or (is_trained and not module._buffers):
-            return
-        if weight.is_inference():
-            return
-        moves, copy = moving.moves.get(weight), None
+    def _watch(self, weight: Tensor, module: nn.Module, restored: bool, moving: Moving) -> None:
+        moves = moving.moves.get(weight)
+        watched = _Watched(weight, module, restored, settled=moves is not None)
         if moves is None and weight.device.type != "meta" and weight.nbytes <= self._room:
             self._room -= weight.nbytes
-            copy = weight.detach().clone()
+            watched.copy = weight.detach().clone()
         elif moves and not weight.requires_grad:
-            copy = weight.detach().clone()
-        self._watched.append(_Watched(weight, module, copy))
-        self._stamps.append(_stamp(weight))
+            watched.copy = weight.detach().clone()
+        self._watched.append(watched)
 
     @torch.no_grad()
     def now(self) -> ModuleState:
         """Return a snapshot of what a pass at w + epsilon may change, as it is now."""
         state = ModuleState()
-        state._buffers = [(part, _buffers(part)) for part in self.modules]
-        for index, (weight, module, copy) in enumerate(self._watched):
-            restored = self._moving is not None and self._moving.are_restored(weight)
-            if not restored and (index in self._changed or copy is not None):
-                state._watched.append(_Watched(weight, module, weight.detach().clone()))
+        state.modules = self.modules
+        state._buffers = {part: _buffers(part) for part in self.modules if part._buffers}
+        for watched in self._watched:
+            if not watched.restored and (watched.changed or watched.copy is not None):
+                as_now = _Watched(watched.weight, watched.module, False, True)
+                as_now.copy = watched.weight.detach().clone()
+                state._watched.append(as_now)
         return state
 
     @torch.no_grad()
     def restore(self) -> None:
         """Restore the buffers and weights: the same tensors, with the values that they had."""
-        initialized = {
-            self._watched[i].module for i in self._changed if self._watched[i].weight.requires_grad
-        }
-        for module, saved in self._buffers:
-            if module in initialized:
+        initialized = {each.module for each in self._watched if each.changed and each.weight.requires_grad}
+        for module in self.modules:
+            saved = self._buffers.get(module)
+            if (saved is None and not module._buffers) or module in initialized:
                 continue
+            saved = saved or {}
             for name in set(module._buffers.keys()) - saved.keys():
                 del module._buffers[name]
             for name, (buffer, copy) in saved.items():
+                now = module._buffers[name] if name in module._buffers else None
+                if self._initialized and _went_up(copy, now):
+                    continue
                 if buffer is not None and copy is not None:
                     _put(buffer, copy)
-                if name not in module._buffers or module._buffers[name] is not buffer:
+                if now is not buffer or name not in module._buffers:
                     module._buffers[name] = buffer
-        for weight, _, copy in self._watched:
-            if copy is not None:
-                _put(weight, copy)
-
-    def begin_pass(self) -> None:
-        """Remember how the weights are before a pass."""
-        self._stamps = [_stamp(watched.weight) for watched in self._watched]
+        for watched in self._watched:
+            if watched.copy is not None:
+                _put(watched.weight, watched.copy)
+                watched.stamp = _stamp(watched.weight)
 
     def end_pass_at_w(self) -> None:
         """Find out which weights the pass at w has changed.
@@ -153,19 +165,32 @@ class ModuleState:
         Raises:
             RuntimeError: it has changed a frozen weight that was not copied.
         """
-        moving, lost = self._moving, []
-        for index, (weight, module, copy) in enumerate(self._watched):
-            changed = _stamp(weight) != self._stamps[index]
-            if weight not in moving.moves:
-                changed = changed or (copy is not None and not _same(weight, copy))
-                moving.moves[weight] = changed
+        lost, moves = [], self._moving.moves
+        for watched in self._watched:
+            weight, stamp = watched.weight, _stamp(watched.weight)
+            changed, watched.stamp = stamp != watched.stamp, stamp
+            if not watched.settled:
+                changed = changed or (watched.copy is not None and not _same(weight, watched.copy))
+                watched.settled = True
                 if weight.requires_grad or not changed:
-                    self._watched[index] = _Watched(weight, module, None)
+                    watched.copy = None
+            moved_before = moves.setdefault(weight, False)
             if changed:
-                self._changed.add(index)
-                if not weight.requires_grad and copy is None:
-                    moving.moves[weight] = True
-                    lost.append(_name(module, weight))
+                moves[weight] = watched.changed = True
+                if weight.requires_grad:
+                    self._initialized |= not moved_before
+                elif watched.copy is None:
+                    lost.append(_name(watched))
+        for weight, version in self._others:
+            if weight._version != version and not moves.get(weight):
+                moves[weight] = self._initialized = True
+        if any(
+            getattr(weight, "_post_accumulate_grad_hooks", None) for weight, moved in moves.items() if moved
+        ):
+            raise RuntimeError(
+                "the pass at w changed a weight that has a hook on its gradient, as an optimizer within "
+                "backward() would: step after both passes"
+            )
         if lost:
             raise RuntimeError(
                 f"the pass at w changed frozen weights ({', '.join(lost)}) of which no copy was made, so "
@@ -178,17 +203,15 @@ class ModuleState:
         Raises:
             RuntimeError: one has.
         """
-        changed = [
-            _name(module, weight)
-            for index, (weight, module, copy) in enumerate(self._watched)
-            if index not in self._changed
-            and copy is None
-            and not self._moving.are_restored(weight)
-            and _stamp(weight) != self._stamps[index]
+        lost = [
+            _name(each)
+            for each in self._watched
+            if not (each.restored or each.changed or each.copy is not None)
+            and _stamp(each.weight) != each.stamp
         ]
-        if changed:
+        if lost:
             raise RuntimeError(
-                f"the pass at w + epsilon changed weights ({', '.join(changed)}) that the pass at w did not "
+                f"the pass at w + epsilon changed weights ({', '.join(lost)}) that the pass at w did not "
                 "change: let both passes do the same, or register the weights as buffers"
             )
 
@@ -231,6 +254,13 @@ def _put(tensor: Tensor, values: Tensor) -> None:
         tensor.data = values.clone()
 
 
+def _went_up(before: Tensor | None, now: Tensor | None) -> bool:
+    """Return whether a buffer is a flag, a single number, that was 0 and is not any more."""
+    if before is None or now is None or not before.numel() == now.numel() == 1:
+        return False
+    return not before.any() and bool(now.any())
+
+
 def _stamp(weight: Tensor) -> tuple[int, int]:
     """Return what changes when something writes into *weight* or gives it other memory."""
     return weight._version, weight.data_ptr()
@@ -244,6 +274,6 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1).view(torch.uint8)
 
 
-def _name(module: nn.Module, weight: Tensor) -> str:
-    name = next(name for name, each in module._parameters.items() if each is weight)
-    return f"{name} of {type(module).__name__}"
+def _name(watched: _Watched) -> str:
+    name = next(name for name, each in watched.module._parameters.items() if each is watched.weight)
+    return f"{name} of {type(watched.module).__name__}"

@@ -142,7 +142,6 @@ class TwoPasses:
         try:
             if self._before is None:
                 self._before = self._begin()
-            self._before.begin_pass()
             random_state = None if self.fresh_masks else RandomState()
             nodes = _nodes_made()
             with self._guarded():
@@ -182,7 +181,6 @@ class TwoPasses:
                 self._perturbed = True
                 if not self.buffers_of_both:
                     before.restore()
-                before.begin_pass()
                 results = [each.repeat() for each in self._passes]
                 before.end_passes_at_w_plus_epsilon()
             self.sharpness = sum(map(loss_of, results)) - sum(each.loss for each in self._passes)
@@ -241,10 +239,13 @@ class TwoPasses:
 
     def _set_aside(self, weights: Iterable[Tensor]) -> None:
         """Remember the gradients of *weights* from before the update, and start without."""
-        for weight in weights:
-            self._known.append(weight)
-            self._earlier.append(weight.grad)
-            weight.grad = None
+        weights = list(weights)
+        gradients = [weight.grad for weight in weights]
+        self._known += weights
+        self._earlier += gradients
+        for weight, gradient in zip(weights, gradients):
+            if gradient is not None:
+                weight.grad = None
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:

@@ -11,22 +11,21 @@ from typing import Any, NamedTuple, Union
 import torch
 from torch import Tensor
 
-#: What has a variable: a cell of a closure, or the globals of a module.
-Holder = Union[types.CellType, "dict[str, Any]"]
+#: What has a variable: a cell of a closure, globals, attributes of an object, or a container of arguments.
+Holder = Union[types.CellType, "dict[Any, Any]", "list[Any]", "tuple[Any, ...]"]
 
 _ABSENT = object()
 # Values of these types are compared. Others are the same if they are one object.
 _PLAIN = (bool, int, float, complex, str, bytes, range, torch.device, torch.Size)
-
-
-_ARGUMENT = "an argument"
+# Longer containers of arguments are not looked into.
+_LONG = 1000
 
 
 class Run(NamedTuple):
-    """A run of a function: its number and the variables that it has read."""
+    """A run of a function: its number, and the variables that it has read, by identity and name."""
 
     number: int
-    variables: set[tuple[int, str]]
+    variables: set[tuple[int, Any]]
 
 
 class Variables:
@@ -38,10 +37,10 @@ class Variables:
     """
 
     def __init__(self) -> None:
-        # By identity: the variable, the value that it had when the last run ended, and that tensor's version.
-        self._found: dict[tuple[int, str], tuple[Holder, Any, int]] = {}
+        # For each variable, the value that it had when the last run ended, and the version of that tensor.
+        self._found: dict[tuple[int, Any], tuple[Holder, Any, int]] = {}
         # The number of runs before the last change from outside.
-        self._changed: dict[tuple[int, str], int] = {}
+        self._changed: dict[tuple[int, Any], int] = {}
         self._runs = 0
 
     def before_run(self) -> None:
@@ -54,71 +53,96 @@ class Variables:
     def after_run(self, function: Callable, arguments: tuple) -> Run:
         """Remember what *function*, which has just run with *arguments*, has read."""
         self._runs += 1
-        read = {(id(holder), name): holder for holder, name in _read_by(function)}
-        read.update({(id(tensor), _ARGUMENT): {_ARGUMENT: tensor} for tensor in _tensors_of(arguments)})
+        read = {(id(holder), name): holder for holder, name in (*_read_by(function), *_elements(arguments))}
         holders = {**{key: holder for key, (holder, _, _) in self._found.items()}, **read}
         for key, holder in holders.items():
             value = _value(holder, key[1])
             self._found[key] = holder, value, _version(value)
         return Run(self._runs, set(read))
 
-    def changed_since(self, run: Run) -> list[str]:
-        """Return the names of the variables that the function of *run* would find changed."""
-        return sorted({key[1] for key in run.variables if self._changed.get(key, 0) >= run.number})
+    def changed_since(self, run: Run) -> set[str]:
+        """Return the names of what the function of *run* would find changed."""
+        changed = (key[1] for key in run.variables if self._changed.get(key, 0) >= run.number)
+        return {name if isinstance(name, str) else "an argument" for name in changed}
 
 
-def _read_by(function: Any) -> Iterator[tuple[Holder, str]]:
-    """Yield the variables that *function* reads and does not write, and those of the functions in them.
+class _Names(NamedTuple):
+    """The names in a function's code, and in functions within it."""
 
-    Functions of other modules are left alone, unless a closure has them.
+    globals: frozenset[str]
+    attributes: frozenset[str]
+    written: frozenset[str]
+
+
+def _read_by(function: Any) -> Iterator[tuple[Holder, Any]]:
+    """Yield what *function* reads and does not write: variables, and attributes of the objects in them.
+
+    Functions in its closure, its module and its object are looked into too.
     """
     reads: dict[tuple[int, str], Holder] = {}
-    writes: set[tuple[int, str]] = set()
-    seen, waiting = set(), [function]
+    written: set[tuple[int, str]] = set()
+    seen, waiting = set(), [function, function.__call__]
     while waiting:
         each = waiting.pop()
         if isinstance(each, functools.partial):
             waiting += [each.func, *each.args, *each.keywords.values()]
-        each = getattr(each, "__func__", each)
-        if not isinstance(each, types.FunctionType) or each in seen:
+        owner, each = getattr(each, "__self__", None), getattr(each, "__func__", each)
+        if not isinstance(each, types.FunctionType) or (each, id(owner)) in seen:
             continue
-        seen.add(each)
-        names_read, names_written = _global_names(each.__code__)
-        holders: list[tuple[str, Holder]] = [*zip(each.__code__.co_freevars, each.__closure__ or ())]
-        holders += [(name, each.__globals__) for name in names_read if name in each.__globals__]
-        for name, holder in holders:
-            reads[id(holder), name] = holder
-            value = _value(holder, name)
-            if holder is not each.__globals__ or getattr(value, "__globals__", None) is holder:
-                waiting.append(value)
-            if name in names_written:
-                writes.add((id(holder), name))
-    return ((holder, key[1]) for key, holder in reads.items() if key not in writes)
+        seen.add((each, id(owner)))
+        names, own = _names(each.__code__), each.__globals__
+        cells = each.__closure__ or ()
+        found: list[tuple[Holder, str]] = [*zip(cells, each.__code__.co_freevars)]
+        found += [(own, name) for name in names.globals if name in own]
+        values = [_value(*variable) for variable in found]
+        for attributes in map(_attributes, [owner, *values]):
+            found += [(attributes, name) for name in names.attributes & attributes.keys()]
+        methods = [getattr(type(owner), name, None) for name in names.attributes]
+        waiting += values[: len(cells)]
+        waiting += [value for value in values[len(cells) :] if getattr(value, "__globals__", None) is own]
+        waiting += [types.MethodType(m, owner) for m in methods if getattr(m, "__globals__", None) is own]
+        reads.update({(id(holder), name): holder for holder, name in found})
+        written.update((id(holder), name) for holder, name in found if name in names.written)
+    return ((holder, key[1]) for key, holder in reads.items() if key not in written)
 
 
 @functools.lru_cache(maxsize=256)
-def _global_names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the globals that *code* and code within it read, and the globals and cells that it writes."""
-    read, written = set(), set()
+def _names(code: types.CodeType) -> _Names:
+    read: dict[str, set[str]] = {"GLOBAL": set(), "ATTR": set(), "METHOD": set()}
+    written = set()
     for instruction in get_instructions(code):
-        if instruction.opname == "LOAD_GLOBAL":
-            read.add(instruction.argval)
-        elif instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF"):
+        action, _, kind = instruction.opname.partition("_")
+        if action == "LOAD" and kind in read:
+            read[kind].add(instruction.argval)
+        elif action in ("STORE", "DELETE") and kind in ("GLOBAL", "DEREF", "ATTR"):
             written.add(instruction.argval)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            inner = _global_names(constant)
-            read |= inner[0]
-            written |= inner[1]
-    return frozenset(read), frozenset(written)
+    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return _Names(
+        frozenset(read["GLOBAL"].union(*(names.globals for names in inner))),
+        frozenset(read["ATTR"].union(read["METHOD"], *(names.attributes for names in inner))),
+        frozenset(written.union(*(names.written for names in inner))),
+    )
 
 
-def _value(holder: Holder, name: str) -> Any:
-    if isinstance(holder, dict):
-        return holder.get(name, _ABSENT)
+def _attributes(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object; none of a module of Python, a class, a function or a tensor."""
+    if isinstance(value, (types.ModuleType, type, types.FunctionType, Tensor)):
+        return {}
+    return getattr(value, "__dict__", {})
+
+
+def _elements(container: Any) -> Iterator[tuple[Holder, Any]]:
+    """Yield where the elements of *container* are, and those of the containers within it."""
+    if isinstance(container, (tuple, list, dict)) and len(container) < _LONG:
+        for name in container if isinstance(container, dict) else range(len(container)):
+            yield container, name
+            yield from _elements(container[name])
+
+
+def _value(holder: Holder, name: Any) -> Any:
     try:
-        return holder.cell_contents
-    except ValueError:  # an empty cell
+        return holder.cell_contents if isinstance(holder, types.CellType) else holder[name]
+    except (ValueError, LookupError):  # an empty cell, or no such name
         return _ABSENT
 
 
@@ -136,12 +160,3 @@ def _parts(function: types.FunctionType) -> list[int]:
 
 def _version(value: Any) -> int:
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
-
-
-def _tensors_of(arguments: Any) -> Iterator[Tensor]:
-    """Yield the tensors in *arguments*, in tuples, lists and dictionaries too."""
-    if isinstance(arguments, Tensor):
-        yield arguments
-    elif isinstance(arguments, (tuple, list, dict)):
-        for each in arguments.values() if isinstance(arguments, dict) else arguments:
-            yield from _tensors_of(each)
