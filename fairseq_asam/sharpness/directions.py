@@ -20,7 +20,7 @@ Read = Callable[[Any], Mapping[Tensor, Tensor]]
 
 
 class Direction:
-    """The vector g in the formula of :class:`~fairseq_asam.Perturbation`.
+    """What takes the place of the gradient g in the formula of :class:`~fairseq_asam.Perturbation`.
 
     All directions are made with the same arguments. Each uses those that it needs.
 
@@ -31,13 +31,13 @@ class Direction:
             same.
         seed: of random numbers.
         number: returns the number of the update, which decides the random numbers together with *seed*. By
-            default each entry into the block of a perturbation is an update of its own.
+            default, each entry into the block of the perturbation counts as an update.
 
     Attributes:
         meaning: what epsilon is made of, in a few words for help pages.
-        needs_pass_at_w: whether an update needs a pass at w, for the gradient there, before the one at
-            w + epsilon. Without it an update is one pass, and nothing can be asked of a pass at w.
-        needs_optimizer: whether g is made of what the base optimizer keeps.
+        needs_pass_at_w: whether g is made of the gradients at w. Otherwise an update makes one pass, at
+            w + epsilon.
+        needs_optimizer: whether g is made of what the base optimizer keeps of every weight.
 
     Raises:
         ValueError: *optimizer* does not keep what the direction needs.
@@ -58,10 +58,10 @@ class Direction:
         self.optimizer, self.seed = optimizer, seed
         self._of_weights, self._number, self._entries = of_weights, number, 0
         if self.needs_optimizer:
-            self._kept()
+            self.kept()
 
     def sign(self, maximize: bool) -> float:
-        """Return 1 if epsilon goes along g, and -1 if it goes against g.
+        """Return 1 if g is :meth:`vectors`, and -1 if it is minus these.
 
         Args:
             maximize: whether the objective is to be maximized.
@@ -69,7 +69,7 @@ class Direction:
         return 1.0
 
     def vectors(self, weights: Mapping[Tensor, str]) -> dict[Tensor, Tensor]:
-        """Return g, or this process's part of it, for each of *weights* that is to be perturbed.
+        """Return g but for its sign, or this process's part of it, for each of *weights* to be perturbed.
 
         Args:
             weights: those of the perturbation that require a gradient, and their names.
@@ -85,7 +85,8 @@ class Direction:
         """
         raise NotImplementedError
 
-    def _kept(self) -> Mapping[Tensor, Tensor]:
+    def kept(self) -> Mapping[Tensor, Tensor]:
+        """Return what the base optimizer keeps, for the weights of the perturbation that it has stepped."""
         if self.optimizer is None:
             name = type(self).__name__
             raise ValueError(f"{name} is made of what the base optimizer keeps: pass it, {name}(optimizer)")
@@ -93,8 +94,8 @@ class Direction:
             return self.kept_by(self.optimizer)
         return self._of_weights(self.kept_by, self.optimizer)
 
-    def _next_number(self) -> int:
-        """Return the number of the update that this entry into the block belongs to."""
+    def next_number(self) -> int:
+        """Return the number of the update. Call it once for each entry into the block."""
         if self._number is not None:
             return self._number()
         self._entries += 1
@@ -149,33 +150,31 @@ class Momentum(Direction):
         return -1.0  # minus the moment is where the optimizer goes, whether it minimizes or maximizes
 
     def vectors(self, weights: Mapping[Tensor, str]) -> dict[Tensor, Tensor]:
-        moments = self._kept()
+        moments = self.kept()
         return {weight: local(moments[weight]) for weight in weights if weight in moments}
 
 
 class Random(Direction):
-    """A Gaussian vector, drawn anew in each update: the control for a direction that knows the loss.
+    """A Gaussian vector, drawn anew in each update: the control for directions that know of the loss.
 
-    It has a number for every weight that requires a gradient, whether or not the loss depends on it. The
-    numbers of the i-th such weight in update n, both counted from 0, are ``torch.randn`` of the weight's
-    shape, in at least float32, from a generator on the weight's device that is seeded with
-    ``seed_of(seed, n, i)``. So they are the same in every process with a device of this kind, and in a run
-    that is resumed. Of weights in shards, each process has its part of these whole vectors. torch's own
-    generators, of which dropout masks are drawn, are not touched.
+    All weights that require a gradient get one, also those that the loss does not depend on. For the i-th of
+    them in update n, both from 0, ``torch.randn`` draws it in float32, on the weight's device, from a
+    generator that :func:`seed_of` ``(seed, n, i)`` seeds. Processes with the same kind of device thus draw
+    the same, as a resumed run does, and of a weight in shards each takes its part. torch's own generators,
+    from which dropout masks come, are left alone.
     """
 
     meaning = "a Gaussian vector, drawn anew in each update from --seed"
 
     def vectors(self, weights: Mapping[Tensor, str]) -> dict[Tensor, Tensor]:
-        number = self._next_number()
-        drawn = {}
-        for index, weight in enumerate(weights):
-            device = local(weight).device
-            generator = torch.Generator(device).manual_seed(seed_of(self.seed, number, index))
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            whole = torch.randn(weight.shape, generator=generator, dtype=dtype, device=device)
-            drawn[weight] = part_of(whole, weight)
-        return drawn
+        number = self.next_number()
+        return {weight: part_of(self._draw(weight, number, i), weight) for i, weight in enumerate(weights)}
+
+    def _draw(self, weight: Tensor, number: int, index: int) -> Tensor:
+        device = local(weight).device
+        generator = torch.Generator(device).manual_seed(seed_of(self.seed, number, index))
+        drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float32, device=device)
+        return drawn.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 #: The directions by name.
@@ -190,10 +189,9 @@ def meanings() -> str:
 
 
 def seed_of(*numbers: int) -> int:
-    """Return a seed in [0, 2^64), another for each sequence of *numbers*: that of SHA-256, in hexadecimal.
+    """Return a seed for *numbers*: the first 64 bits of the SHA-256 of them, joined by spaces.
 
-    Sums of the numbers would not do: seed 1 of update 2 would be seed 2 of update 1, and fairseq seeds
-    dropout with such a sum. On a CPU, torch looks at the last 32 bits alone.
+    Their sum would not do: fairseq seeds dropout masks with the sum of seed and update, and update 2 of a run
+    with seed 1 would draw what update 1 does with seed 2.
     """
-    digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).hexdigest()
-    return int(digest[:16], 16)
+    return int(hashlib.sha256(" ".join(map(str, numbers)).encode()).hexdigest()[:16], 16)

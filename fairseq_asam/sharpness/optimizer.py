@@ -54,9 +54,9 @@ class SharpnessAware(torch.optim.Optimizer):
             step has no v_hat yet, and epsilon is 0.
         direction: what epsilon is made of, a key of :data:`~fairseq_asam.DIRECTIONS` or an object of
             :mod:`fairseq_asam.sharpness.directions`. ``gradient``: that of the loss at w. ``momentum``: minus
-            the first moment of *base*, which the first step does not have yet. ``random``: a Gaussian vector;
-            ``Random(seed=1)`` gives it a seed. With the last two, a step runs the closure once, at w +
-            epsilon.
+            the first moment of *base* (Momentum-SAM, arXiv 2401.12033). A step then runs the closure once, at
+            w + epsilon. The first step has no moment yet and runs it at w. ``random``: a Gaussian vector, new
+            in each step, which also runs the closure once. Its seed is 0; ``Random(seed=1)`` has another.
 
     Attributes:
         base: the base optimizer.

@@ -8,6 +8,7 @@ import torch
 import fairseq_asam.optim.optimizers as plugin
 from fairseq_asam.optim.half_precision import master_weights, of_model_parameters
 from fairseq_asam.sharpness.moments import adam_diagonals, first_moments
+from tests.sharpness.plain_directions import VECTORS
 from tests.training import configuration, mean_sharpness, trainer_and_batches
 
 # With a million weights, |epsilon_i| is typically rho / 1000 of |w_i|: below half a unit in the last place
@@ -113,28 +114,34 @@ def test_float16_reuses_the_component_of_float32(corpus, flags, scope):
 
 
 @pytest.mark.parametrize("flags", [[], ["--fp16"], ["--fp16", "--fp16-no-flatten-grads"], ["--amp"]])
-@pytest.mark.parametrize("normalization", ["element-wise", "adam"])
-def test_momentum_moves_half_precision_weights_from_their_masters(corpus, flags, normalization):
-    """By epsilon = rho T^2 g / ||T g|| of the float32 moments, rounded once."""
+@pytest.mark.parametrize(
+    "direction, normalization",
+    [("momentum", "element-wise"), ("momentum", "adam"), ("random", "element-wise")],
+)
+def test_half_precision_weights_move_from_their_masters(corpus, flags, direction, normalization):
+    """By epsilon = rho T^2 g / ||T g|| of float32 vectors, rounded once."""
     rho = 5 if normalization == "element-wise" else 0.5
-    momentum = ["--ascent-direction", "momentum", "--rho", str(rho), "--normalization", normalization]
-    trainer, batches = setting(corpus, *flags, *momentum)
+    epsilon = ["--ascent-direction", direction, "--rho", str(rho), "--normalization", normalization]
+    trainer, batches = setting(corpus, *flags, *epsilon)
     for i in range(2):
         trainer.train_step([batches[i]])
     perturbation = trainer.optimizer.fp32_optimizer if flags else trainer.optimizer
     perturbation = perturbation.two_passes(trainer).perturbation
     masters = master_weights(trainer.optimizer)
     moments = of_model_parameters(first_moments, trainer.optimizer)
-    names = {w: name for name, w in trainer.model.named_parameters() if w in moments}
-    assert len(names) == len(moments) > 40
+    names = {w: name for name, w in trainer.model.named_parameters()}
+    assert moments.keys() <= names.keys() and len(moments) > 40
     w = {p: masters.get(p, p).detach().double() for p in names}
     T = {p: torch.ones_like(w[p]) if "bias" in names[p] else w[p].abs() + 0.01 for p in names}
     if normalization == "adam":
         T = {p: T.double() for p, T in of_model_parameters(adam_diagonals, trainer.optimizer).items()}
-    norm = sum((T[p] * moments[p].double()).square().sum() for p in names).sqrt()
+    given = {"seed": trainer.cfg.common.seed, "number": trainer.get_num_updates()}
+    g = VECTORS[direction](at_w=None, moments=moments, weights=w, **given)
+    g = {p: vector.double() for p, vector in g.items()}
+    norm = sum((T[p] * g[p]).square().sum() for p in g).sqrt()
     with perturbation:
-        for p in names:
-            expected = w[p] - rho * T[p] ** 2 * moments[p].double() / norm
+        for p in g:
+            expected = w[p] + rho * T[p] ** 2 * g[p] / norm
             # half a unit in the last place, and the smallest numbers that float16 has
             torch.testing.assert_close(p.detach().double(), expected, rtol=6e-4 if flags else 1e-6, atol=1e-6)
 

@@ -6,10 +6,10 @@ import torch
 
 
 def gaussian(w, *numbers):
-    """What ``torch.randn`` draws for the weight *w*, seeded by the *numbers* of run, update and weight."""
-    seed = int(hashlib.sha256(" ".join(map(str, numbers)).encode()).hexdigest()[:16], 16)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(w.shape, generator=generator, dtype=torch.promote_types(w.dtype, torch.float32))
+    """What a generator draws for the weight *w*, seeded by the *numbers* of the run, the update and w."""
+    digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    return torch.randn(w.shape, generator=generator).double()
 
 
 #: Each is given ``at_w``, a function that returns the gradients at w; ``moments``, the first moments of the

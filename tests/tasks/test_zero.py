@@ -31,6 +31,7 @@ def test_two_workers_are_one_with_the_whole_batch(corpus, backend):
     "flags",
     [
         ["asam", "--ascent-scope", "micro-batch"],
+        pytest.param(["asam", "--ascent-direction", "random"], marks=pytest.mark.slow),
         *(
             pytest.param([f"asam_{base}"], marks=pytest.mark.slow)
             for base in ("adadelta", "adafactor", "adagrad", "adamax", "nag", "sgd")

@@ -103,9 +103,14 @@ def test_learning_rate_falls_along_a_cosine(tmp_path):
     assert group["lr"] == pytest.approx(0.1 * (1 + math.cos(math.pi * 3 / 4)))
 
 
-def test_killed_and_resumed_is_never_stopped(tmp_path):
+@pytest.mark.parametrize(
+    "epsilon",
+    [["--m", "32"], pytest.param(["--ascent-direction", "random"], marks=pytest.mark.slow)],
+    ids=" ".join,
+)
+def test_killed_and_resumed_is_never_stopped(epsilon, tmp_path):
     """With everything random switched on, a late start, and kill -9 in the middle of an epoch."""
-    flags = ["--cutmix", "--label-noise", "0.2", "--m", "32", "--batch-size", "64", "--ascent-from", "0.7"]
+    flags = ["--cutmix", "--label-noise", "0.2", "--batch-size", "64", "--ascent-from", "0.7", *epsilon]
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     expected = made(uninterrupted, *flags, epochs=8)
     run = [sys.executable, SCRIPT, *command(killed, *flags, epochs=8)]
