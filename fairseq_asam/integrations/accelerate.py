@@ -7,9 +7,10 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 
 from fairseq_asam import Perturbation, TwoPasses
+from fairseq_asam.sharpness.two_passes import Evaluate
 
 from .settings import SCOPES
 
@@ -23,7 +24,7 @@ class AccumulatingTwoPasses(TwoPasses):
 
         def forward_and_backward(inputs, targets):
             loss = criterion(model(inputs), targets)
-            accelerator.backward(two_passes.marked(loss))
+            accelerator.backward(loss)
             return loss
 
         for inputs, targets in loader:
@@ -36,6 +37,8 @@ class AccumulatingTwoPasses(TwoPasses):
     There is one epsilon for the update. The passes at w + epsilon are made with the last micro-batch, the
     one after which the optimizer steps. A clipping of gradients belongs before ``optimizer.step()``, under
     ``if accelerator.sync_gradients``.
+
+    A gradient that overflows in either pass makes a gradient scaler skip the update.
 
     With a direction that needs no pass at w, each micro-batch has its only pass at w + epsilon.
 
@@ -68,7 +71,7 @@ class AccumulatingTwoPasses(TwoPasses):
         super().__init__(perturbation, [model], **options)
         self.accelerator, self.model, self.ascent_scope = accelerator, model, ascent_scope
 
-    def __call__(self, evaluate: Any, *arguments: Any, again: Any = None) -> Any:
+    def __call__(self, evaluate: Evaluate, *arguments: Any, again: Evaluate | None = None) -> Any:
         """Make what the micro-batch needs, and return what its first pass returned.
 
         Arguments and exceptions are those of :class:`~fairseq_asam.TwoPasses`.
@@ -77,20 +80,31 @@ class AccumulatingTwoPasses(TwoPasses):
         if not self.perturbation.direction.needs_pass_at_w:
             return self.only_at_w_plus_epsilon(evaluate, *arguments)
         if self.ascent_scope == "micro-batch":
-            return super().__call__(functools.partial(self._alone, evaluate), *arguments, again=again)
+            at_w, again = functools.partial(self._alone, evaluate), functools.partial(self._marked, again)
+            return super().__call__(at_w, *arguments, again=again)
         if self.accelerator.sync_gradients:
-            return super().__call__(evaluate, *arguments, again=again)
-        return self.at_w(evaluate, *arguments, again=functools.partial(self._before_the_last, again))
+            return super().__call__(evaluate, *arguments, again=functools.partial(self._marked, again))
+        if not self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
+            again = functools.partial(self._alone, again)
+        return self.at_w(evaluate, *arguments, again=again)
 
-    def _alone(self, evaluate: Any, *arguments: Any) -> Any:
+    def _alone(self, evaluate: Evaluate, *arguments: Any) -> Any:
+        """Make a pass whose gradient is not summed over processes yet."""
         with self.accelerator.no_sync(self.model):
             return evaluate(*arguments)
 
-    def _before_the_last(self, evaluate: Any, *arguments: Any) -> Any:
-        """Run a pass of a micro-batch that is not the last, with gradients summed over processes if asked."""
-        if self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
+    def _marked(self, evaluate: Evaluate, *arguments: Any) -> Any:
+        """Make a pass in which a gradient scaler finds the gradient at w too, if that is not finite."""
+        backward = self.accelerator.backward
+
+        def of_marked(loss: Tensor, **options: Any) -> None:
+            backward(self.marked(loss), **options)
+
+        self.accelerator.backward = of_marked
+        try:
             return evaluate(*arguments)
-        return self._alone(evaluate, *arguments)
+        finally:
+            self.accelerator.backward = backward
 
 
 def refuse_divided_models(accelerator: Accelerator) -> None:

@@ -118,7 +118,7 @@ class SharpnessAwareCallback(Callback):
         _, result = two_passes.at_w(
             functools.partial(_at_w, trainer, of_each),
             closure,
-            again=functools.partial(_at_w_plus_epsilon, trainer, not is_last),
+            again=functools.partial(_at_w_plus_epsilon, trainer, two_passes, not is_last),
         )
         if is_last or of_each:
             if any(parameter.grad is not None for parameter in two_passes.perturbation.parameters):
@@ -153,11 +153,15 @@ def _at_w(trainer: Trainer, alone: bool, closure: Closure) -> tuple[Tensor | flo
 
 
 def _at_w_plus_epsilon(
-    trainer: Trainer, alone: bool, closure: Closure
+    trainer: Trainer, two_passes: TwoPasses, alone: bool, closure: Closure
 ) -> tuple[Tensor | float, ClosureResult]:
     """Make a pass at w + epsilon, which neither logs nor metrics count."""
+
+    def backward(loss: Tensor) -> None:
+        closure._backward_fn(two_passes.marked(loss))
+
     with _uncounted(trainer.lightning_module), _block_parallel_sync_behavior(trainer.strategy, alone):
-        return _pass(closure, closure._backward_fn)
+        return _pass(closure, backward)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -170,11 +171,13 @@ class SharpnessAware(torch.optim.Optimizer):
         Raises:
             TypeError: there is no closure, or it returned no loss.
             RuntimeError: the closure made no gradient; it neither made nor cleared a gradient that was there
-                before; a GradScaler calls the step; *base* is in a ``Join`` context.
+                before; a GradScaler calls the step; *base* is in a ``Join`` context; accelerate accumulates
+                gradients.
             ValueError: the base optimizer maximizes with some weights and minimizes with others.
         """
         self._refuse_gradient_scaler()
         self._refuse_join()
+        _refuse_accumulation()
         self.perturbation.maximize = self._maximizes()
         parameters = self._passes.parameters
         if closure is None:
@@ -182,7 +185,8 @@ class SharpnessAware(torch.optim.Optimizer):
             if not gradients or any(map(_is_nonzero, gradients)):
                 raise TypeError(
                     "step() needs a closure that evaluates the loss and its gradient, since it does so "
-                    "twice: call step(closure), or use TwoPasses in a loop of your own"
+                    "twice: call step(closure), use TwoPasses in a loop of your own, or what "
+                    "fairseq_asam.integrations has for a Trainer that calls step()"
                 )
             self.base.step()
             return None
@@ -274,6 +278,18 @@ class SharpnessAware(torch.optim.Optimizer):
         self.base.load_state_dict(state_dict)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+
+def _refuse_accumulation() -> None:
+    """Raise if accelerate accumulates gradients: it calls step() with the last micro-batch alone."""
+    state = sys.modules.get("accelerate.state")
+    number = 1 if state is None else state.GradientState().num_steps
+    if number > 1:
+        raise RuntimeError(
+            f"accelerate accumulates gradients over {number} micro-batches, but runs step(closure) for the "
+            "last one alone and drops the others: use AccumulatingTwoPasses of "
+            "fairseq_asam.integrations.accelerate with the base optimizer, or gradient_accumulation_steps=1"
+        )
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
