@@ -61,7 +61,6 @@ class TwoPasses:
         buffers_of_both: let both passes change the buffers, as the code of the paper's authors does.
 
     Attributes:
-        parameters: all parameters whose gradients are saved and restored, as they are now.
         sharpness: L(w + epsilon) - L(w) of the last update, a scalar tensor or a float. Losses of several
             micro-batches are added up. ``None`` before the first update.
 
@@ -93,21 +92,20 @@ class TwoPasses:
             p for module in self.modules for p in module.parameters()
         )
         self._in_shards = any(map(is_sharded, [*perturbation.parameters, *self._of_modules]))
-        if any(map(is_sharded, self._of_modules)) and not self._of_modules.keys() >= set(
-            perturbation.parameters
-        ):
+        self._moving = Moving(perturbation.parameters)
+        if any(map(is_sharded, self._of_modules)) and not self._of_modules.keys() >= self._moving.perturbed:
             raise ValueError(
                 "the perturbation has weights that are none of the modules', as after a forward pass without "
                 "a backward, when some are whole: call reshard() on the modules before named_parameters()"
             )
         self._others = list(parameters)
-        self._moving = Moving(perturbation.parameters)
         self._found: list[Tensor] = []  # weights that the graph of a loss has shown
         self._graphs_seen: set[tuple[int, int]] = set()
         self.reset()
 
     @property
     def parameters(self) -> list[Tensor]:
+        """All parameters whose gradients are saved and restored, as they are now."""
         if self._before is not None:
             return self._known
         of_modules = (p for module in self.modules for p in module.parameters())

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Union
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 #: What has a variable: a cell of a closure, globals, attributes of an object, or a container of arguments.
 Holder = Union[types.CellType, "dict[Any, Any]", "list[Any]", "tuple[Any, ...]"]
@@ -86,7 +87,9 @@ def _read_by(function: Any) -> Iterator[tuple[Holder, Any]]:
         each = waiting.pop()
         if isinstance(each, functools.partial):
             waiting += [each.func, *each.args, *each.keywords.values()]
-        owner, each = getattr(each, "__self__", None), getattr(each, "__func__", each)
+        owner = None
+        if isinstance(each, types.MethodType):
+            owner, each = each.__self__, each.__func__
         if not isinstance(each, types.FunctionType) or (each, id(owner)) in seen:
             continue
         seen.add((each, id(owner)))
@@ -99,8 +102,8 @@ def _read_by(function: Any) -> Iterator[tuple[Holder, Any]]:
             found += [(attributes, name) for name in names.attributes & attributes.keys()]
         methods = [getattr(type(owner), name, None) for name in names.attributes]
         waiting += values[: len(cells)]
-        waiting += [value for value in values[len(cells) :] if getattr(value, "__globals__", None) is own]
-        waiting += [types.MethodType(m, owner) for m in methods if getattr(m, "__globals__", None) is own]
+        waiting += [value for value in values[len(cells) :] if _globals_of(value) is own]
+        waiting += [types.MethodType(method, owner) for method in methods if _globals_of(method) is own]
         reads.update({(id(holder), name): holder for holder, name in found})
         written.update((id(holder), name) for holder, name in found if name in names.written)
     return ((holder, key[1]) for key, holder in reads.items() if key not in written)
@@ -122,6 +125,10 @@ def _names(code: types.CodeType) -> _Names:
         frozenset(read["ATTR"].union(read["METHOD"], *(names.attributes for names in inner))),
         frozenset(written.union(*(names.written for names in inner))),
     )
+
+
+def _globals_of(value: Any) -> dict[str, Any] | None:
+    return value.__globals__ if isinstance(value, types.FunctionType) else None
 
 
 def _attributes(value: Any) -> dict[str, Any]:
@@ -159,4 +166,6 @@ def _parts(function: types.FunctionType) -> list[int]:
 
 
 def _version(value: Any) -> int:
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+    if not isinstance(value, Tensor) or is_lazy(value) or value.is_inference():
+        return 0
+    return value._version
