@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fairseq_asam.optim.optimizers as plugin
-from tests.sharpness.plain_directions import VECTORS
+from tests.sharpness.plain_directions import ONE_PASS
 from tests.training import configuration, mean_sharpness, trainer_and_batches
 
 # With a million weights, |epsilon_i| is typically rho / 1000 of |w_i|: below half a unit in the last place
@@ -151,7 +151,7 @@ def test_half_precision_weights_move_from_their_masters(corpus, flags, bf16, dir
     w = in_the_shapes_of(names, asam.params)
     moments = in_the_shapes_of(names, [state["exp_avg"] for state in states])
     of_run = {"seed": trainer.cfg.common.seed, "number": trainer.get_num_updates()}
-    g = VECTORS[direction](at_w=None, moments=moments, weights=names, **of_run)
+    g = ONE_PASS[direction](moments=moments, weights=names, **of_run)
     v = in_the_shapes_of(names, [state["exp_avg_sq"] for state in states])
     T = {p: torch.ones_like(w[p]) if "bias" in names[p] else w[p].abs() + 0.01 for p in names}
     if normalization == "adam":
