@@ -87,7 +87,8 @@ class Blocks:
             self._plan(weights, operator_of, eta, p)
             self._planned_for = plan_for
         for memory in self._memory.values():
-            memory.untyped_storage().resize_(memory.nbytes)
+            if memory.untyped_storage().nbytes() == 0:
+                memory.untyped_storage().resize_(memory.nbytes)
         # Every process takes part, whether or not it has a gradient: the others wait for it.
         over_shards = diagonals_over_shards({w: operator_of(w) for w in self._sharded}, eta)
         for block in self._blocks:
@@ -178,13 +179,15 @@ def _overlapping(weights: list[Tensor]) -> set[Tensor]:
     places = []
     for number, part in enumerate(map(local, weights)):
         extent = 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride()))
-        begin, itemsize = part.data_ptr(), part.element_size()
-        end = begin + extent * itemsize if begin else 0  # there is no memory on the meta device
-        places.append((str(part.device), begin, end, number))
-    last_device, last_end, last = None, 0, 0
-    for device, begin, end, number in sorted(places):
-        if device == last_device and begin < last_end:
+        # Storages on a CPU may overlap, as numpy's do. On other devices, an address may be a mere handle.
+        storage = 0 if part.device.type == "cpu" else part.untyped_storage().data_ptr()
+        begin = part.data_ptr()  # 0 on the meta device, where there is no memory
+        end = begin + extent * part.element_size() if begin else 0
+        places.append((str(part.device), storage, begin, end, number))
+    reach: dict[tuple, tuple[int, int]] = {}
+    for *space, begin, end, number in sorted(places):
+        last_end, last = reach.get(tuple(space), (0, number))
+        if begin < last_end:
             overlapping |= {weights[last], weights[number]}
-        if device != last_device or end > last_end:
-            last_device, last_end, last = device, end, number
+        reach[tuple(space)] = max((last_end, last), (end, number))
     return overlapping
