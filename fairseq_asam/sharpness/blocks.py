@@ -15,6 +15,10 @@ from .normalization import PRECOMPUTED, NormalizationOperator
 from .shards import diagonals_over_shards, is_sharded, local, shards_of
 
 OperatorOf = Callable[[Tensor], NormalizationOperator]
+#: A tensor for each weight, or this process's part of it.
+Parts = Mapping[Tensor, Tensor]
+#: Blocks, each with the gradients of its weights.
+WithGradients = list[tuple[Block, list[Tensor]]]
 
 # Elements of a block on an accelerator. It bounds the temporary memory; a larger block takes fewer launches.
 _BLOCK_SIZE = 2**24
@@ -35,7 +39,7 @@ class Blocks:
         redirected: the weights that are not moved in place, and where w + epsilon is written.
     """
 
-    def __init__(self, weights: list[Tensor], masters: Mapping[Tensor, Tensor]):
+    def __init__(self, weights: list[Tensor], masters: Parts):
         self._weights, self._masters = weights, masters
         self._sharded = [weight for weight in weights if is_sharded(weight)]
         self.places: list[tuple[Tensor, Tensor | None]] = []
@@ -55,13 +59,13 @@ class Blocks:
 
     def with_gradients(
         self,
-        gradients: Mapping[Tensor, Tensor],
-        diagonals: Mapping[Tensor, Tensor] | None,
+        gradients: Parts,
+        diagonals: Parts | None,
         operator_of: OperatorOf,
         eta: float,
         p: float,
         *settings: Hashable,
-    ) -> list[tuple[Block, list[Tensor]]]:
+    ) -> WithGradients:
         """Return the weights in blocks, each block with its gradients.
 
         The blocks of the last step serve again unless an argument has changed, or the memory or form of a
@@ -125,7 +129,9 @@ class Blocks:
             is_cut = operator.is_element_wise and all(t.is_contiguous() for t in (part, *master))
             is_cut = is_cut and (on_cpu or part.numel() > block_size)
             is_fast = on_cpu and is_cut and p == 2.0 and not master and cpu.has_fast_form(part, operator)
-            shares_block = parameter not in overlapping and (cpu.is_small(part) if is_fast else not on_cpu)
+            shares_block = parameter not in overlapping and (
+                part.numel() <= cpu.SMALL if is_fast else not on_cpu
+            )
             key = (part.device, part.dtype, operator, shards, len(master)) if shares_block else object()
             kept = [self._copy_on_cpu(parameter)] if on_cpu and not shares_block else []
             if is_fast and kept and parameter in unshared:
