@@ -15,6 +15,10 @@ from .normalization import PRECOMPUTED, NormalizationOperator
 from .shards import diagonals_over_shards, is_sharded, local, shards_of
 
 OperatorOf = Callable[[Tensor], NormalizationOperator]
+#: A tensor for each weight, or this process's part of it.
+Parts = Mapping[Tensor, Tensor]
+#: Blocks, each with the gradients of its weights.
+WithGradients = list[tuple[Block, list[Tensor]]]
 
 # Elements of a block on an accelerator. It bounds the temporary memory; a larger block takes fewer launches.
 _BLOCK_SIZE = 2**24
@@ -35,7 +39,7 @@ class Blocks:
         redirected: the weights that are not moved in place, and where w + epsilon is written.
     """
 
-    def __init__(self, weights: list[Tensor], masters: Mapping[Tensor, Tensor]):
+    def __init__(self, weights: list[Tensor], masters: Parts):
         self._weights, self._masters = weights, masters
         self._sharded = [weight for weight in weights if is_sharded(weight)]
         self.places: list[tuple[Tensor, Tensor | None]] = []
@@ -55,13 +59,13 @@ class Blocks:
 
     def with_gradients(
         self,
-        gradients: Mapping[Tensor, Tensor],
-        diagonals: Mapping[Tensor, Tensor] | None,
+        gradients: Parts,
+        diagonals: Parts | None,
         operator_of: OperatorOf,
         eta: float,
         p: float,
         *settings: Hashable,
-    ) -> list[tuple[Block, list[Tensor]]]:
+    ) -> WithGradients:
         """Return the weights in blocks, each block with its gradients.
 
         The blocks of the last step serve again unless an argument has changed, or the memory or form of a
@@ -87,7 +91,8 @@ class Blocks:
             self._plan(weights, operator_of, eta, p)
             self._planned_for = plan_for
         for memory in self._memory.values():
-            memory.untyped_storage().resize_(memory.nbytes)
+            if memory.untyped_storage().nbytes() == 0:
+                memory.untyped_storage().resize_(memory.nbytes)
         # Every process takes part, whether or not it has a gradient: the others wait for it.
         over_shards = diagonals_over_shards({w: operator_of(w) for w in self._sharded}, eta)
         for block in self._blocks:
@@ -124,7 +129,9 @@ class Blocks:
             is_cut = operator.is_element_wise and all(t.is_contiguous() for t in (part, *master))
             is_cut = is_cut and (on_cpu or part.numel() > block_size)
             is_fast = on_cpu and is_cut and p == 2.0 and not master and cpu.has_fast_form(part, operator)
-            shares_block = parameter not in overlapping and (cpu.is_small(part) if is_fast else not on_cpu)
+            shares_block = parameter not in overlapping and (
+                part.numel() <= cpu.SMALL if is_fast else not on_cpu
+            )
             key = (part.device, part.dtype, operator, shards, len(master)) if shares_block else object()
             kept = [self._copy_on_cpu(parameter)] if on_cpu and not shares_block else []
             if is_fast and kept and parameter in unshared:
@@ -178,13 +185,15 @@ def _overlapping(weights: list[Tensor]) -> set[Tensor]:
     places = []
     for number, part in enumerate(map(local, weights)):
         extent = 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride()))
-        begin, itemsize = part.data_ptr(), part.element_size()
-        end = begin + extent * itemsize if begin else 0  # there is no memory on the meta device
-        places.append((str(part.device), begin, end, number))
-    last_device, last_end, last = None, 0, 0
-    for device, begin, end, number in sorted(places):
-        if device == last_device and begin < last_end:
+        # Storages on a CPU may overlap, as numpy's do. On other devices, an address may be a mere handle.
+        storage = 0 if part.device.type == "cpu" else part.untyped_storage().data_ptr()
+        begin = part.data_ptr()  # 0 on the meta device, where there is no memory
+        end = begin + extent * part.element_size() if begin else 0
+        places.append((str(part.device), storage, begin, end, number))
+    reach: dict[tuple, tuple[int, int]] = {}
+    for *space, begin, end, number in sorted(places):
+        last_end, last = reach.get(tuple(space), (0, number))
+        if begin < last_end:
             overlapping |= {weights[last], weights[number]}
-        if device != last_device or end > last_end:
-            last_device, last_end, last = device, end, number
+        reach[tuple(space)] = max((last_end, last), (end, number))
     return overlapping

@@ -17,8 +17,8 @@ from .normalization import ELEMENT_WISE, IDENTITY, NormalizationOperator
 
 #: Elements of a block. It stays in the cache, with what is computed from it.
 BLOCK_SIZE = 2**17
-# A CPU takes about as long to start an operation as to run it on this many elements.
-_SMALL = 2**13
+#: A CPU takes about as long to start an operation as to run it on so many elements.
+SMALL = 2**13
 _PAGE = 4096  # bytes
 
 # torch.nn.functional.mse_loss cannot write into given memory, and new memory costs more than the arithmetic.
@@ -33,15 +33,11 @@ def _element_wise(gradient: Tensor, weights: list[Tensor], minus_eta: Tensor, me
     return _squared_error(magnitude, minus_eta, _NO_REDUCTION, out=memory).mul_(gradient)
 
 
-def _identity(gradient: Tensor, weights: list[Tensor], minus_eta: Tensor, memory: Tensor) -> Tensor:
-    return gradient
-
-
 #: T^2 g with few passes over memory. A function takes a flat gradient, flat weights that joined are as long,
 #: -eta and memory. The result is in that memory, or it is the gradient itself.
 FAST: dict[NormalizationOperator, Callable[[Tensor, list[Tensor], Tensor, Tensor], Tensor]] = {
     ELEMENT_WISE: _element_wise,
-    IDENTITY: _identity,
+    IDENTITY: lambda gradient, *_: gradient,
 }
 
 
@@ -53,11 +49,6 @@ def is_on_cpu(tensor: Tensor) -> bool:
 def has_fast_form(weight: Tensor, operator: NormalizationOperator) -> bool:
     """Return whether a :class:`FastBlock` takes such weights, apart from what it says of p and masters."""
     return operator in FAST and weight.dtype in (torch.float32, torch.float64)
-
-
-def is_small(weight: Tensor) -> bool:
-    """Return whether it takes longer to start an operation than to run it on *weight*."""
-    return weight.numel() <= _SMALL
 
 
 class FastBlock(Block):
@@ -100,8 +91,8 @@ class FastBlock(Block):
 
 
 def joined(tensors: list[Tensor], memory: Tensor) -> Tensor:
-    """Return the flat *tensors* joined into one vector, in *memory* if they are more than one."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, out=memory)
+    """Return the flat *tensors* as one vector of the dtype of *memory*, in it if they are more than one."""
+    return tensors[0].to(memory.dtype) if len(tensors) == 1 else torch.cat(tensors, out=memory)
 
 
 def memory_for_copy(weight: Tensor) -> Tensor:

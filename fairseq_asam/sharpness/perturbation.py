@@ -16,9 +16,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from . import cpu
-from .blocks import Blocks
+from .blocks import Blocks, Parts, WithGradients
 from .directions import Direction, Gradient
-from .kernels import Ascent, Block
+from .kernels import Ascent
 from .normalization import NORMALIZATIONS, PRECOMPUTED, NormalizationOperator, operator_of
 from .shards import SameWeightsCheck, Shards, local, norm_over, shards_of
 
@@ -262,7 +262,7 @@ class Perturbation(Displacement):
         return trained
 
     @torch.no_grad()
-    def _perturb(self, gradients: dict[Tensor, Tensor], diagonals: dict[Tensor, Tensor] | None) -> None:
+    def _perturb(self, gradients: Parts, diagonals: Parts | None) -> None:
         q = dual(self.p)
         try:
             blocks = self._blocks_and_norm(gradients, diagonals, q)
@@ -288,9 +288,7 @@ class Perturbation(Displacement):
             increment_version(parameter)
 
     @torch.no_grad()
-    def _blocks_and_norm(
-        self, gradients: dict[Tensor, Tensor], diagonals: dict[Tensor, Tensor] | None, q: float
-    ) -> list[tuple[Block, list[Tensor]]]:
+    def _blocks_and_norm(self, gradients: Parts, diagonals: Parts | None, q: float) -> WithGradients:
         """Return the weights in blocks, each with its gradients, and set :attr:`norm`."""
         settings = self.normalization, self.normalize_bias, self.diagonals is None
         blocks = self._blocks.with_gradients(
@@ -298,32 +296,21 @@ class Perturbation(Displacement):
         )
         # Powers other than squares soon leave the range of float32. Take them in units of the largest number.
         unit = None if q in (1.0, 2.0) else self._norm(blocks, math.inf)
-        self.norm = self._norm(blocks, q, unit, [self._names[p] for p in gradients if self._shards])
+        self.norm = self._norm(blocks, q, unit)
         return blocks
 
-    def _norm(
-        self,
-        blocks: list[tuple[Block, list[Tensor]]],
-        order: float,
-        unit: Tensor | None = None,
-        names: Iterable[str] = (),
-    ) -> Tensor:
-        """Return ||T g||_order over all *blocks*, computed in multiples of *unit* to keep powers in range.
-
-        *names* are those of the weights that have a gradient.
-        """
+    def _norm(self, blocks: WithGradients, order: float, unit: Tensor | None = None) -> Tensor:
+        """Return ||T g||_order over all *blocks*, computed in multiples of *unit* to keep powers in range."""
         # Each process takes part in every sum, even if none of the weights in such shards has a gradient.
         norms: dict[Shards | None, list[Tensor]] = {shards: [] for shards in self._shards}
         for block, of_block in blocks:
             norms.setdefault(block.shards, []).extend(block.norms(of_block, order, unit))
         if not norms:
             return local(self.parameters[0]).new_zeros(())
-        norm = norm_over(None, [self._norm_over_shards(*each, order, names) for each in norms.items()], order)
+        norm = norm_over(None, [self._norm_over_shards(*each, order) for each in norms.items()], order)
         return norm if unit is None else norm * unit
 
-    def _norm_over_shards(
-        self, shards: Shards | None, norms: list[Tensor], order: float, names: Iterable[str]
-    ) -> Tensor:
+    def _norm_over_shards(self, shards: Shards | None, norms: list[Tensor], order: float) -> Tensor:
         """Return the norm of *norms*, over all processes of *shards* if there are any.
 
         The sum over processes also shows whether all of them have gradients of the same weights.
@@ -334,7 +321,8 @@ class Perturbation(Displacement):
         if shards is None or math.isinf(order):
             return norm_over(shards, norms, order)
         norm = norm_over(None, norms, order)
-        fingerprint = self._same_weights.fingerprint(list(names), norm.device)
+        names = [self._names[weight] for weight, _ in self._blocks.places]
+        fingerprint = self._same_weights.fingerprint(names, norm.device)
         total = torch.cat([norm.double().pow(order).view(1), fingerprint])
         shards.all_reduce(total)
         self._same_weights.check(total[1:], shards.size())

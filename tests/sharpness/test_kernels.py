@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fairseq_asam import NORMALIZATIONS, Perturbation
+from fairseq_asam import NORMALIZATIONS, Perturbation, SharpnessAware
 from fairseq_asam.sharpness import blocks, cpu
 
 from . import plain_epsilon
@@ -162,6 +162,23 @@ def test_weights_may_change_place_and_form_between_steps(normalization, device):
         assert any(e.any() for e in expected.values())
         for name, e in expected.items():
             torch.testing.assert_close(kept[name], e, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_moments_may_have_another_dtype_than_weights(dtype, device):
+    """As those of optimizers that save memory."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 5000))
+    base = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    optimizer = SharpnessAware(base, model, rho=0.5, direction="momentum")
+    moments = {w: torch.randn_like(w).bfloat16() for w in model.parameters()}
+    moved = []
+    for moment_dtype in (dtype, torch.float32):
+        for w, moment in moments.items():
+            base.state[w]["momentum_buffer"] = moment.to(moment_dtype)
+        before = [w.detach().clone() for w in model.parameters()]
+        with optimizer.perturbation:
+            moved.append(torch.cat([(w - b).flatten() for w, b in zip(model.parameters(), before)]).detach())
+    assert moved[0].any() and torch.equal(*moved)
 
 
 def test_the_memory_of_the_gradients_is_free_within_the_block(device):
