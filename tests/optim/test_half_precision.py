@@ -151,7 +151,7 @@ def test_half_precision_weights_move_from_their_masters(corpus, flags, bf16, dir
     w = in_the_shapes_of(names, asam.params)
     moments = in_the_shapes_of(names, [state["exp_avg"] for state in states])
     of_run = {"seed": trainer.cfg.common.seed, "number": trainer.get_num_updates()}
-    g = ONE_PASS[direction](moments=moments, weights=names, **of_run)
+    g = ONE_PASS[direction](moments=moments, weights=w, **of_run)
     v = in_the_shapes_of(names, [state["exp_avg_sq"] for state in states])
     T = {p: torch.ones_like(w[p]) if "bias" in names[p] else w[p].abs() + 0.01 for p in names}
     if normalization == "adam":
