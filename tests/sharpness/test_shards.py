@@ -21,10 +21,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_asam import DIRECTIONS, NORMALIZATIONS, Perturbation, Region, SharpnessAware, TwoPasses, measure
+from fairseq_asam.sharpness import cpu
 from fairseq_asam.sharpness.moments import adam_diagonals
 from tests.processes import in_processes
 
 INF = math.inf
+is_on_cpu = cpu.is_on_cpu
 #: Shapes that split unevenly, and leave some processes without a part.
 SHAPES = {
     "conv.weight": (3, 4, 2),
@@ -83,7 +85,10 @@ def sharded_weights(layout):
 
 
 def epsilons(processes):
-    """The largest relative difference from the plain formula, for each layout and region."""
+    """The largest relative difference from the plain formula, for each layout, region and kind of device.
+
+    The form for accelerators is computed on a CPU.
+    """
     differences = {}
     weights, gradients = ({n: w.numpy() for n, w in each.items()} for each in random_weights())
     models = {name: sharded_weights(layout) for name, layout in layouts(processes).items()}
@@ -92,7 +97,8 @@ def epsilons(processes):
         models["two meshes"] = {**models["rows over four"], "conv.weight": other["conv.weight"]}
     for name, parameters in models.items():
         before = {n: full(p.detach()).clone() for n, p in parameters.items()}
-        for normalization, (p, bias) in itertools.product(NORMALIZATIONS, NORMS):
+        for normalization, (p, bias), on_cpu in itertools.product(NORMALIZATIONS, NORMS, (True, False)):
+            cpu.is_on_cpu = is_on_cpu if on_cpu else lambda tensor: False
             options = dict(rho=0.5, eta=0.01, p=p, normalization=normalization, normalize_bias=bias)
             perturbation = Perturbation(parameters.items(), **options)
             expected = plain_epsilon.epsilon(weights, gradients, **options)
@@ -103,7 +109,8 @@ def epsilons(processes):
                 largest = max(abs(epsilon).max() for epsilon in expected.values())
                 worst = max(worst, *(abs(moved[n] - expected[n]).max() / largest for n in moved))
             back = all(torch.equal(full(w.detach()), before[n]) for n, w in parameters.items())
-            differences[name, normalization, p, bias] = worst if back else INF
+            differences[name, normalization, p, bias, on_cpu] = worst if back else INF
+    cpu.is_on_cpu = is_on_cpu
     return differences
 
 
@@ -263,7 +270,7 @@ def results(function, processes, *arguments):
 def test_epsilon_is_that_of_whole_weights(normalization, processes):
     for on_one in results(epsilons, processes):
         mine = {key: value for key, value in on_one.items() if key[1] == normalization}
-        assert len(mine) == (len(layouts(processes)) + (processes == 4)) * len(NORMS)
+        assert len(mine) == (len(layouts(processes)) + (processes == 4)) * len(NORMS) * 2
         assert max(mine.values()) < 1e-12, max(mine, key=mine.get)
 
 
