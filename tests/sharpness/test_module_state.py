@@ -329,6 +329,34 @@ def test_a_pass_at_w_that_raises_leaves_buffers_and_moving_weights_as_they_were(
         assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in after)
 
 
+def test_the_state_of_a_criterion_beside_the_modules():
+    class Centered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("center", torch.zeros(3).double())
+
+        def forward(self, outputs):
+            centered = outputs - self.center
+            self.center = 0.9 * self.center + 0.1 * outputs.detach().mean(0)
+            return centered
+
+    model, criterion = Layer().linear, Centered()
+    both = nn.Sequential(model, criterion)
+    two_passes = two_passes_of(model)
+
+    def evaluate(inputs):
+        loss = criterion(model(inputs)).square().mean()
+        loss.backward()
+        return loss
+
+    for step in range(3):
+        both.zero_grad()
+        at_w, perturbed = both_passes_by_hand(both, batch(step))
+        two_passes(evaluate, batch(step))
+        torch.testing.assert_close(model.weight.grad, perturbed[0].weight.grad, rtol=1e-11, atol=1e-14)
+        assert_same(buffers(both), buffers(at_w))
+
+
 def test_accumulated_passes_move_frozen_weights_once_each():
     torch.manual_seed(0)
     model = MomentumEncoder("in place")

@@ -239,33 +239,59 @@ def test_a_part_of_the_weights_perturbed_without_modules():
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_weight_in_no_module(known):
-    model, factor = plain_network(), nn.Parameter(torch.tensor(2.0).double())
-    two_passes = two_passes_of(model, known=known)
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_weight_and_a_criterion_in_no_module(known, earlier):
+    class Criterion(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(2.0).double())
+
+        def forward(self, outputs):
+            return (outputs * self.factor * self.factor).square().mean()
+
+    model, criterion, shift = plain_network(), Criterion(), nn.Parameter(torch.ones(3).double())
     assert_gradients_are_those_at_w_plus_epsilon(
-        two_passes,
-        lambda: (model(batch()) * factor).square().mean(),
+        two_passes_of(model, known=known),
+        lambda: criterion(model(batch()) + shift),
         dict(model.named_parameters()),
-        [factor],
+        [criterion.factor, shift],
+        earlier,
     )
 
 
-def test_a_weight_in_no_module_whose_gradient_cannot_be_told_apart_is_refused():
-    """One that has a gradient from before, or that a pass uses twice."""
-    model, factor = plain_network(), nn.Parameter(torch.tensor(2.0).double())
-    before = {name: w.detach().clone() for name, w in model.named_parameters()}
-    for gradient, power in ((torch.ones(()).double(), 1), (None, 2)):
-        factor.grad = gradient
+def test_a_weight_that_the_graph_of_the_loss_alone_shows():
+    """Also when another one takes its place."""
+    model, hidden = plain_network(), [nn.Parameter(torch.tensor(2.0).double())]
+    two_passes = two_passes_of(model)
+    for _ in range(2):
+        assert_gradients_are_those_at_w_plus_epsilon(
+            two_passes,
+            lambda: (model(batch()) * hidden[0]).square().mean(),
+            dict(model.named_parameters()),
+            hidden,
+        )
+        hidden[0] = nn.Parameter(torch.tensor(3.0).double())
 
-        def evaluate(power=power):
-            loss = model(batch()).square().mean() * (factor * factor if power == 2 else factor)
+
+def test_a_hidden_weight_whose_gradient_cannot_be_told_apart_is_refused():
+    """One that has a gradient from before, or that a pass uses twice."""
+    model, hidden = plain_network(), [nn.Parameter(torch.tensor(2.0).double())]
+    before = {name: w.detach().clone() for name, w in model.named_parameters()}
+    for gradient, factor in (
+        (torch.ones(()).double(), lambda: hidden[0]),
+        (None, lambda: hidden[0] * hidden[0]),
+    ):
+        hidden[0].grad = gradient
+
+        def evaluate(factor=factor):
+            loss = model(batch()).square().mean() * factor()
             loss.backward()
             return loss
 
         with pytest.raises(RuntimeError, match=r"shape \(\) is in neither.*among the parameters"):
             two_passes_of(model)(evaluate)
-        factor.grad = None
-        TwoPasses(Perturbation(model.named_parameters(), 0.5), [model], [factor])(evaluate)
+        hidden[0].grad = None
+        TwoPasses(Perturbation(model.named_parameters(), 0.5), [model], hidden)(evaluate)
         assert_same({name: w.detach() for name, w in model.named_parameters()}, before)
 
 
@@ -294,6 +320,21 @@ def test_inputs_made_within_the_function_are_its_own():
         return loss
 
     two_passes_of(model)(evaluate, batch())
+
+
+def test_weights_that_are_replaced_without_a_module_are_told_of():
+    weights = {"w": torch.ones(5, 3).double().requires_grad_()}
+    two_passes = TwoPasses(Perturbation(weights.items(), rho=0.5))
+
+    def evaluate():
+        loss = (batch() @ weights["w"]).square().mean()
+        loss.backward()
+        return loss
+
+    two_passes(evaluate)
+    weights["w"] = weights["w"].detach().clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="others than those of the perturbation"):
+        two_passes(evaluate)
 
 
 def head_replaced(model):
@@ -347,6 +388,32 @@ def test_a_graph_is_walked_once(monkeypatch):
     for step in range(3):
         two_passes(forward_and_backward(model, batch(step)))
     assert 1 <= first == len(walks)
+
+
+def test_a_pass_at_w_that_was_left_alone_is_no_part_of_another_update():
+    model = plain_network()
+    two_passes = two_passes_of(model)
+    two_passes.at_w(forward_and_backward(model, batch(1)))
+    with pytest.raises(RuntimeError, match=r"has been made whose pass at w \+ epsilon has not"):
+        two_passes(forward_and_backward(model, batch(2)))
+    two_passes.reset()
+    model.zero_grad()
+    two_passes(forward_and_backward(model, batch(2)))
+    assert_close(gradients(model), by_hand(model, [batch(2)], [batch(2)]))
+
+
+@pytest.mark.parametrize("goes_on", ["at_w", "at_w_plus_epsilon"])
+def test_a_step_after_a_pass_at_w_is_refused(goes_on):
+    model = plain_network()
+    two_passes, optimizer = two_passes_of(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    evaluate = forward_and_backward(model, batch())
+    two_passes.at_w(evaluate)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="weights have changed since a pass at w"):
+        two_passes.at_w(evaluate) if goes_on == "at_w" else two_passes.at_w_plus_epsilon()
+    model.zero_grad()
+    two_passes(evaluate)
+    assert_close(gradients(model), by_hand(model, [batch()], [batch()]))
 
 
 def in_the_function(model, optimizer):

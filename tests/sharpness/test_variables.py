@@ -292,3 +292,24 @@ def test_one_pass_at_w_plus_epsilon_gets_the_batch_too():
     model.zero_grad()
     of(model, BATCHES[0])
     assert_close(gradients(model), plain)
+
+
+@pytest.mark.parametrize("read_by", ["closure", "object"])
+def test_a_function_that_takes_the_next_batch_itself_is_refused(read_by):
+    model, trainer = plain_network(), Trainer(None)
+    trainer.batches = batches = iter(BATCHES)
+
+    def evaluate():
+        return of(model, next(batches if read_by == "closure" else trainer.batches))
+
+    with pytest.raises(RuntimeError, match=r"reads the iterator batches.*at_w\(function, batch\)"):
+        two_passes_of(model)(evaluate)
+    assert len(list(batches)) == len(BATCHES)
+
+
+def test_an_argument_that_the_pass_at_w_changes_in_place_is_refused():
+    model = nn.Sequential(nn.Dropout(0.5, inplace=True), *plain_network())
+    two_passes = two_passes_of(model)
+    for arguments in ((batch(),), ({"inputs": batch()},)):
+        with pytest.raises(RuntimeError, match=r"an argument of shape \(16, 5\) in place.*a copy"):
+            two_passes(lambda a: of(model, a["inputs"] if isinstance(a, dict) else a), *arguments)
