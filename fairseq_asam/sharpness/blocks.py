@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .kernels import Block
+from .kernels import Block, Placement
 from .normalization import PRECOMPUTED, NormalizationOperator
 from .shards import diagonals_over_shards, is_sharded, local, shards_of
 
@@ -124,25 +124,24 @@ class Blocks:
             if shards_of(parameter, operator.norm_dims(parameter)) is not None:
                 operator = PRECOMPUTED
             master = [local(self._masters[parameter]).detach()] if parameter in self._masters else []
-            on_cpu = cpu.is_on_cpu(part)
-            block_size = cpu.BLOCK_SIZE if on_cpu else _BLOCK_SIZE
-            is_cut = operator.is_element_wise and all(t.is_contiguous() for t in (part, *master))
-            is_cut = is_cut and (on_cpu or part.numel() > block_size)
-            is_fast = on_cpu and is_cut and p == 2.0 and not master and cpu.has_fast_form(part, operator)
-            shares_block = parameter not in overlapping and (
-                part.numel() <= cpu.SMALL if is_fast else not on_cpu
-            )
-            key = (part.device, part.dtype, operator, shards, len(master)) if shares_block else object()
-            kept = [self._copy_on_cpu(parameter)] if on_cpu and not shares_block else []
-            if is_fast and kept and parameter in unshared:
+            can_be_cut = operator.is_element_wise and all(t.is_contiguous() for t in (part, *master))
+            if cpu.is_on_cpu(part):
+                place = cpu.placement(part, operator, can_be_cut, bool(master), p)
+            else:
+                is_large = part.numel() > _BLOCK_SIZE
+                place = Placement(Block, _BLOCK_SIZE, can_be_cut and is_large, is_shared=True)
+            is_alone = not place.is_shared or parameter in overlapping
+            key = object() if is_alone else (part.device, part.dtype, operator, shards, len(master))
+            kept = [self._copy_on_cpu(parameter)] if is_alone and cpu.is_on_cpu(part) else []
+            if is_alone and place.kind is cpu.FastBlock and parameter in unshared:
                 self.redirected[parameter] = kept[0].view(part.shape)
-            self._piece_sizes.append(block_size if is_cut else None)
+            self._piece_sizes.append(place.size if place.is_cut else None)
             for weight, *others in zip(*(_cut(t, self._piece_sizes[-1]) for t in (part, *master, *kept))):
                 index, block = next(indices), open_blocks.get(key)
                 if weight.numel() == 0:
                     continue
-                if block is None or block.size + weight.numel() > block_size:
-                    block = open_blocks[key] = (cpu.FastBlock if is_fast else Block)(operator, eta, shards)
+                if block is None or block.size + weight.numel() > place.size:
+                    block = open_blocks[key] = place.kind(operator, eta, shards)
                     block.in_place = parameter not in self.redirected
                     block.overlaps = parameter in overlapping
                     block.copy = others[-1] if kept else None

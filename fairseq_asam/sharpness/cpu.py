@@ -12,13 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .kernels import Ascent, Block, Remember
+from .kernels import Ascent, Block, Placement, Remember
 from .normalization import ELEMENT_WISE, IDENTITY, NormalizationOperator
 
-#: Elements of a block. It stays in the cache, with what is computed from it.
-BLOCK_SIZE = 2**17
-#: A CPU takes about as long to start an operation as to run it on so many elements.
-SMALL = 2**13
+# Elements of a block. It stays in the cache, with what is computed from it.
+_BLOCK_SIZE = 2**17
+# A CPU takes about as long to start an operation as to run it on so many elements.
+_SMALL = 2**13
 _PAGE = 4096  # bytes
 
 # torch.nn.functional.mse_loss cannot write into given memory, and new memory costs more than the arithmetic.
@@ -44,11 +44,6 @@ FAST: dict[NormalizationOperator, Callable[[Tensor, list[Tensor], Tensor, Tensor
 def is_on_cpu(tensor: Tensor) -> bool:
     """Return whether *tensor* is to be computed with as a CPU does it best."""
     return tensor.device.type == "cpu"
-
-
-def has_fast_form(weight: Tensor, operator: NormalizationOperator) -> bool:
-    """Return whether a :class:`FastBlock` takes such weights, apart from what it says of p and masters."""
-    return operator in FAST and weight.dtype in (torch.float32, torch.float64)
 
 
 class FastBlock(Block):
@@ -88,6 +83,16 @@ class FastBlock(Block):
             torch._foreach_copy_(self.copies, self.weights)
             remember(self.weights, self.copies)
             torch._foreach_copy_(self.weights, self.parts)
+
+
+def placement(
+    weight: Tensor, operator: NormalizationOperator, can_be_cut: bool, has_master: bool, p: float
+) -> Placement:
+    """Return which blocks take *weight*: small ones share fast blocks, and a piece of others has its own."""
+    is_fast = can_be_cut and operator in FAST and p == 2.0 and not has_master
+    is_fast = is_fast and weight.dtype in (torch.float32, torch.float64)
+    is_shared = is_fast and weight.numel() <= _SMALL
+    return Placement(FastBlock if is_fast else Block, _BLOCK_SIZE, can_be_cut, is_shared)
 
 
 def joined(tensors: list[Tensor], memory: Tensor) -> Tensor:

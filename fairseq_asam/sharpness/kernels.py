@@ -144,6 +144,22 @@ class Block:
         return self.operator.diagonal(weights, self.eta)
 
 
+class Placement(NamedTuple):
+    """Which blocks take a weight.
+
+    Attributes:
+        kind: of the blocks.
+        size: the most elements of a block.
+        is_cut: whether the weight goes there in flat pieces of at most so many elements.
+        is_shared: whether other weights go into the same block.
+    """
+
+    kind: type[Block]
+    size: int
+    is_cut: bool
+    is_shared: bool
+
+
 def in_form_of(weights: list[Tensor], memory: Tensor) -> list[Tensor]:
     """Return parts of flat *memory* in the shapes of *weights* and, of those that are dense, the strides."""
     parts = memory.split([weight.numel() for weight in weights])
