@@ -22,7 +22,7 @@ warnings.simplefilter("ignore")  # and calls much that others have deprecated
 from fairseq import options, tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-from fairseq_asam.tasks import hooks  # registers the optimizers, as --user-dir does
+from fairseq_asam.tasks import trainer  # registers the optimizers, as --user-dir does
 
 #: Section 5.3 of the paper. What it leaves open is fairseq's documented recipe for IWSLT'14.
 #: Some fairseq versions drop a last batch that is no multiple of --required-batch-size-multiple (default: 8).
@@ -182,4 +182,4 @@ def count_updates(cfg: Any) -> int:
         seed=cfg.common.seed,
         num_shards=cfg.distributed_training.distributed_world_size,
     )
-    return hooks.count_updates(cfg.optimization, len(batches))
+    return trainer.count_updates(cfg.optimization, len(batches))

@@ -1,9 +1,11 @@
 """fairseq_asam as a fairseq plugin: importing this package changes fairseq and registers the optimizers.
 
+``patches.py`` has what it replaces, and ``checkpoints.py`` the types that torch may load.
+
 fairseq imports the folder ``tasks`` of a ``--user-dir``, so the name is not ours to choose. A program of your
 own, or a second ``--user-dir``, imports ``fairseq_asam.tasks``.
 """
 
-from . import checkpoints, hooks
+from .patches import apply_patches
 
-__all__ = ["checkpoints", "hooks"]
+apply_patches()

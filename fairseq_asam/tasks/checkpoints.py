@@ -10,12 +10,8 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
-from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
-from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
-from fairseq.tasks import FairseqTask
 
 from .train_step import SharpnessAwareTask
 
@@ -51,12 +47,16 @@ if hasattr(torch.serialization, "add_safe_globals"):
     torch.serialization.add_safe_globals(SAFE_TYPES)
 
 
-def _resume_with_the_same_batches(get_batch_iterator):
-    # fairseq makes its batches once, seeded with the number of that epoch, and reuses them in later epochs.
-    # So a run resumed in epoch 5 trains on other batches than one that began with epoch 1. Change that for
-    # our optimizers only: the plugin leaves runs with others alone.
+def from_the_first_epoch(get_batch_iterator):
+    """Return ``get_batch_iterator``, which gives a run that resumes the batches that it would have had.
+
+    Those of other optimizers than ours stay as they are.
+    """
+
     @functools.wraps(get_batch_iterator)
-    def from_first_epoch(self, dataset, *args, epoch=1, disable_iterator_cache=False, **kwargs):
+    def get_batch_iterator_of_the_first_epoch(
+        self, dataset, *args, epoch=1, disable_iterator_cache=False, **kwargs
+    ):
         reused = (
             isinstance(self, SharpnessAwareTask)
             and not disable_iterator_cache
@@ -72,14 +72,14 @@ def _resume_with_the_same_batches(get_batch_iterator):
         iterator.epoch = epoch
         return iterator
 
-    return from_first_epoch
+    return get_batch_iterator_of_the_first_epoch
 
 
-def _copy_at_once(copy):
-    # fairseq renames its first checkpoint file into place, but copies it to the others byte by byte. Killed
-    # during a copy, it would leave a checkpoint_last.pt that cannot be loaded.
+def copied_whole_or_not_at_all(copy):
+    """Return ``PathManager.copy``, which replaces a file only when its copy is complete."""
+
     @functools.wraps(copy)
-    def copy_at_once(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
+    def copy_whole(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
         if not overwrite or not PathManager.supports_rename(dst_path):
             return copy(src_path, dst_path, overwrite=overwrite)
         target = os.path.realpath(dst_path)  # a link stays one
@@ -90,46 +90,46 @@ def _copy_at_once(copy):
             PathManager.rename(target + ".tmp", target)
         return copied
 
-    return copy_at_once
+    return copy_whole
 
 
-def _save_from_the_start(obj: Any, f: IO[bytes]) -> None:
-    # fairseq tries to save three times, but each attempt writes on where the last one broke off. If the disk
-    # was full for a moment, the checkpoint could not be loaded.
-    for pause in (2.5, 2.5, None):
-        if f.seekable():
-            f.seek(0)
-            f.truncate()
-        try:
-            return torch.save(obj, f)
-        except Exception:
-            if pause is None:
-                raise
-            time.sleep(pause)
+def saved_from_the_start(save):
+    """Return ``_torch_persistent_save``, each of whose attempts begins at the start of the file."""
+
+    @functools.wraps(save)
+    def save_from_the_start(obj: Any, f: IO[bytes]) -> None:
+        for pause in (2.5, 2.5, None):
+            if f.seekable():
+                f.seek(0)
+                f.truncate()
+            try:
+                return torch.save(obj, f)
+            except Exception:
+                if pause is None:
+                    raise
+                time.sleep(pause)
+
+    return save_from_the_start
 
 
-def _broadcast_object(obj: Any, src_rank: int, group: Any, dist_device: torch.device) -> Any:
-    # With several workers, the first one loads the checkpoint and sends it to the others. In fairseq they
-    # read it with torch.load, which since torch 2.6 refuses the configuration in it.
-    objects = [obj]
-    torch.distributed.broadcast_object_list(objects, src_rank, group, dist_device)
-    return objects[0]
+def broadcast_by_torch(broadcast_object):
+    """Return ``_broadcast_object_slow``, which lets torch read what the first worker has sent."""
+
+    @functools.wraps(broadcast_object)
+    def broadcast(obj: Any, src_rank: int, group: Any, dist_device: torch.device) -> Any:
+        objects = [obj]
+        torch.distributed.broadcast_object_list(objects, src_rank, group, dist_device)
+        return objects[0]
+
+    return broadcast
 
 
-def _without_fast_path(init):
-    # The fast path for inference calls a private function of torch, which refuses padding since torch 2. Set
-    # an attribute: TorchScript could not compile a property.
+def without_fast_path(init):
+    """Return ``__init__`` of an encoder layer, which leaves the fast path for inference alone."""
+
     @functools.wraps(init)
     def init_without_fast_path(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        self.can_use_fastpath = False
+        self.can_use_fastpath = False  # an attribute: TorchScript could not compile a property
 
     return init_without_fast_path
-
-
-FairseqTask.get_batch_iterator = _resume_with_the_same_batches(FairseqTask.get_batch_iterator)
-checkpoint_utils._torch_persistent_save = _save_from_the_start
-distributed_utils._broadcast_object_slow = _broadcast_object
-PathManager.copy = staticmethod(_copy_at_once(PathManager.copy))
-if "can_use_fastpath" in TransformerEncoderLayerBase.__init__.__code__.co_names:  # fairseq 0.12.2
-    TransformerEncoderLayerBase.__init__ = _without_fast_path(TransformerEncoderLayerBase.__init__)

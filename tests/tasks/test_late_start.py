@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fairseq_asam.tasks.hooks import count_updates
+from fairseq_asam.tasks.trainer import count_updates
 from tests.commands import PLUGIN, assert_same_state, checkpoint, recipe
 
 

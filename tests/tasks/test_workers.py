@@ -1,10 +1,14 @@
 """Accumulation and several workers: the same weights however a batch is split."""
 
 import contextlib
+from argparse import Namespace
+from decimal import Decimal
 
 import fairseq.trainer
 import pytest
 import torch
+from fairseq.distributed import utils as distributed_utils
+from omegaconf import OmegaConf
 
 from tests.commands import BACKENDS
 from tests.training import merged, on_workers, trainer_and_batches
@@ -128,6 +132,19 @@ def test_a_worker_without_data_neither_hangs_nor_disturbs(corpus, scope, backend
     one = weights(1, corpus, *flags, function=trained_until_one_runs_out)
     two = weights(2, corpus, *flags, "--ddp-backend", backend, function=trained_until_one_runs_out)
     assert_close(two, one)
+
+
+def received(cfg, rank, sent):
+    return distributed_utils.broadcast_object(
+        sent if rank == 0 else None, src_rank=0, group=distributed_utils.get_global_group()
+    )
+
+
+def test_workers_receive_the_configuration_of_a_checkpoint(corpus):
+    """The first worker loads it. torch 2.6 and newer load only what they are told is safe."""
+    sent = {"args": Namespace(lr=[0.1]), "cfg": OmegaConf.create({"a": {"b": 1}}), "lr": Decimal("0.1")}
+    flags = [corpus / "bin", "--optimizer", "asam", "--ddp-backend", "legacy_ddp"]
+    assert on_workers(2, received, flags, sent) == [sent, sent]
 
 
 def trained_out_of_memory(cfg, rank, failing):

@@ -1,20 +1,15 @@
-"""What is refused at start-up and what is not; what the plugin leaves alone."""
+"""What is refused at start-up and what is not; what the plugin leaves alone; --help."""
 
 import sys
-import threading
-import time
 from argparse import Namespace
 
-import numpy as np
 import pytest
 from fairseq import options, tasks
-from fairseq.data import data_utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.tasks.language_modeling import LanguageModelingConfig
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
-from fairseq_asam.sharpness.random_state import RandomState
-from fairseq_asam.tasks.hooks import check_configuration
+from fairseq_asam.tasks.start_up import check_configuration
 from tests.commands import PLUGIN, checkpoint, recipe
 
 LANGUAGE_MODEL = ["--arch", "transformer_lm", "--decoder-layers", "1", "--decoder-attention-heads", "2"]
@@ -44,25 +39,6 @@ def test_a_task_without_data_trains(fairseq, tmp_path, flags):
     assert result.status == 0, result.output[-3000:]
     assert result.output.count('"sharpness": "') == 3
     assert checkpoint(tmp_path)["optimizer_history"][-1]["num_updates"] == 3
-
-
-def test_data_that_a_thread_loads_during_the_passes_have_the_noise_of_their_seed():
-    """As with --num-workers 0, when both passes of an update restore the state of numpy."""
-    drawn = []
-
-    def load():
-        for seed in range(200):
-            with data_utils.numpy_seed(seed):
-                first = np.random.rand()
-                time.sleep(1e-4)
-                drawn.append((first, np.random.rand()))
-
-    thread = threading.Thread(target=load)
-    thread.start()
-    while thread.is_alive():
-        RandomState().restore()
-    RandomState.release()
-    assert drawn == [tuple(np.random.RandomState(seed).rand(2)) for seed in range(200)]
 
 
 @pytest.mark.parametrize("words", [["--optimizer", "asam"], ["--optimizer=asam"]])
@@ -120,6 +96,79 @@ def test_a_checkpoint_s_task_is_set_up_where_its_data_are_not(tmp_path):
     model = ["--arch", "wav2vec2", "--criterion", "wav2vec"]
     cfg = configuration(tmp_path / "elsewhere", "--task", "audio_pretraining", *model)
     assert tasks.setup_task(cfg.task, from_checkpoint=True).cfg.data == str(tmp_path / "elsewhere")
+
+
+#: What goes with none of our optimizers, or not with an option of theirs: the changes of a configuration that
+#: have it, and the beginning of the sentence.
+REFUSED = [
+    ({"common.bf16": True, "common.tpu": True}, "--bf16"),
+    ({"common.tpu": True}, "--tpu"),
+    ({"common.memory_efficient_fp16": True}, "--memory-efficient-fp16"),
+    ({"common.memory_efficient_bf16": True}, "--memory-efficient-bf16"),
+    ({"common.model_parallel_size": 2}, "--model-parallel-size"),
+    ({"distributed_training.pipeline_model_parallel": True}, "--pipeline-model-parallel"),
+    ({"optimization.use_bmuf": True}, "--use-bmuf"),
+    ({"distributed_training.ddp_backend": "slowmo"}, "--ddp-backend slowmo"),
+    ({"distributed_training.ddp_backend": "fully_sharded"}, "--ddp-backend fully_sharded"),
+    ({"task._name": "online_backtranslation"}, "--task online_backtranslation"),
+]
+OPTIONS = {
+    "--ascent-interval": {"optimizer.ascent_interval": 2},
+    "--ascent-direction momentum": {"optimizer.ascent_direction": "momentum"},
+    "--normalization adam": {"optimizer.normalization": "adam"},
+}
+STATES = {
+    "--zero-sharding os": {"distributed_training.zero_sharding": "os"},
+    "--fp16-adam-stats": {"optimizer.fp16_adam_stats": True},
+}
+TOGETHER = [
+    ({**OPTIONS[option], **STATES[state]}, f"{option} with {state}")
+    for option in OPTIONS
+    for state in STATES
+    if (option, state) != ("--ascent-interval", "--fp16-adam-stats")
+]
+UNUSED = {
+    "distributed_training.find_unused_parameters": True,
+    "distributed_training.distributed_world_size": 2,
+    "distributed_training.ddp_backend": "pytorch_ddp",
+    "optimizer.ascent_scope": "micro-batch",
+}
+REFUSED += [
+    ({**UNUSED, "optimizer.fresh_masks": True}, "--find-unused-parameters"),
+    ({**UNUSED, "optimizer.ascent_fraction": 0.5}, "--find-unused-parameters"),
+]
+
+
+def changed(cfg, changes):
+    """*cfg* with *changes*, such as ``{"common.tpu": True}``."""
+    for name, value in changes.items():
+        group, option = name.split(".")
+        with open_dict(cfg):
+            setattr(cfg[group], option, value)
+    return cfg
+
+
+@pytest.mark.parametrize("changes, flags", REFUSED + TOGETHER, ids=[flags for _, flags in REFUSED + TOGETHER])
+def test_what_does_not_go_with_sharpness_awareness_is_refused(tmp_path, changes, flags):
+    cfg = changed(configuration(tmp_path), changes)
+    with pytest.raises(ValueError, match=f"^{flags} does not go with --optimizer asam: .*; use "):
+        check_configuration(cfg)
+
+
+USED = {
+    "distributed_training.find_unused_parameters": False,
+    "distributed_training.distributed_world_size": 1,
+    "distributed_training.ddp_backend": "legacy_ddp",
+    "optimizer.ascent_scope": "update",
+}
+TAKEN = [*OPTIONS.values(), *STATES.values(), UNUSED]
+TAKEN += [{**UNUSED, "optimizer.fresh_masks": True, name: value} for name, value in USED.items()]
+TAKEN += [{f"common.{precision}": True} for precision in ("fp16", "bf16", "amp")]
+
+
+@pytest.mark.parametrize("changes", TAKEN)
+def test_what_goes_with_sharpness_awareness_is_not_refused(tmp_path, changes):
+    check_configuration(changed(configuration(tmp_path), changes))
 
 
 @pytest.mark.parametrize(
