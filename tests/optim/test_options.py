@@ -2,9 +2,12 @@
 
 import dataclasses
 import enum
+import math
 import re
 
-from fairseq_asam.optim import SHARPNESS_AWARE
+import pytest
+
+from fairseq_asam.optim import SHARPNESS_AWARE, validate_config
 from fairseq_asam.optim.options import ASAMConfig, SAMConfig
 from tests.commands import ROOT
 
@@ -43,6 +46,56 @@ def shown(default) -> str:
 
 def test_the_readme_has_the_options_as_they_are():
     assert "\n".join(rows()) in (ROOT / "fairseq_asam" / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"rho": -0.1}, "rho is -0.1, but"),
+        ({"p_norm": 1.0}, "p is 1.0, but"),
+        ({"eta": -1.0}, "eta is -1.0, but"),
+        ({"ascent_from": -1.0}, "ascent_from is -1.0, but"),
+        ({"ascent_fraction": 0.0}, "--ascent-fraction is 0.0, but"),
+        ({"ascent_fraction": 1.5}, "--ascent-fraction is 1.5, but"),
+        ({"ascent_interval": 0}, "--ascent-interval is 0, but"),
+        ({"ascent_reuse": -0.1}, "--ascent-reuse is -0.1, but"),
+        ({"ascent_reuse": math.inf}, "--ascent-reuse is inf, but"),
+        (
+            {"ascent_fraction": 0.5, "ascent_interval": 2},
+            "--ascent-fraction does not go with --ascent-interval",
+        ),
+        *(
+            (
+                {"ascent_direction": "momentum", option: value},
+                f"{flag} does not go with --ascent-direction mom",
+            )
+            for option, value, flag in (
+                ("ascent_scope", "micro-batch", "--ascent-scope micro-batch"),
+                ("fresh_masks", True, "--fresh-masks"),
+                ("ascent_fraction", 0.5, "--ascent-fraction"),
+                ("ascent_interval", 2, "--ascent-interval"),
+            )
+        ),
+    ],
+)
+def test_options_out_of_range_or_that_exclude_each_other_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        validate_config(ASAMConfig(**options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rho": 0.0, "eta": 0.0, "p_norm": math.inf},
+        {"ascent_fraction": 1.0, "ascent_interval": 1, "ascent_reuse": 0.0},
+        {"ascent_fraction": 0.01, "ascent_scope": "micro-batch", "fresh_masks": True},
+        {"ascent_interval": 5, "ascent_reuse": 2.0, "ascent_scope": "micro-batch", "fresh_masks": True},
+        {"ascent_direction": "momentum", "ascent_from": 0.5},
+    ],
+)
+def test_options_at_the_edge_are_taken(options):
+    validate_config(ASAMConfig(**options))
 
 
 if __name__ == "__main__":
