@@ -84,10 +84,15 @@ class Block:
         if self.copy is None:
             self.copy = memory.new_empty(self.size, dtype=self.weights[0].dtype)
         self.copies = in_form_of(self.weights, self.copy)
+        contiguous = all(weight.is_contiguous() for weight in self.weights)
+        self._flat_weights = [weight.view(-1) for weight in self.weights] if contiguous else None
 
     def norms(self, gradients: list[Tensor], order: float, unit: Tensor | None) -> list[Tensor]:
         """Return norms whose common norm is ||T g||_order of the block; with *unit*, in multiples of it."""
-        torch._foreach_copy_(self.copies, self.weights)
+        if self._flat_weights is None:
+            torch._foreach_copy_(self.copies, self.weights)
+        else:  # the same in fewer operations
+            torch.cat(self._flat_weights, out=self.copy)
         diagonals = self._normalize(gradients)
         self._has_normalized = self._keeps and unit is None
         if self._has_normalized:

@@ -267,13 +267,13 @@ class Perturbation(Displacement):
         try:
             blocks = self._blocks_and_norm(gradients, diagonals, q)
             self._places = self._blocks.places
-            inverse = 1.0 / self.norm
-            usable = (inverse > 0.0) & (inverse < math.inf)  # neither is true of NaN
+            inverse = self.norm.reciprocal().nan_to_num_(nan=0.0, posinf=0.0)
+            is_zero = inverse == 0.0
             may_read = cpu.is_on_cpu(self.norm)  # on other devices, reading a value would stall them
-            if self.rho == 0.0 or (may_read and not usable):
+            if self.rho == 0.0 or (may_read and is_zero):
                 return
             rho = self.direction.sign(self.maximize) * self.rho
-            ascent = Ascent(rho, q, torch.where(usable, inverse, 0.0), None if may_read else ~usable)
+            ascent = Ascent(rho, q, inverse, None if may_read else is_zero)
             # Go backwards here and forwards in _restore: what a CPU touched last is still in its cache.
             for block, of_block in reversed(blocks):
                 block.move(of_block, ascent, self._remember)
@@ -283,7 +283,7 @@ class Perturbation(Displacement):
             parameter.data = data
         # Autograd refuses graphs that saved a weight before an operation in place. Of new memory of a weight,
         # or of an operation on its part in shards, it has to be told.
-        in_shards = [parameter for parameter, place in self._places if place is None]
+        in_shards = [weight for weight, place in self._places if place is None] if self._shards else []
         for parameter in (*self._blocks.redirected, *in_shards):
             increment_version(parameter)
 

@@ -106,15 +106,15 @@ def perturbation_of(core: ModuleType, weights: list[tuple[str, torch.Tensor]]) -
 
 
 def measure(perturbations: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds to perturb and restore in each round. Ten rounds before them warm up."""
+    """Return the processor's seconds to perturb and restore in each round. Ten rounds before warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in perturbations}
     order = random.Random(0)
     for _ in tqdm(range(10 + rounds), unit="round", disable=None):
         for name in order.sample(list(perturbations), len(perturbations)):
-            begin = time.perf_counter()
+            begin = time.thread_time()
             with perturbations[name]:
                 pass
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(time.thread_time() - begin)
     return {name: times[10:] for name, times in seconds.items()}
 
 
