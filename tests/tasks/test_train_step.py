@@ -196,9 +196,10 @@ def test_sharpness_is_the_difference_of_two_losses(corpus):
     assert stats["sharpness"] == pytest.approx(perturbed - at_w, abs=1e-4)
 
 
-def test_a_model_that_steps_a_moving_average_does_so_at_w(corpus):
+@pytest.mark.parametrize("flags", [["--ascent-scope", "micro-batch"], ["--ascent-direction", "momentum"]])
+def test_a_model_that_steps_a_moving_average_does_so_at_w(corpus, flags):
     """As data2vec does, whenever a task tells it the number of the update."""
-    trainer, batches = setting(corpus, "--optimizer", "asam", "--ascent-scope", "micro-batch")
+    trainer, batches = setting(corpus, "--optimizer", "asam", *flags)
     model, seen = trainer.get_model(), []
     model.set_num_updates = lambda n: seen.append((n, model.encoder.embed_tokens.weight.detach().clone()))
     at_w = []
