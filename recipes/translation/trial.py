@@ -1,7 +1,7 @@
 """Makes the trial of the advice to use momentum's direction with averaged weights, by its committed plan.
 
-    python -m recipes.translation.trial [--parts NAME ...] [--systems NAME ...] [--jobs N] [--tables-only]
-                                        [fairseq-train flags]
+    python -m recipes.translation.trial [--parts NAME ...] [--systems NAME ...] [--jobs N]
+                                        [--at-most N] [fairseq-train flags]
 
 recipes/results/translation/trial/plan.md says what is trained and why. A run is made in a folder of OUT
 (default: runs/translation/trial). When it is finished, RESULTS/runs gets a small JSON file, and its
@@ -15,17 +15,32 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from fairseq_asam.files import write_json
+from recipes.reporter import write_figure, write_text
 from recipes.runner import Run, complete
 from recipes.setups import SETUPS, TRIAL_LANGUAGES
 from recipes.translation.experiment import AVERAGED, average_of
 from recipes.translation.record import record
 from recipes.translation.train import training, watch
+from recipes.translation.trial_tables import (
+    BESIDE,
+    DECIDING,
+    METRICS,
+    compare,
+    draw,
+    system_rows,
+    systems_table,
+    tests_table,
+)
 
 RESULTS = Path("recipes/results/translation/trial")
+GERMAN = Path("recipes/results/translation/help_8000/gain_and_cost.json")
 #: What follows --optimizer.
 SYSTEMS = {
     "adam": "adam",
@@ -76,7 +91,7 @@ def languages(results: Path) -> Iterator[Planned]:
 def controls(results: Path) -> Iterator[Planned]:
     """Yield part 2: the controls in German, beside runs that an earlier experiment has made."""
     for seed in (1, 2, 3, 4, 5):
-        for system in ("random", "nadam"):
+        for system in ("nadam", "random"):
             yield Planned("de", "help_8000", system, seed)
 
 
@@ -92,11 +107,12 @@ def peaks(results: Path) -> Iterator[Planned]:
 
 
 def decay(results: Path) -> Iterator[Planned]:
-    """Yield part 3, or nothing before its peak is known."""
+    """Yield the rest of part 3, or nothing before its peak is known."""
     if peak := best_peak(results):
+        searched = set(peaks(results))
         for seed in DECAY_SEEDS:
-            for system in (*THREE, "sam", "asam"):
-                yield decaying(system, peak, seed)
+            runs = (decaying(system, peak, seed) for system in (*THREE, "sam", "asam"))
+            yield from (run for run in runs if run not in searched)
 
 
 def pairs(results: Path) -> Iterator[Planned]:
@@ -106,6 +122,13 @@ def pairs(results: Path) -> Iterator[Planned]:
             yield Planned("de_35561", "help_35561", system, seed)
 
 
+def large(results: Path) -> Iterator[Planned]:
+    """Yield part 5: the paper's model, on a GPU."""
+    for seed in (1, 2):
+        for system in ("adam", "momentum", "asam"):
+            yield Planned("de_large", "help_large_16000", system, seed)
+
+
 #: In the order in which they are made. Each is given the folder of results.
 PARTS: dict[str, Callable[[Path], Iterator[Planned]]] = {
     "languages": languages,
@@ -113,7 +136,11 @@ PARTS: dict[str, Callable[[Path], Iterator[Planned]]] = {
     "peaks": peaks,
     "decay": decay,
     "pairs": pairs,
+    "large": large,
 }
+#: How many runs they have. Those of a decay are not known before its peak.
+SIZES = {"languages": 60, "controls": 10, "peaks": 5, "decay": 14, "pairs": 9, "large": 6}
+ON_A_CPU = [name for name in PARTS if name != "large"]
 
 
 def main() -> None:
@@ -122,40 +149,47 @@ def main() -> None:
         epilog="Other flags go to every fairseq-train.",
         allow_abbrev=False,
     )
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="NAME")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=list(PARTS),
+        default=ON_A_CPU,
+        metavar="NAME",
+        help=f"of {', '.join(PARTS)} (default: all but large, which needs a GPU)",
+    )
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), metavar="NAME")
     parser.add_argument("--data", type=Path, help="a corpus folder in place of those of the set-ups")
     parser.add_argument("--out", type=Path, default=Path("runs/translation/trial"), help="for the trainings")
     parser.add_argument("--results", type=Path, default=RESULTS, help="for what they found")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
-    parser.add_argument("--tables-only", action="store_true", help="train nothing")
+    parser.add_argument("--at-most", type=int, metavar="N", help="end after N runs; 0 makes the tables alone")
     args, args.flags = parser.parse_known_args()
-    if not args.tables_only:
-        for name in args.parts:
-            planned = [each for each in PARTS[name](args.results) if each.system in args.systems]
-            make(args, planned)
+    if "large" in args.parts and not (torch.cuda.is_available() or "--cpu" in args.flags):
+        sys.exit("trial.py: the part large needs a GPU, and none was found: name other parts after --parts.")
+    left = sys.maxsize if args.at_most is None else args.at_most
+    for name in args.parts:
+        planned = [each for each in PARTS[name](args.results) if each.system in args.systems]
+        left -= make(args, planned, left)
+    write_tables(args.results)
 
 
-def make(args: argparse.Namespace, planned: Sequence[Planned]) -> None:
-    """Make the runs that have no file of results."""
-    missing = []
-    for each in planned:
-        file = result_file(args.results, each)
-        if not file.exists():
-            run = run_of(args, each, file)
-            if run.is_finished():  # its file was lost
-                record(run.folder, file)
-            else:
-                missing.append(run)
-    complete(missing, args.jobs, watch)
+def make(args: argparse.Namespace, planned: Iterable[Planned], at_most: int) -> int:
+    """Make the runs that have no file of results, or the first of them, and return how many."""
+    missing = [each for each in planned if not result_file(args.results, each).exists()][:at_most]
+    runs = [run_of(args, each) for each in missing]
+    complete(runs, args.jobs, watch)
+    for each, run in zip(missing, runs):
+        if not result_file(args.results, each).exists():  # made before, and its file was lost
+            record(run.folder, result_file(args.results, each))
+    return len(runs)
 
 
 def result_file(results: Path, planned: Planned) -> Path:
     return results / "runs" / f"{planned.name}.json"
 
 
-def run_of(args: argparse.Namespace, planned: Planned, file: Path) -> Run:
-    """Return the run that trains, averages, translates the test set with both, and writes *file*."""
+def run_of(args: argparse.Namespace, planned: Planned) -> Run:
+    """Return the run that trains, averages, translates the test set with both, and writes its file."""
     data = SETUPS[planned.setup].folder(args.data)
     optimizer, *form = SYSTEMS[planned.system].split()
     flags = ["--seed", str(planned.seed), "--keep-last-epochs", str(AVERAGED)]
@@ -169,9 +203,76 @@ def run_of(args: argparse.Namespace, planned: Planned, file: Path) -> Run:
         *average.commands,
         [*score, str(trained.folder)],
         [*score, str(average.folder)],
-        [*module, "recipes.translation.record", str(trained.folder), str(file)],
+        [*module, "recipes.translation.record", str(trained.folder), str(result_file(args.results, planned))],
     ]
     return Run(trained.folder, trained.options, commands)
+
+
+def write_tables(results: Path) -> None:
+    """Write and print the tests and tables of the runs that are made."""
+    planned = {name: list(part(results)) for name, part in PARTS.items()}
+    made = {name: sum(result_file(results, each).exists() for each in part) for name, part in planned.items()}
+    found = {
+        (each.corpus, each.system, each.seed): result
+        for part in planned.values()
+        for each in part
+        if (result := read_result(results, each))
+    }
+    found.update(german_results())
+    tests = {name: compare(found, SEEDS, pair) for name, pair in {**DECIDING, **BESIDE}.items()}
+    tables = {
+        f"{language}, 8,000 pairs": system_rows(found, language, THREE, SEEDS[language])
+        for language in TRIAL_LANGUAGES
+    }
+    tables["de, 8,000 pairs"] = system_rows(found, "de", (*THREE, "nadam"), (1, 2, 3, 4, 5))
+    if peak := best_peak(results):
+        tables[f"fr, 8,000 pairs, a learning rate that decays from {peak} to 0"] = system_rows(
+            found, decaying("adam", peak, DECAY_SEEDS[0]).corpus, (*THREE, "sam", "asam"), DECAY_SEEDS
+        )
+    tables["de, 35,561 pairs"] = system_rows(found, "de_35561", THREE, (1, 2, 3))
+    tables["de, 35,561 pairs, transformer_iwslt_de_en"] = system_rows(
+        found, "de_large", ("adam", "momentum", "asam"), (1, 2)
+    )
+    counts = {name: {"made": made[name], "planned": SIZES[name]} for name in planned}
+    write_json(results / "trial.json", {"runs": counts, "tests": tests, "tables": tables})
+    text = as_markdown(counts, tests, tables)
+    write_text(results / "trial.md", text)
+    write_figure(results / "trial.png", draw(tests))
+    print(text, end="")
+
+
+def as_markdown(counts: dict, tests: dict, tables: dict) -> str:
+    """Return how many runs are made, the tests, and a table of each corpus that has runs."""
+    missing = {name: each["planned"] - each["made"] for name, each in counts.items()}
+    sections = [
+        f"{sum(missing.values())} runs of [the plan](plan.md) are missing: "
+        f"{', '.join(f'{count} of the part {name}' for name, count in missing.items())}.\n",
+        "Differences in the test set with their 95 % t intervals. The last two of these take the seeds that "
+        "all languages have.\n",
+        tests_table(tests),
+    ]
+    for name, rows in tables.items():
+        if rows:
+            sections += [f"{name}, mean ± standard deviation over the seeds:\n", systems_table(rows)]
+    return "\n".join(sections)
+
+
+def german_results() -> dict[tuple[str, str, int], dict]:
+    """Return the scores of Adam and momentum in German, which an earlier experiment has made."""
+    rows = {
+        row["system"]: {run["seed"]: run for run in row["runs"]}
+        for row in json.loads(GERMAN.read_text("utf-8"))["systems"]
+    }
+    return {
+        ("de", system, seed): {
+            "test": {
+                "best": {metric: run[f"test {metric}"] for metric in METRICS},
+                "averaged": {metric: rows[f"{name}, averaged"][seed][f"test {metric}"] for metric in METRICS},
+            }
+        }
+        for system, name in (("adam", "Adam"), ("momentum", "momentum, SAM"))
+        for seed, run in rows[name].items()
+    }
 
 
 def read_result(results: Path, planned: Planned) -> dict | None:
