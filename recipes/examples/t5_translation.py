@@ -44,15 +44,9 @@ def main() -> None:
     config = T5Config(vocab_size=len(words) + 2, decoder_start_token_id=PAD, **sizes)
     unseen, seen = sentences[:100], sentences[100:]
     with tempfile.TemporaryDirectory() as folder:
-        training = Seq2SeqTrainingArguments(
-            folder,
-            num_train_epochs=arguments.epochs,
-            per_device_train_batch_size=32,
-            learning_rate=5e-3,
-            logging_strategy="epoch",
-            remove_unused_columns=False,  # the sentences have none
-            report_to=[],
-        )
+        options = {"learning_rate": 5e-3, "num_train_epochs": arguments.epochs, "report_to": []}
+        options |= {"remove_unused_columns": False, "logging_strategy": "epoch", "save_strategy": "no"}
+        training = Seq2SeqTrainingArguments(folder, per_device_train_batch_size=32, **options)
         model = T5ForConditionalGeneration(config)
         SharpnessAwareSeq2SeqTrainer(model, training, batch, seen, rho=arguments.rho).train()
     source = {name: tensor for name, tensor in batch(unseen).items() if name != "labels"}
