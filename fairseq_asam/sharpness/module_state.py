@@ -29,7 +29,7 @@ class Moving:
     def __init__(self, perturbed: Iterable[Tensor]):
         self.perturbed = frozenset(perturbed)
         # The copies take no more memory than those that the perturbation makes after them.
-        self.room = sum(weight.nbytes for weight in self.perturbed if not is_lazy(weight))
+        self.room = sum(w.nbytes for w in self.perturbed if w.requires_grad and not is_lazy(w))
         self.moves: dict[Tensor, bool] = {}
 
     def keep(self, weights: Collection[Tensor]) -> None:
@@ -143,16 +143,15 @@ class ModuleState:
             saved = self._buffers.get(module)
             if (saved is None and not module._buffers) or module in initialized:
                 continue
-            saved = saved or {}
-            for name in set(module._buffers.keys()) - saved.keys():
+            saved, now = saved or {}, dict(module._buffers.items())
+            for name in now.keys() - saved.keys():
                 del module._buffers[name]
             for name, (buffer, copy) in saved.items():
-                now = module._buffers[name] if name in module._buffers else None
-                if self._initialized and _went_up(copy, now):
+                if self._initialized and _went_up(copy, now.get(name)):
                     continue
                 if buffer is not None and copy is not None:
                     _put(buffer, copy)
-                if now is not buffer or name not in module._buffers:
+                if name not in now or now[name] is not buffer:
                     module._buffers[name] = buffer
         for watched in self._watched:
             if watched.copy is not None:

@@ -16,7 +16,7 @@ from .module_state import ModuleState, Moving
 from .perturbation import Perturbation
 from .random_state import RandomState
 from .shards import is_sharded, reshard
-from .variables import Run, Variables
+from .variables import Variables
 
 #: A forward and backward pass over a batch. It returns the loss, or a tuple that begins with it.
 Evaluate = Callable[..., Any]
@@ -49,19 +49,19 @@ class TwoPasses:
     For one epsilon over several micro-batches (gradient accumulation), call :meth:`at_w` for each and then
     :meth:`at_w_plus_epsilon` once. For one epsilon per micro-batch (m-sharpness), call this object for each.
 
-    Let the function return the loss itself, not a number or a detached tensor: its graph shows whether a
-    weight has got a gradient that is in neither the perturbation nor the modules.
+    Let the function return the loss itself, not a number or a detached tensor: its graph shows weights that
+    are hidden from all of these, as in a list.
 
     Args:
         perturbation: of the weights.
         modules: the modules whose buffers and gradients it saves and restores, with those submodules and
-            weights that they have when an update begins. By default, every module that runs at w.
+            weights that they have when an update begins. Modules and weights in the variables that the
+            function reads count too, as a criterion. By default, every module that runs at w.
         parameters: further parameters that get a gradient.
         fresh_masks: let the pass at w + epsilon draw random numbers of its own.
         buffers_of_both: let both passes change the buffers, as the code of the paper's authors does.
 
     Attributes:
-        parameters: all parameters whose gradients are saved and restored, as they are now.
         sharpness: L(w + epsilon) - L(w) of the last update, a scalar tensor or a float. Losses of several
             micro-batches are added up. ``None`` before the first update.
 
@@ -75,6 +75,8 @@ class TwoPasses:
     _before: ModuleState | None
     _perturbed: bool
     _variables: Variables
+    _trained: list[Tensor]
+    _versions: list[int]
 
     def __init__(
         self,
@@ -93,21 +95,20 @@ class TwoPasses:
             p for module in self.modules for p in module.parameters()
         )
         self._in_shards = any(map(is_sharded, [*perturbation.parameters, *self._of_modules]))
-        if any(map(is_sharded, self._of_modules)) and not self._of_modules.keys() >= set(
-            perturbation.parameters
-        ):
+        self._moving = Moving(perturbation.parameters)
+        if any(map(is_sharded, self._of_modules)) and not self._of_modules.keys() >= self._moving.perturbed:
             raise ValueError(
                 "the perturbation has weights that are none of the modules', as after a forward pass without "
                 "a backward, when some are whole: call reshard() on the modules before named_parameters()"
             )
         self._others = list(parameters)
-        self._moving = Moving(perturbation.parameters)
         self._found: list[Tensor] = []  # weights that the graph of a loss has shown
         self._graphs_seen: set[tuple[int, int]] = set()
         self.reset()
 
     @property
     def parameters(self) -> list[Tensor]:
+        """All parameters whose gradients are saved and restored, as they are now."""
         if self._before is not None:
             return self._known
         of_modules = (p for module in self.modules for p in module.parameters())
@@ -117,7 +118,15 @@ class TwoPasses:
         """Make both passes over one batch, and return what the pass at w returned.
 
         Arguments and exceptions are those of :meth:`at_w` and :meth:`at_w_plus_epsilon`.
+
+        Raises:
+            RuntimeError: besides, :meth:`at_w` was called before and :meth:`at_w_plus_epsilon` was not.
         """
+        if self._passes:
+            raise RuntimeError(
+                "a pass at w has been made whose pass at w + epsilon has not: call at_w_plus_epsilon() for "
+                "it, or reset() to drop it"
+            )
         at_w = self.at_w(evaluate, *arguments, again=again)
         self.at_w_plus_epsilon()
         return at_w
@@ -135,13 +144,19 @@ class TwoPasses:
             TypeError: *evaluate* returned no loss.
             RuntimeError: weights of the perturbation have been replaced in the modules; the pass added to the
                 gradient of a weight that is in neither the perturbation nor the modules nor *parameters*; it
-                changed a frozen weight that had not been copied; or an optimizer was about to step in it.
+                changed a frozen weight that had not been copied, or an argument in place; an
+                optimizer was about to step in it; the function reads an iterator; or weights have changed
+                since an earlier pass at w.
         """
         second = evaluate if again is None else again
-        self._variables.before_run()
         try:
+            run = self._variables.begin_run(second, arguments)
             if self._before is None:
                 self._before = self._begin()
+            self._refuse_changed_weights()
+            for module in run.modules:
+                self._set_aside_new(self._before.add(module))
+            self._set_aside_new(run.weights)
             random_state = None if self.fresh_masks else RandomState()
             nodes = _nodes_made()
             with self._guarded():
@@ -149,8 +164,9 @@ class TwoPasses:
             loss = loss_of(result)
             self._find_other_weights(result, _nodes_made() - nodes)
             self._before.end_pass_at_w()
-            run = self._variables.after_run(second, arguments)
-            self._passes.append(_Pass(functools.partial(second, *arguments), random_state, loss, run))
+            self._variables.end_run(run)
+            self._versions = self._versions_of_weights()
+            self._passes.append(_Pass(functools.partial(second, *arguments), random_state, loss))
         except BaseException:
             self._set_gradients(self._earlier)
             if self._before is not None:
@@ -175,6 +191,7 @@ class TwoPasses:
         reshard(modules)
         try:
             self._refuse_changed_variables()
+            self._refuse_changed_weights()
             self._refuse_other_weights()
             with self.perturbation:
                 self._set_gradients(self._earlier)
@@ -224,7 +241,7 @@ class TwoPasses:
     def reset(self) -> None:
         """Forget the passes at w whose pass at w + epsilon has not been made."""
         self._passes, self._known, self._earlier, self._before = [], [], [], None
-        self._perturbed, self._variables = False, Variables()
+        self._perturbed, self._variables, self._trained, self._versions = False, Variables(), [], []
         RandomState.release()
 
     def _begin(self) -> ModuleState:
@@ -233,6 +250,7 @@ class TwoPasses:
             self._reshard_modules()
         state = ModuleState(self.modules, self._moving)
         self._refuse_replaced_weights(state.weights)
+        self._trained = [w for w in self.perturbation.parameters if w.requires_grad and not self._in_shards]
         others = [*self._others, *self._found]
         self._set_aside(dict.fromkeys([*self.perturbation.parameters, *others, *state.weights]))
         return state
@@ -247,17 +265,17 @@ class TwoPasses:
             if gradient is not None:
                 weight.grad = None
 
+    def _set_aside_new(self, weights: list[Tensor]) -> None:
+        if weights:
+            known = set(self._known)
+            self._set_aside(weight for weight in dict.fromkeys(weights) if weight not in known)
+
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
         """Refuse an optimizer that steps within the block; without modules, find those that run."""
-
-        def add(weights: list[Tensor]) -> None:
-            known = set(self._known)
-            self._set_aside(weight for weight in weights if weight not in known)
-
-        guard = register_optimizer_step_pre_hook(self._refuse_to_step)
+        guard, before = register_optimizer_step_pre_hook(self._refuse_to_step), self._before
         try:
-            with contextlib.nullcontext() if self.modules else self._before.adding_what_runs(add):
+            with contextlib.nullcontext() if self.modules else before.adding_what_runs(self._set_aside_new):
                 yield
         finally:
             guard.remove()
@@ -286,10 +304,10 @@ class TwoPasses:
         """Find weights outside of perturbation and modules that got a gradient, or raise if it is too late.
 
         Only the graph of the loss shows them, and to walk it takes as long as some layers do. So walk each
-        kind of graph once: those of as many *nodes* over the same weights count as one.
+        kind of graph once: those of as many *nodes* with gradients of the same weights count as one.
         """
         loss = result[0] if isinstance(result, tuple) else result
-        kind = nodes, hash(tuple(map(id, self._known)))
+        kind = nodes, hash(tuple(id(weight) for weight in self._known if weight.grad is not None))
         if self._in_shards or kind in self._graphs_seen or getattr(loss, "grad_fn", None) is None:
             return
         known, found = set(map(id, self._known)), []
@@ -321,14 +339,25 @@ class TwoPasses:
 
     def _refuse_changed_variables(self) -> None:
         """Raise if a function would read other variables than in its pass at w."""
-        self._variables.before_run()
-        changed = {name for each in self._passes for name in self._variables.changed_since(each.run)}
-        if changed:
+        self._variables.look()
+        if self._variables.changed:
+            names = ", ".join(sorted(self._variables.changed))
             raise RuntimeError(
-                f"{', '.join(sorted(changed))} changed between a pass at w and its pass at w + epsilon, "
-                "which would be over another batch: let the function take it as an argument, and pass it on, "
-                "as in at_w(function, inputs, targets)"
+                f"{names} changed between a pass at w and its pass at w + epsilon, which would be over another "
+                "batch: let the function take it as an argument, and pass it on, as in at_w(function, inputs, "
+                "targets)"
             )
+
+    def _refuse_changed_weights(self) -> None:
+        """Raise if weights have changed since the last pass at w, whose gradient would not be theirs."""
+        if self._passes and self._versions_of_weights() != self._versions:
+            raise RuntimeError(
+                "weights have changed since a pass at w, as by an optimizer's step, and its gradient is not "
+                "theirs: make at_w_plus_epsilon() before the step, or call reset() to drop the pass at w"
+            )
+
+    def _versions_of_weights(self) -> list[int]:
+        return [weight._version for weight in self._trained]
 
     def _reshard_modules(self) -> None:
         reshard(part for module in self.modules for part in module.modules())
@@ -345,12 +374,11 @@ _OTHER_WEIGHTS = (
 
 
 class _Pass(NamedTuple):
-    """A pass to make at w + epsilon, with the random state, the loss and the variables of its pass at w."""
+    """A pass to make at w + epsilon, with the random state and the loss of its pass at w."""
 
     evaluate: Callable[[], Any]
     random_state: RandomState | None
     loss: Tensor | float
-    run: Run
 
     def repeat(self) -> Any:
         """Make the pass, with the random numbers of the one at w."""

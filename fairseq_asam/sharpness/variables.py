@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import io
+import itertools
 import types
 from collections.abc import Callable, Iterator
 from dis import get_instructions
 from typing import Any, NamedTuple, Union
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 #: What has a variable: a cell of a closure, globals, attributes of an object, or a container of arguments.
 Holder = Union[types.CellType, "dict[Any, Any]", "list[Any]", "tuple[Any, ...]"]
@@ -22,48 +25,80 @@ _LONG = 1000
 
 
 class Run(NamedTuple):
-    """A run of a function: its number, and the variables that it has read, by identity and name."""
+    """A run of a function.
 
-    number: int
-    variables: set[tuple[int, Any]]
+    Attributes:
+        read: what has the variables that it reads, by identity and name.
+        modules: those in the variables.
+        weights: leaves of graphs in the variables, which get a gradient.
+        versions: of the tensors in its arguments before the run.
+    """
+
+    read: dict[tuple[int, Any], Holder]
+    modules: list[nn.Module]
+    weights: list[Tensor]
+    versions: list[tuple[Tensor, int]]
 
 
 class Variables:
-    """Tells whether a function that has run would read other values if it ran again.
+    """Tells whether functions that have run would read other values if they ran again.
 
     A function that a loop defines reads the loop's variables when it runs. Once the loop has gone on, they
-    are those of another turn. Only what changes between two runs counts: what functions rebind themselves,
-    and the tensors that they change in place, are their own affair.
+    are those of another turn. What functions rebind themselves is their own affair.
+
+    Attributes:
+        changed: the names of what was changed after a run that had read it, and outside of any run.
     """
 
     def __init__(self) -> None:
+        self.changed: set[str] = set()
         # For each variable, the value that it had when the last run ended, and the version of that tensor.
         self._found: dict[tuple[int, Any], tuple[Holder, Any, int]] = {}
-        # The number of runs before the last change from outside.
-        self._changed: dict[tuple[int, Any], int] = {}
-        self._runs = 0
 
-    def before_run(self) -> None:
+    def look(self) -> None:
         """Look what has changed since the last run. Call this before the next one."""
-        for (identity, name), (holder, value, version) in self._found.items():
+        for (_, name), (holder, value, version) in self._found.items():
             now = _value(holder, name)
             if not _is_same(now, value) or _version(now) != version:
-                self._changed[identity, name] = self._runs
+                self.changed.add(name if isinstance(name, str) else "an argument")
 
-    def after_run(self, function: Callable, arguments: tuple) -> Run:
-        """Remember what *function*, which has just run with *arguments*, has read."""
-        self._runs += 1
-        read = {(id(holder), name): holder for holder, name in (*_read_by(function), *_elements(arguments))}
-        holders = {**{key: holder for key, (holder, _, _) in self._found.items()}, **read}
+    def begin_run(self, function: Callable, arguments: tuple) -> Run:
+        """Look what *function* reads, which is about to run with *arguments*.
+
+        Raises:
+            RuntimeError: it reads an iterator.
+        """
+        self.look()
+        of_arguments = list(_elements(arguments))
+        read = {(id(holder), name): holder for holder, name in (*_read_by(function), *of_arguments)}
+        values = [_value(holder, name) for (_, name), holder in read.items()]
+        for (_, name), value in zip(read, values):
+            if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
+                raise RuntimeError(
+                    f"the function reads the iterator {name}, and each pass would take other values from it: "
+                    "take the batch from the iterator first, and pass it on, as in at_w(function, batch)"
+                )
+        modules = [value for value in values if isinstance(value, nn.Module)]
+        weights = [v for v in values if isinstance(v, Tensor) and v.requires_grad and v.is_leaf]
+        tensors = [value for value in itertools.starmap(_value, of_arguments) if isinstance(value, Tensor)]
+        return Run(read, modules, weights, [(tensor, _version(tensor)) for tensor in tensors])
+
+    def end_run(self, run: Run) -> None:
+        """Look what the variables are after *run*.
+
+        Raises:
+            RuntimeError: it has changed an argument in place. A tensor with one element may be for counting.
+        """
+        for tensor, version in run.versions:
+            if _version(tensor) != version and tensor.numel() > 1:
+                raise RuntimeError(
+                    f"the pass at w changed an argument of shape {tuple(tensor.shape)} in place, and the "
+                    "pass at w + epsilon would be over another batch: let the function change a copy of it"
+                )
+        holders = {**{key: holder for key, (holder, _, _) in self._found.items()}, **run.read}
         for key, holder in holders.items():
             value = _value(holder, key[1])
             self._found[key] = holder, value, _version(value)
-        return Run(self._runs, set(read))
-
-    def changed_since(self, run: Run) -> set[str]:
-        """Return the names of what the function of *run* would find changed."""
-        changed = (key[1] for key in run.variables if self._changed.get(key, 0) >= run.number)
-        return {name if isinstance(name, str) else "an argument" for name in changed}
 
 
 class _Names(NamedTuple):
@@ -86,7 +121,9 @@ def _read_by(function: Any) -> Iterator[tuple[Holder, Any]]:
         each = waiting.pop()
         if isinstance(each, functools.partial):
             waiting += [each.func, *each.args, *each.keywords.values()]
-        owner, each = getattr(each, "__self__", None), getattr(each, "__func__", each)
+        owner = None
+        if isinstance(each, types.MethodType):
+            owner, each = each.__self__, each.__func__
         if not isinstance(each, types.FunctionType) or (each, id(owner)) in seen:
             continue
         seen.add((each, id(owner)))
@@ -99,8 +136,8 @@ def _read_by(function: Any) -> Iterator[tuple[Holder, Any]]:
             found += [(attributes, name) for name in names.attributes & attributes.keys()]
         methods = [getattr(type(owner), name, None) for name in names.attributes]
         waiting += values[: len(cells)]
-        waiting += [value for value in values[len(cells) :] if getattr(value, "__globals__", None) is own]
-        waiting += [types.MethodType(m, owner) for m in methods if getattr(m, "__globals__", None) is own]
+        waiting += [value for value in values[len(cells) :] if _globals_of(value) is own]
+        waiting += [types.MethodType(method, owner) for method in methods if _globals_of(method) is own]
         reads.update({(id(holder), name): holder for holder, name in found})
         written.update((id(holder), name) for holder, name in found if name in names.written)
     return ((holder, key[1]) for key, holder in reads.items() if key not in written)
@@ -122,6 +159,10 @@ def _names(code: types.CodeType) -> _Names:
         frozenset(read["ATTR"].union(read["METHOD"], *(names.attributes for names in inner))),
         frozenset(written.union(*(names.written for names in inner))),
     )
+
+
+def _globals_of(value: Any) -> dict[str, Any] | None:
+    return value.__globals__ if isinstance(value, types.FunctionType) else None
 
 
 def _attributes(value: Any) -> dict[str, Any]:
@@ -159,4 +200,6 @@ def _parts(function: types.FunctionType) -> list[int]:
 
 
 def _version(value: Any) -> int:
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+    if not isinstance(value, Tensor) or is_lazy(value) or value.is_inference():
+        return 0
+    return value._version

@@ -212,6 +212,58 @@ def test_in_adam_s_metric_epsilon_has_length_rho(amsgrad):
     assert slopes[0] > 0
 
 
+class StepsElsewhere(torch.optim.Adam):
+    """Keeps the number of its steps in the group, as *key*, as some Adams do."""
+
+    def __init__(self, parameters, key):
+        super().__init__(parameters, lr=LR, betas=(0.8, 0.95), eps=1e-6)
+        self.key = key
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if self.state[p]:
+                    self.state[p]["step"] = torch.tensor(float(group[self.key]))
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                group[self.key] = int(self.state[p].pop("step"))
+
+
+def test_adam_s_metric_of_an_adam_that_counts_its_steps_in_the_group():
+    trained = []
+    for make in (adam, lambda p: StepsElsewhere(p, "step")):
+        model = setting()
+        optimizer = SharpnessAware(make(model.parameters()), model, rho=RHO, normalization="adam")
+        for step in range(4):
+            optimizer.step(functools.partial(closure_of, optimizer, model, step))
+        trained.append(torch.cat([w.detach().flatten() for w in model.parameters()]))
+    torch.testing.assert_close(*trained, rtol=1e-12, atol=1e-14)
+
+
+def closure_of(optimizer, model, step):
+    optimizer.zero_grad()
+    loss = loss_of(model, step)
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("kept", ["k", "two eps"])
+def test_adam_s_metric_of_an_adam_that_keeps_something_else_is_refused(kept):
+    model = setting()
+    base = StepsElsewhere(model.parameters(), kept) if kept == "k" else adam(model.parameters())
+    optimizer = SharpnessAware(base, model, rho=RHO, normalization="adam")
+    optimizer.step(functools.partial(closure_of, optimizer, model, 0))
+    if kept == "two eps":
+        base.param_groups[0]["eps"] = (1e-30, 1e-3)
+    before = [w.detach().clone() for w in model.parameters()]
+    with pytest.raises(
+        ValueError, match=f"{type(base).__name__} does not keep the number of its steps and one"
+    ):
+        optimizer.step(functools.partial(closure_of, optimizer, model, 1))
+    assert all(torch.equal(w, b) for w, b in zip(model.parameters(), before))
+
+
 def test_bad_input_is_refused():
     model = setting()
     for base in (torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.RMSprop(model.parameters())):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.parametrize import cached, register_parametrization
 
 from fairseq_asam import NORMALIZATIONS, Region, SharpnessAware, measure
 
@@ -356,6 +357,22 @@ def test_pairs_leave_the_mode_alone():
 
     measure(seen, model.named_parameters(), REGIONS)
     assert modes == [True, True, True]
+
+
+def test_a_parametrization_that_is_cached_is_computed_at_each_point():
+    class Symmetric(nn.Module):
+        def forward(self, weight):
+            return weight.triu() + weight.triu(1).T
+
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4).double()
+    register_parametrization(model, "weight", Symmetric())
+    x = torch.randn(8, 4).double()
+    regions = [Region(0.5), Region(0.1, normalization="none")]
+    expected = measure(lambda: model(x).square().mean(), model, regions)
+    with cached():
+        assert measure(lambda: model(x).square().mean(), model, regions) == expected
+    assert expected[0].value > 0
 
 
 def test_a_loss_that_is_not_finite_is_counted_and_never_the_maximum():

@@ -122,6 +122,87 @@ def test_a_copy_goes_on_as_the_original_does(copied):
     assert not torch.equal(weights(model), weights(original[0]))
 
 
+@pytest.mark.parametrize("options", [{}, {"direction": "momentum"}, {"normalization": "adam"}], ids=str)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_with_a_scheduler_steps_itself(copied, options):
+    """A scheduler puts a `step` into the optimizer that steps the original."""
+    model, optimizer = setting(adam, rho=0.1, **options)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    train(model, optimizer, range(3))
+    other_model, other, other_scheduler = copied((model, optimizer, scheduler))
+    before = weights(model)
+    train(other_model, other, range(3, 6))
+    assert torch.equal(weights(model), before)
+    train(model, optimizer, range(3, 6))
+    assert torch.equal(weights(model), weights(other_model))
+    other_scheduler.step()
+    assert other.base.param_groups[0]["lr"] == optimizer.base.param_groups[0]["lr"] / 2
+
+
+def test_hooks_run_and_are_left_out_of_copies():
+    """As torch's own optimizers have it."""
+    model, optimizer = setting(adam, rho=0.1)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("step"))
+    optimizer.register_state_dict_pre_hook(lambda _: seen.append("saves"))
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "note": 1})
+    optimizer.register_load_state_dict_pre_hook(
+        lambda _, state: {k: v for k, v in state.items() if k != "note"}
+    )
+    optimizer.register_load_state_dict_post_hook(lambda _: seen.append("loaded"))
+    train(model, optimizer, range(1))
+    state = optimizer.state_dict()
+    assert state["note"] == 1
+    optimizer.load_state_dict(state)
+    assert state["note"] == 1 and seen == ["step", "saves", "loaded"]
+    other = pickle.loads(pickle.dumps(optimizer))
+    other.load_state_dict(other.state_dict())
+    assert len(seen) == 3
+
+
+def test_modes_of_a_schedule_free_base():
+    class ScheduleFree(torch.optim.SGD):
+        def train(self):
+            self.mode = "train"
+
+        def eval(self):
+            self.mode = "eval"
+
+    _, optimizer = setting(lambda p: ScheduleFree(p, lr=0.1), rho=0.1)
+    for mode in ("train", "eval"):
+        getattr(optimizer, mode)()
+        assert optimizer.base.mode == mode
+    _, optimizer = setting(adam, rho=0.1)
+    assert not hasattr(optimizer, "train") and not hasattr(optimizer, "eval")
+
+
+@pytest.mark.parametrize("wrapped", ["model", "last layer"])
+def test_all_weights_of_the_loss_get_the_gradient_at_w_plus_epsilon(wrapped):
+    """Those that the base has and the module lacks, and those that neither has."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    factor = nn.Parameter(torch.tensor(2.0).double())
+    inputs, known = torch.randn(16, 4).double(), [*model.parameters(), factor]
+    part = model if wrapped == "model" else model[2]
+    trained = [*part.parameters(), factor] if wrapped == "model" else part.parameters()
+    optimizer = SharpnessAware(torch.optim.SGD(trained, lr=0.0), part, rho=0.5)
+    seen = []
+
+    def closure():
+        optimizer.zero_grad()
+        seen.append(torch.autograd.grad((model(inputs) * factor).square().mean(), known))
+        loss = (model(inputs) * factor).square().mean()
+        loss.backward()
+        return loss
+
+    for step in range(2):
+        for weight in known:
+            weight.grad = None
+        optimizer.step(closure)
+        for weight, gradient in zip(known, seen[2 * step + 1]):
+            torch.testing.assert_close(weight.grad, gradient)
+
+
 def test_rho_zero_is_the_base_optimizer():
     model, optimizer = setting(adam, rho=0.0)
     train(model, optimizer, range(10))

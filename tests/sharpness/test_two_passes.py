@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrize import cached, register_parametrization
 
 from fairseq_asam import Perturbation, TwoPasses
+from fairseq_asam.sharpness import two_passes as two_passes_module
 
 from . import plain_epsilon
 
@@ -153,6 +155,305 @@ def by_hand(model, batches, epsilon_from):
     return gradients(reference)
 
 
+# Weights that are not those of the construction, or in none of the modules.
+
+
+def at_w_plus_epsilon(loss, perturbed, others):
+    """The gradients of *perturbed*, by name, and *others* at w + epsilon, by hand."""
+    weights = [*perturbed.values(), *others]
+    g = torch.autograd.grad(loss(), list(perturbed.values()))
+    numbers = [
+        {name: t.detach().numpy() for name, t in zip(perturbed, each)} for each in (perturbed.values(), g)
+    ]
+    epsilon = plain_epsilon.epsilon(*numbers, rho=0.5, eta=0.01, p=2.0, normalization="element-wise")
+    before = {name: weight.detach().clone() for name, weight in perturbed.items()}
+    with torch.no_grad():
+        for name, weight in perturbed.items():
+            weight.add_(torch.tensor(epsilon[name]))
+    result = torch.autograd.grad(loss(), weights)
+    with torch.no_grad():
+        for name, weight in perturbed.items():
+            weight.copy_(before[name])
+    return result
+
+
+def assert_gradients_are_those_at_w_plus_epsilon(
+    two_passes, loss, perturbed, others, earlier=False, updates=3
+):
+    for _ in range(updates):
+        for weight in (*perturbed.values(), *others):
+            weight.grad = torch.ones_like(weight) if earlier else None
+        expected = at_w_plus_epsilon(loss, perturbed, others)
+
+        def evaluate():
+            value = loss()
+            value.backward()
+            return value
+
+        two_passes(evaluate)
+        for weight, gradient in zip((*perturbed.values(), *others), expected):
+            torch.testing.assert_close(weight.grad - float(earlier), gradient, rtol=1e-11, atol=1e-13)
+
+
+def first_layer(model):
+    return {name: weight for name, weight in model.named_parameters() if name.startswith("0.")}
+
+
+def test_a_layer_replaced_or_added_after_construction():
+    model = plain_network()
+    two_passes = TwoPasses(Perturbation(first_layer(model).items(), rho=0.5), [model])
+    model[2] = nn.Linear(8, 3).double()
+    model.append(nn.Linear(3, 3).double())
+    others = [*model[2].parameters(), *model[3].parameters()]
+    for earlier in (False, True):
+        assert_gradients_are_those_at_w_plus_epsilon(
+            two_passes, lambda: model(batch()).square().mean(), first_layer(model), others, earlier
+        )
+
+
+def test_a_parametrization_registered_after_construction():
+    class Half(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    model = plain_network()
+    two_passes = two_passes_of(model)
+    register_parametrization(model[0], "weight", Half())
+    perturbed = dict(model.named_parameters())
+    assert_gradients_are_those_at_w_plus_epsilon(
+        two_passes, lambda: model(batch()).square().mean(), perturbed, []
+    )
+
+
+def test_a_part_of_the_weights_perturbed_without_modules():
+    model = plain_network()
+    two_passes = TwoPasses(Perturbation(first_layer(model).items(), rho=0.5))
+    for earlier in (False, True):
+        assert_gradients_are_those_at_w_plus_epsilon(
+            two_passes,
+            lambda: model(batch()).square().mean(),
+            first_layer(model),
+            list(model[2].parameters()),
+            earlier,
+        )
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_weight_and_a_criterion_in_no_module(known, earlier):
+    class Criterion(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(2.0).double())
+
+        def forward(self, outputs):
+            return (outputs * self.factor * self.factor).square().mean()
+
+    model, criterion, shift = plain_network(), Criterion(), nn.Parameter(torch.ones(3).double())
+    assert_gradients_are_those_at_w_plus_epsilon(
+        two_passes_of(model, known=known),
+        lambda: criterion(model(batch()) + shift),
+        dict(model.named_parameters()),
+        [criterion.factor, shift],
+        earlier,
+    )
+
+
+def test_a_weight_that_the_graph_of_the_loss_alone_shows():
+    """Also when another one takes its place."""
+    model, hidden = plain_network(), [nn.Parameter(torch.tensor(2.0).double())]
+    two_passes = two_passes_of(model)
+    for _ in range(2):
+        assert_gradients_are_those_at_w_plus_epsilon(
+            two_passes,
+            lambda: (model(batch()) * hidden[0]).square().mean(),
+            dict(model.named_parameters()),
+            hidden,
+        )
+        hidden[0] = nn.Parameter(torch.tensor(3.0).double())
+
+
+def test_a_hidden_weight_whose_gradient_cannot_be_told_apart_is_refused():
+    """One that has a gradient from before, or that a pass uses twice."""
+    model, hidden = plain_network(), [nn.Parameter(torch.tensor(2.0).double())]
+    before = {name: w.detach().clone() for name, w in model.named_parameters()}
+    for gradient, factor in (
+        (torch.ones(()).double(), lambda: hidden[0]),
+        (None, lambda: hidden[0] * hidden[0]),
+    ):
+        hidden[0].grad = gradient
+
+        def evaluate(factor=factor):
+            loss = model(batch()).square().mean() * factor()
+            loss.backward()
+            return loss
+
+        with pytest.raises(RuntimeError, match=r"shape \(\) is in neither.*among the parameters"):
+            two_passes_of(model)(evaluate)
+        hidden[0].grad = None
+        TwoPasses(Perturbation(model.named_parameters(), 0.5), [model], hidden)(evaluate)
+        assert_same({name: w.detach() for name, w in model.named_parameters()}, before)
+
+
+def test_inputs_that_get_a_gradient_may_be_made_in_each_turn():
+    model = plain_network()
+    two_passes = two_passes_of(model)
+    for step in range(3):
+        inputs = batch(step).requires_grad_()
+        assert_gradients_are_those_at_w_plus_epsilon(
+            two_passes,
+            lambda inputs=inputs: model(inputs).square().mean(),
+            dict(model.named_parameters()),
+            [inputs],
+            updates=1,
+        )
+
+
+def test_inputs_made_within_the_function_are_its_own():
+    """Also if they are used twice."""
+    model = plain_network()
+
+    def evaluate(inputs):
+        own = inputs.clone().requires_grad_()
+        loss = (model(own) + model(own + 1)).square().mean()
+        loss.backward()
+        return loss
+
+    two_passes_of(model)(evaluate, batch())
+
+
+def test_weights_that_are_replaced_without_a_module_are_told_of():
+    weights = {"w": torch.ones(5, 3).double().requires_grad_()}
+    two_passes = TwoPasses(Perturbation(weights.items(), rho=0.5))
+
+    def evaluate():
+        loss = (batch() @ weights["w"]).square().mean()
+        loss.backward()
+        return loss
+
+    two_passes(evaluate)
+    weights["w"] = weights["w"].detach().clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="others than those of the perturbation"):
+        two_passes(evaluate)
+
+
+def head_replaced(model):
+    model[2] = nn.Linear(8, 3).double()
+
+
+def weights_assigned(model):
+    model.load_state_dict({name: w.clone() for name, w in model.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("replace", [head_replaced, weights_assigned])
+def test_weights_replaced_are_named_before_the_first_pass(replace):
+    model = plain_network()
+    two_passes = two_passes_of(model)
+    replace(model)
+    for _ in range(2):
+        with pytest.raises(
+            RuntimeError, match=r"others than those of the perturbation \(.*2.weight, 2.bias are new"
+        ):
+            two_passes(forward_and_backward(model, batch()))
+    assert all(w.grad is None for w in model.parameters())
+
+
+def test_weights_replaced_are_told_of_without_modules_too():
+    model = plain_network()
+    two_passes = two_passes_of(model, known=False)
+    weights_assigned(model)
+    with pytest.raises(RuntimeError, match=r"others than those of the perturbation .*anew"):
+        two_passes(forward_and_backward(model, batch()))
+
+
+def test_modules_may_take_turns_if_all_are_perturbed():
+    model, heads = plain_network(), [nn.Linear(8, 3).double(), nn.Linear(8, 3).double()]
+    named = [(f"{i}.{name}", w) for i, head in enumerate(heads) for name, w in head.named_parameters()]
+    two_passes = TwoPasses(Perturbation([*first_layer(model).items(), *named], rho=0.5), [model])
+    for step in range(4):
+        model[2] = heads[step % 2]
+        model.zero_grad()
+        two_passes(forward_and_backward(model, batch(step)))
+        assert_close(gradients(model), by_hand(model, [batch(step)], [batch(step)]))
+
+
+def test_a_graph_is_walked_once(monkeypatch):
+    """To walk it in each update would take as long as some layers do."""
+    walks, leaves = [], two_passes_module._leaves
+    monkeypatch.setattr(two_passes_module, "_leaves", lambda root: walks.append(root) or leaves(root))
+    model = plain_network()
+    two_passes = two_passes_of(model)
+    two_passes(forward_and_backward(model, batch(0)))
+    first = len(walks)
+    for step in range(3):
+        two_passes(forward_and_backward(model, batch(step)))
+    assert 1 <= first == len(walks)
+
+
+def test_a_pass_at_w_that_was_left_alone_is_no_part_of_another_update():
+    model = plain_network()
+    two_passes = two_passes_of(model)
+    two_passes.at_w(forward_and_backward(model, batch(1)))
+    with pytest.raises(RuntimeError, match=r"has been made whose pass at w \+ epsilon has not"):
+        two_passes(forward_and_backward(model, batch(2)))
+    two_passes.reset()
+    model.zero_grad()
+    two_passes(forward_and_backward(model, batch(2)))
+    assert_close(gradients(model), by_hand(model, [batch(2)], [batch(2)]))
+
+
+@pytest.mark.parametrize("goes_on", ["at_w", "at_w_plus_epsilon"])
+def test_a_step_after_a_pass_at_w_is_refused(goes_on):
+    model = plain_network()
+    two_passes, optimizer = two_passes_of(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    evaluate = forward_and_backward(model, batch())
+    two_passes.at_w(evaluate)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="weights have changed since a pass at w"):
+        two_passes.at_w(evaluate) if goes_on == "at_w" else two_passes.at_w_plus_epsilon()
+    model.zero_grad()
+    two_passes(evaluate)
+    assert_close(gradients(model), by_hand(model, [batch()], [batch()]))
+
+
+def in_the_function(model, optimizer):
+    return lambda: optimizer.step()
+
+
+def in_backward(model, optimizer):
+    for weight in model.parameters():
+        own = torch.optim.SGD([weight], lr=0.1)
+        weight.register_post_accumulate_grad_hook(lambda _, own=own: own.step())
+    return lambda: None
+
+
+def in_backward_by_hand(model, optimizer):
+    def step(weight):
+        with torch.no_grad():
+            weight.sub_(weight.grad, alpha=0.1)
+
+    model[2].bias.register_post_accumulate_grad_hook(step)
+    return lambda: None
+
+
+@pytest.mark.parametrize("where", [in_the_function, in_backward, in_backward_by_hand])
+def test_a_step_within_a_pass_is_refused(where):
+    model = plain_network()
+    before = {name: w.detach().clone() for name, w in model.named_parameters()}
+    then = where(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def evaluate():
+        loss = model(batch()).square().mean()
+        loss.backward()
+        then()
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"step within a pass|step after both passes"):
+        two_passes_of(model)(evaluate)
+    if where is not in_backward_by_hand:
+        assert_same({name: w.detach() for name, w in model.named_parameters()}, before)
+
+
 def plain_network():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
@@ -194,7 +495,8 @@ def test_an_epsilon_of_each_batch():
 def test_epsilon_from_another_batch():
     model = plain_network()
     two_passes = two_passes_of(model)
-    two_passes(forward_and_backward(model, batch(1)[:4]), again=forward_and_backward(model, batch(1)))
+    part, whole = forward_and_backward(model, batch(1)[:4]), forward_and_backward(model, batch(1))
+    two_passes(part, again=whole)
     assert_close(gradients(model), by_hand(model, [batch(1)], [batch(1)[:4]]))
 
 
@@ -217,6 +519,24 @@ def test_accumulated_batches_draw_the_masks_that_they_drew_at_w():
         torch.rand(7)  # what data loading may draw in between
     two_passes.at_w_plus_epsilon()
     assert seen[:3] == seen[3:] and len(set(seen)) == 3
+
+
+def test_the_batch_is_passed_on_to_both_passes():
+    model, batches = plain_network(), [batch(1), batch(2), batch(3)]
+    two_passes = two_passes_of(model)
+
+    def evaluate(inputs, factor):
+        loss = model(inputs).square().mean() * factor
+        loss.backward()
+        return loss
+
+    for inputs in batches:
+        two_passes.at_w(evaluate, inputs, 1.0)
+    two_passes.at_w_plus_epsilon()
+    assert_close(gradients(model), by_hand(model, batches, batches))
+    model.zero_grad()
+    two_passes(evaluate, batches[0], 1.0)
+    assert_close(gradients(model), by_hand(model, batches[:1], batches[:1]))
 
 
 def test_fresh_masks_on_request():
@@ -331,3 +651,21 @@ def test_with_a_gradient_scaler():
             optimizer.zero_grad()
         weights.append(torch.cat([w.detach().flatten() for w in model.parameters()]))
     torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-12)
+
+
+def test_a_parametrization_that_is_cached():
+    class Symmetric(nn.Module):
+        def forward(self, weight):
+            return weight.triu() + weight.triu(1).T
+
+    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    register_parametrization(model[0], "weight", Symmetric())
+    two_passes = TwoPasses(Perturbation(first_layer(model).items(), rho=0.5), [model])
+    two_passes(forward_and_backward(model, batch()))
+    expected, sharpness = gradients(model), two_passes.sharpness
+    with cached():
+        for _ in range(2):
+            model.zero_grad()
+            two_passes(forward_and_backward(model, batch()))
+            assert_same(gradients(model), expected)
+            assert two_passes.sharpness == sharpness > 0
