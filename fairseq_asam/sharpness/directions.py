@@ -86,7 +86,11 @@ class Direction:
         raise NotImplementedError
 
     def kept(self) -> Mapping[Tensor, Tensor]:
-        """Return what the base optimizer keeps, for the weights of the perturbation that it has stepped."""
+        """Return what the base optimizer keeps, for the weights of the perturbation that it has stepped.
+
+        Raises:
+            ValueError: it keeps nothing of the kind, or none was given.
+        """
         if self.optimizer is None:
             name = type(self).__name__
             raise ValueError(f"{name} is made of what the base optimizer keeps: pass it, {name}(optimizer)")

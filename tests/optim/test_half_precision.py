@@ -8,7 +8,7 @@ import torch
 import fairseq_asam.optim.optimizers as plugin
 from fairseq_asam.optim.half_precision import master_weights, of_model_parameters
 from fairseq_asam.sharpness.moments import adam_diagonals, first_moments
-from tests.sharpness.plain_directions import VECTORS
+from tests.sharpness.plain_directions import ONE_PASS
 from tests.training import configuration, mean_sharpness, trainer_and_batches
 
 # With a million weights, |epsilon_i| is typically rho / 1000 of |w_i|: below half a unit in the last place
@@ -136,7 +136,7 @@ def test_half_precision_weights_move_from_their_masters(corpus, flags, direction
     if normalization == "adam":
         T = {p: T.double() for p, T in of_model_parameters(adam_diagonals, trainer.optimizer).items()}
     given = {"seed": trainer.cfg.common.seed, "number": trainer.get_num_updates()}
-    g = VECTORS[direction](at_w=None, moments=moments, weights=w, **given)
+    g = ONE_PASS[direction](moments=moments, weights=w, **given)
     g = {p: vector.double() for p, vector in g.items()}
     norm = sum((T[p] * g[p]).square().sum() for p in g).sqrt()
     with perturbation:

@@ -12,13 +12,14 @@ def gaussian(w, *numbers):
     return torch.randn(w.shape, generator=generator).double()
 
 
-#: Each is given ``at_w``, a function that returns the gradients at w; ``moments``, the first moments of the
-#: base optimizer; the trained ``weights``; ``seed``; and ``number``, that of the update, from 0.
-#: A new direction gets a row here.
-VECTORS = {
-    "gradient": lambda at_w, **others: at_w(),
+#: The directions that need a pass at w, and those that do not. A new direction gets a row in one of them.
+#: Each is given ``gradients``, at w, or ``None``; ``moments``, the first moments of the base optimizer;
+#: ``weights``, those that are trained; ``seed``; and ``number``, that of the update, from 0.
+TWO_PASSES = {"gradient": lambda gradients, **others: gradients}
+ONE_PASS = {
     "momentum": lambda moments, **others: {name: -m for name, m in moments.items()},
     "random": lambda weights, seed, number, **others: {
         name: gaussian(w, seed, number, i) for i, (name, w) in enumerate(weights.items())
     },
 }
+VECTORS = {**TWO_PASSES, **ONE_PASS}

@@ -70,7 +70,6 @@ AXES = {
         "every": [],
         "fraction 0.4": ["--ascent-fraction", "0.4"],
         "interval 3": ["--ascent-interval", "3"],
-        "random": ["--ascent-direction", "random"],
     },
     "perturbed": {
         "all": [],
@@ -130,10 +129,6 @@ REFUSED = [
     (combination("normalization-layers", "lstm"), [], "--perturbed-weights is normalization-layers, but"),
     (combination("normalization-layers", "fconv"), [], "--perturbed-weights is normalization-layers, but"),
     (combination("fp16"), ["--memory-efficient-fp16"], "--memory-efficient-fp16 does not go with"),
-    *(
-        (combination("random", value), [], f"{flag} does not go with --ascent-direction random")
-        for value, flag in (("micro-batch", "--ascent-scope micro-batch"), ("fresh masks", "--fresh-masks"))
-    ),
     (combination("interval 3"), ["--zero-sharding", "os"], "with --zero-sharding os does not go with"),
     (combination(), ["--use-bmuf"], "--use-bmuf does not go with"),
     *(
@@ -166,8 +161,6 @@ def allowed(combination: dict[str, str]) -> bool:
         {"normalization-layers", "fconv"},
         {"ema", "batch norm"},  # fairseq cannot average the counts of batches
         {"ema", "fconv"},  # nor copy normalized weights
-        {"random", "micro-batch"},  # see REFUSED
-        {"random", "fresh masks"},
     ]
     return not any(values >= pair for pair in apart)
 
@@ -333,7 +326,6 @@ def measured(cfg, rank, combination, data) -> dict:
         scope=str(ours.ascent_scope),
         fresh_masks=ours.fresh_masks,
         interval=ours.ascent_interval,
-        direction=str(ours.ascent_direction),
     )
     actual = state(trainer)
     result = {"largest": largest(actual, expected), "distance": distance(actual, expected, start)}

@@ -11,7 +11,7 @@ import torch
 from fairseq.trainer import Trainer
 from torch import nn
 
-from tests.sharpness.plain_directions import VECTORS
+from tests.sharpness.plain_directions import ONE_PASS, VECTORS
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Reference:
         number = self.trainer.get_num_updates()
         torch.manual_seed(self.trainer.cfg.common.seed + number)
         self.random_state = {worker: torch.get_rng_state() for _, _, worker in micro_batches}
-        if self.direction != "gradient":
+        if self.direction in ONE_PASS:
             step = self.one_pass(micro_batches)
         elif number % self.interval > 0:
             step = self.reuse(total(self.gradient(batch, worker) for batch, _, worker in micro_batches))
@@ -71,7 +71,7 @@ class Reference:
             masks.append(None if self.fresh_masks else self.random_state[worker])
             at_w.append(self.gradient(ascent, worker))
         g, buffers = total(at_w), [x.clone() for x in self.trainer.model.buffers()]
-        with self.perturbed_by(g):
+        with self.perturbed_by(self.vectors(g)):
             perturbed = [self.gradient(b, worker, same) for (b, _, worker), same in zip(micro_batches, masks)]
         with torch.no_grad():
             for x, was in zip(self.trainer.model.buffers(), buffers):
@@ -79,14 +79,18 @@ class Reference:
         return g, total(perturbed)
 
     def one_pass(self, micro_batches):
-        """The gradient summed over *micro_batches* where a vector leads that needs no gradient at w."""
+        """The gradient at w + epsilon, summed over *micro_batches*."""
+        with self.perturbed_by(self.vectors()):
+            return total(self.gradient(batch, worker) for batch, _, worker in micro_batches)
+
+    def vectors(self, gradients=None):
+        """What epsilon is made of, given the gradients at w if there was a pass."""
         state = self.trainer.optimizer.optimizer.state
         moments = {n: state[w]["exp_avg"] for n, w in self.weights.items() if "exp_avg" in state.get(w, {})}
         chosen = {n: w for n, w in self.weights.items() if self.is_chosen(w)}
         seed, number = self.trainer.cfg.common.seed, self.trainer.get_num_updates()
-        g = VECTORS[self.direction](at_w=None, moments=moments, weights=chosen, seed=seed, number=number)
-        with self.perturbed_by(g):
-            return total(self.gradient(batch, worker) for batch, _, worker in micro_batches)
+        given = {"moments": moments, "weights": chosen, "seed": seed, "number": number}
+        return VECTORS[self.direction](gradients=gradients, **given)
 
     @contextlib.contextmanager
     def perturbed_by(self, g):
