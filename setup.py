@@ -26,6 +26,8 @@ CLUSTER = [
     "setuptools<81; python_version<'3.10'",
 ]
 ZERO = ["fairscale>=0.4.13"]
+TRANSFORMERS = ["accelerate>=1.1", "transformers>=4.57"]
+LIGHTNING = ["lightning>=2.5"]
 
 setup(
     name="fairseq_asam",
@@ -52,10 +54,16 @@ setup(
         "cluster": CLUSTER,
         # --zero-sharding os
         "zero": ZERO,
+        # fairseq_asam.integrations
+        "transformers": TRANSFORMERS,
+        "lightning": LIGHTNING,
         "test": [
             *RECIPES,
             *CLUSTER,
             *ZERO,
+            *TRANSFORMERS,
+            *LIGHTNING,
+            "peft>=0.17",
             "allpairspy>=2.5",
             # It checks against the types of the newer torch.
             "mypy==2.4.1; python_version>='3.11'",
