@@ -4,8 +4,8 @@
 #
 #   recipes/quickstart.sh
 #
-# Takes some 11 minutes on 2 cores after the installation. Run again, it does only what is missing; stopped at
-# any point, it goes on there. Everything it makes is in .venv, data/libreoffice_help and runs/quickstart.
+# It takes about a quarter of an hour on 2 cores, and the installation up to 6 minutes more. Started again after a stop,
+# it makes what is missing. Everything it makes is in .venv, data/libreoffice_help and runs/quickstart.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -81,28 +81,75 @@ def test_named_commands_and_files_exist():
     assert not missing, "\n".join(missing)
 
 
-def test_the_pytorch_code_of_the_readme_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 3
+def code_of(document: str) -> list:
+    """The Python blocks of *document*."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text("utf-8"), re.DOTALL)
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)])
+        self.last = torch.nn.Linear(4, 2)
+
+    def forward(self, inputs):
+        for layer in self.layers:
+            inputs = layer(inputs)
+        return self.last(inputs)
+
+
+def names_of_a_loop() -> dict:
+    """What the code of a page takes for granted."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
-    names = {
+    batches = [(torch.randn(8, 3), torch.randint(2, (8,))) for _ in range(2)]
+    inputs, targets = batches[0]
+    return {
         "torch": torch,
         "SGD": torch.optim.SGD,
-        "model": model,
+        "model": Model(),
         "loss_of": torch.nn.functional.cross_entropy,
+        "batches": batches,
+        "micro_batches": batches,
+        "inputs": inputs,
+        "targets": targets,
+        "device": "cpu",
     }
-    names["batches"] = [(torch.randn(8, 3), torch.randint(2, (8,))) for _ in range(2)]
+
+
+def run_and_see_weights_move(block: str, names: dict) -> None:
+    before = [parameter.clone() for parameter in names["model"].parameters()]
+    exec(block, names)
+    if ".step(" in block:
+        after = list(names["model"].parameters())
+        assert all(w.isfinite().all() and not torch.equal(w, old) for w, old in zip(after, before)), block
+
+
+def test_the_pytorch_code_of_the_readme_runs():
+    names, blocks = names_of_a_loop(), code_of("README.md")
 
     def closure():
         names["optimizer"].zero_grad()
-        loss = names["loss_of"](model(names["batches"][0][0]), names["batches"][0][1])
+        loss = names["loss_of"](names["model"](names["inputs"]), names["targets"])
         loss.backward()
         return loss
 
     names["closure"] = closure
+    assert len(blocks) == 3
     for block in blocks:
-        before = [parameter.clone() for parameter in model.parameters()]
-        exec(block, names)
+        run_and_see_weights_move(block, names)
         assert math.isfinite(names["loss"])
-        assert not any(torch.equal(w, old) for w, old in zip(model.parameters(), before))
+
+
+def test_the_code_of_the_step_in_pytorch_runs(tmp_path):
+    pytest.importorskip("torch", minversion="2.6", reason="fully_shard is public from torch 2.6 on")
+    names, blocks = names_of_a_loop(), code_of("fairseq_asam/sharpness/README.md")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        for block in blocks:
+            if "fully_shard(" in block:
+                names["model"] = Model()  # DistributedDataParallel has the one before
+            run_and_see_weights_move(block, names)
+        run_and_see_weights_move("two_passes(forward_and_backward, inputs, targets); optimizer.step()", names)
+    finally:
+        torch.distributed.destroy_process_group()

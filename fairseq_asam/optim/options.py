@@ -15,71 +15,63 @@ from fairseq_asam.sharpness.perturbation import validate
 # No "from __future__ import annotations" here: fairseq's parser needs types, not their names.
 
 
-_RHO = {"help": "radius of the maximization region (default: the paper's for translation, Section 5.3)"}
+def _option(default: Any, help: str) -> Any:
+    """Return a field whose help ends in its default."""
+    shown = f"{default:g}" if isinstance(default, (int, float)) else default
+    if default is not None and not isinstance(default, bool):
+        help += f" (default: {shown})"
+    return field(default=default, metadata={"help": help})
+
+
+_RHO = "radius of the maximization region; the paper uses 0.1 for sam and 0.2 for asam (Section 5.3)"
 
 
 @dataclass
 class SAMConfig(FairseqDataclass):
     """The options of ``--optimizer sam``, beside those of the base optimizer."""
 
-    rho: float = field(default=0.1, metadata=_RHO)
-    p_norm: float = field(
-        default=2.0,
-        metadata={"help": "norm that bounds the region, 1 < p <= inf (Section 5.2 finds 2 best)"},
+    rho: float = _option(0.1, _RHO)
+    ascent_direction: ChoiceEnum(list(DIRECTIONS)) = _option(  # type: ignore[valid-type]
+        "gradient", f"what epsilon is made of; {meanings()}"
     )
-    ascent_scope: ChoiceEnum(["update", "micro-batch"]) = field(  # type: ignore[valid-type]
-        default="update",
-        metadata={
-            "help": "what shares one epsilon: the whole update, over all its micro-batches and workers "
-            "(Algorithm 1), or each micro-batch of each worker (m-sharpness, Section 5.2)"
-        },
+    ascent_from: float = _option(
+        0.0,
+        "number of the first sharpness-aware update, or, below 1, a share of all updates (--max-epoch, "
+        "--max-update); the updates before are plain steps of the base optimizer and cost one pass (late "
+        "start, arXiv 2410.10373)",
     )
-    perturbed_weights: ChoiceEnum(list(SELECTIONS)) = field(  # type: ignore[valid-type]
-        default="all",
-        metadata={
-            "help": "weights that epsilon moves (the paper: all; SAM-ON, arXiv 2306.04226: "
-            "normalization-layers)"
-        },
+    ascent_fraction: float = _option(
+        1.0,
+        "compute epsilon from this share of the sentences of each batch, drawn anew in every update; an "
+        "update costs 1 + this many passes (arXiv 2110.08529)",
     )
-    fresh_masks: bool = field(
-        default=False,
-        metadata={
-            "help": "draw new dropout masks for the pass at w + epsilon; by default both passes use the same"
-        },
+    ascent_interval: int = _option(
+        1,
+        "make both passes in every N-th update only, and reuse their result in the others; an update costs "
+        "1 + 1/N passes (LookSAM, arXiv 2203.02714)",
     )
-    ascent_direction: ChoiceEnum(list(DIRECTIONS)) = field(  # type: ignore[valid-type]
-        default="gradient",
-        metadata={"help": f"what epsilon is made of; {meanings()}"},
+    ascent_reuse: Optional[float] = _option(
+        None,
+        "with --ascent-interval: length of the reused component, relative to the gradient (LookSAM's alpha, "
+        "0.7); if it is not given, the tangent of the angle between the last two gradients at w and w + "
+        "epsilon, at most 1",
     )
-    ascent_from: float = field(
-        default=0.0,
-        metadata={
-            "help": "number of the first sharpness-aware update, or, below 1, the share of all updates "
-            "(--max-epoch, --max-update) before it; those before are plain updates of the base optimizer and "
-            "cost one pass (late start, arXiv 2410.10373)"
-        },
+    ascent_scope: ChoiceEnum(["update", "micro-batch"]) = _option(  # type: ignore[valid-type]
+        "update",
+        "what shares one epsilon: the whole update, with all micro-batches and workers (Algorithm 1), or "
+        "each micro-batch of each worker (m-sharpness, Section 5.2)",
     )
-    ascent_fraction: float = field(
-        default=1.0,
-        metadata={
-            "help": "compute epsilon from this share of the sentences of each batch, redrawn every update; "
-            "an update costs 1 + this many passes (arXiv 2110.08529)"
-        },
+    perturbed_weights: ChoiceEnum(list(SELECTIONS)) = _option(  # type: ignore[valid-type]
+        "all",
+        "weights that epsilon moves; the paper moves all, SAM-ON (arXiv 2306.04226) those of the "
+        "normalization layers",
     )
-    ascent_interval: int = field(
-        default=1,
-        metadata={
-            "help": "make both passes in every N-th update only, and reuse what they found in the others; "
-            "an update costs 1 + 1/N passes (LookSAM, arXiv 2203.02714)"
-        },
+    fresh_masks: bool = _option(
+        False,
+        "draw new dropout masks for the pass at w + epsilon; without this flag both passes use the same",
     )
-    ascent_reuse: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "with --ascent-interval, the length of the reused component relative to the gradient "
-            "(LookSAM's alpha, 0.7); by default the tangent of the angle between the gradients at w and "
-            "w + epsilon when both were last computed, at most 1"
-        },
+    p_norm: float = _option(
+        2.0, "order of the norm that bounds the region, 1 < p <= inf; Section 5.2 finds 2 best"
     )
 
 
@@ -87,22 +79,16 @@ class SAMConfig(FairseqDataclass):
 class ASAMConfig(SAMConfig):
     """The options of ``--optimizer asam``, beside those of the base optimizer."""
 
-    rho: float = field(default=0.2, metadata=_RHO)
-    eta: float = field(
-        default=0.01,
-        metadata={"help": "added to the normalization operator for stability (Section 3)"},
+    rho: float = _option(0.2, _RHO)
+    normalization: ChoiceEnum([*NORMALIZATIONS, ADAM]) = _option(  # type: ignore[valid-type]
+        "element-wise",
+        "normalization operator T_w (Section 3, Equation 5); none is SAM; layer-wise takes the l2 norm of "
+        "the whole weight; adam is (sqrt(v_hat) + eps)^(-1/2) of Adam's second moment, for biases too (arXiv "
+        "2502.02407)",
     )
-    normalization: ChoiceEnum([*NORMALIZATIONS, ADAM]) = field(  # type: ignore[valid-type]
-        default="element-wise",
-        metadata={
-            "help": "normalization operator T_w (Section 3, Equation 5); none is SAM, layer-wise takes the "
-            "l2 norm of the whole weight; adam is (sqrt(v_hat) + eps)^(-1/2) of Adam's second moment, for "
-            "biases too (arXiv 2502.02407)"
-        },
-    )
-    normalize_bias: bool = field(
-        default=False,
-        metadata={"help": "normalize biases too (Section 5.2; Figure 4 shows no gain from it)"},
+    eta: float = _option(0.01, "added to the normalization operator for stability (Section 3)")
+    normalize_bias: bool = _option(
+        False, "normalize biases too (Section 5.2); Figure 4 shows no gain from it"
     )
 
 

@@ -1,7 +1,8 @@
 """The mathematics of sharpness-aware training. It imports torch and nothing else."""
 
-from .directions import DIRECTIONS
+from .directions import DIRECTIONS, Momentum, Random
 from .measure import Region, Sharpness, measure
+from .moments import adam_diagonals
 from .normalization import NORMALIZATIONS
 from .optimizer import SharpnessAware
 from .perturbation import Perturbation
@@ -12,11 +13,14 @@ __all__ = [
     "DIRECTIONS",
     "NORMALIZATIONS",
     "SELECTIONS",
+    "Momentum",
     "Perturbation",
+    "Random",
     "Region",
     "Sharpness",
     "SharpnessAware",
     "TwoPasses",
+    "adam_diagonals",
     "measure",
     "selected_parameters",
 ]

@@ -80,8 +80,8 @@ class TrainOptions:
     dataset: str = _option("images and labels to learn", choices=DATASETS)
     model: str = _option("network to train", choices=MODELS)
     optimizer: str = _option("SGD with momentum, alone or within SAM or ASAM", choices=("sgd", "sam", "asam"))
-    output: Path = _option("folder of the run", metavar="RUN")  # noqa: RUF009
-    data: Optional[Path] = _option("folder of the data; digits needs none", None, metavar="ROOT")  # noqa: RUF009
+    output: Path = _option("folder of the run", metavar="RUN")
+    data: Optional[Path] = _option("folder of the data; digits needs none", None, metavar="ROOT")
     download: bool = _option("let torchvision download what is missing there", False)
     workers: Optional[int] = _option("processes that load images", None)
 

@@ -29,7 +29,8 @@ def rows() -> list[str]:
             flag += " (`asam` only)"
         elif option.default != of_sam[option.name].default:
             default = f"{default} (`asam`), {shown(of_sam[option.name].default)} (`sam`)"
-        meaning = re.sub(r"--[a-z-]+", r"`\g<0>`", option.metadata["help"]).replace("epsilon", "ε")
+        meaning = re.sub(r" \(default: [^)]*\)$", "", option.metadata["help"])
+        meaning = re.sub(r"--[a-z-]+", r"`\g<0>`", meaning).replace("epsilon", "ε")
         if isinstance(option.type, type) and issubclass(option.type, enum.Enum):
             meaning += "; one of " + ", ".join(f"`{choice}`" for choice in option.type)
         lines.append(f"| {flag} | {default} | {meaning} |")
@@ -42,6 +43,13 @@ def shown(default) -> str:
     if isinstance(default, bool):
         return "on" if default else "off"
     return f"`{default}`" if isinstance(default, str) else f"{default:g}"
+
+
+def test_help_ends_in_the_default():
+    helps = {option.name: option.metadata.get("help", "") for option in dataclasses.fields(ASAMConfig)}
+    assert helps["rho"].endswith(" (default: 0.2)")
+    assert helps["ascent_scope"].endswith(" (default: update)")
+    assert "default" not in helps["fresh_masks"] + helps["ascent_reuse"]
 
 
 def test_the_readme_has_the_options_as_they_are():
