@@ -343,9 +343,9 @@ class TwoPasses:
         if self._variables.changed:
             names = ", ".join(sorted(self._variables.changed))
             raise RuntimeError(
-                f"{names} changed between a pass at w and its pass at w + epsilon, which would be over another "
-                "batch: let the function take it as an argument, and pass it on, as in at_w(function, inputs, "
-                "targets)"
+                f"{names} changed between a pass at w and its pass at w + epsilon, which would be over "
+                "another batch: let the function take what changes as arguments, and pass them on, as in "
+                "at_w(function, inputs, targets)"
             )
 
     def _refuse_changed_weights(self) -> None:

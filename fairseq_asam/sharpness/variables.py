@@ -114,13 +114,16 @@ def _read_by(function: Any) -> Iterator[tuple[Holder, Any]]:
 
     Functions in its closure, its module and its object are looked into too.
     """
-    reads: dict[tuple[int, str], Holder] = {}
+    reads: dict[tuple[int, Any], Holder] = {}
     written: set[tuple[int, str]] = set()
     seen, waiting = set(), [function, function.__call__]
     while waiting:
         each = waiting.pop()
         if isinstance(each, functools.partial):
             waiting += [each.func, *each.args, *each.keywords.values()]
+            reads.update(
+                {(id(holder), name): holder for holder, name in _elements((each.args, each.keywords))}
+            )
         owner = None
         if isinstance(each, types.MethodType):
             owner, each = each.__self__, each.__func__
