@@ -87,3 +87,14 @@ def test_perturbation():
         ]
         assert len(ratios) == 4
         assert sentence.format(f"{min(ratios):.2f}", f"{max(ratios):.2f}") in README
+
+
+def test_launches():
+    result = figures("launches")
+    this, beside = result["versions"]
+    fastest = this["minimum_us"] / beside["minimum_us"]
+    assert f"Beside commit {beside['commit']}, on a core" in README
+    assert f"{this['operations']} operations, where there were {beside['operations']}, views" in README
+    assert (
+        f"take {result['ratios']['time']:.2f} of the time in the median round, and {fastest:.2f} in" in README
+    )
