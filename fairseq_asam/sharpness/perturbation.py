@@ -126,8 +126,9 @@ class Perturbation(Displacement):
     On exit every weight is bit for bit what it was, in the same storage, whatever happened inside the
     block. Inside, a large weight on a CPU is in other memory, unless it shares its own with another weight or
     is part of a larger buffer. Autograd refuses to run a graph inside the block that saved a perturbed weight
-    outside of it, and the other way round. A parameter without a gradient on entry is not perturbed. If the
-    gradient is zero or its norm is not finite, nothing is perturbed; look at :attr:`norm`.
+    outside of it, and the other way round. Memory that several parameters share gets the sum of their
+    epsilons. A parameter without a gradient on entry is not perturbed. If the gradient is zero or its norm is
+    not finite, nothing is perturbed; look at :attr:`norm`.
     :class:`~fairseq_asam.TwoPasses` also gives both passes the same dropout masks and batch-normalization
     statistics.
 
