@@ -44,6 +44,16 @@ def _with_scaled_moments(cfg: Any) -> bool:
     return getattr(cfg.optimizer, "fp16_adam_stats", False)
 
 
+def _loads_with_the_masks_generator(cfg: Any) -> bool:
+    return (
+        cfg.task._name in ("denoising", "multilingual_denoising")
+        and cfg.dataset.num_workers == 0
+        and cfg.dataset.data_buffer_size > 0
+        and not by_momentum(cfg.optimizer)
+        and not cfg.optimizer.fresh_masks
+    )
+
+
 def _passes_use_other_layers(cfg: Any) -> bool:
     distributed, optimizer = cfg.distributed_training, cfg.optimizer
     return (
@@ -157,6 +167,13 @@ REFUSALS = [
         lambda cfg: cfg.task._name == "online_backtranslation",
         "its training targets are made by the model at w, and would change at w + epsilon",
         "use a task whose batches stay the same",
+    ),
+    Refusal(
+        "--num-workers 0 with a denoising task",
+        _loads_with_the_masks_generator,
+        "a thread that loads data during the passes draws its noise from the generator of the dropout masks, "
+        "which would differ between the passes",
+        "use --num-workers 1 or --data-buffer-size 0",
     ),
     Refusal(
         "--find-unused-parameters",

@@ -133,7 +133,10 @@ UNUSED = {
     "distributed_training.ddp_backend": "pytorch_ddp",
     "optimizer.ascent_scope": "micro-batch",
 }
+#: The configuration of these tests has --num-workers 0.
+DENOISING = {"task._name": "denoising", "dataset.data_buffer_size": 10}
 REFUSED += [
+    (DENOISING, "--num-workers 0 with a denoising task"),
     ({**UNUSED, "optimizer.fresh_masks": True}, "--find-unused-parameters"),
     ({**UNUSED, "optimizer.ascent_fraction": 0.5}, "--find-unused-parameters"),
 ]
@@ -163,6 +166,11 @@ USED = {
 }
 TAKEN = [*OPTIONS.values(), *STATES.values(), UNUSED]
 TAKEN += [{**UNUSED, "optimizer.fresh_masks": True, name: value} for name, value in USED.items()]
+TAKEN += [{**DENOISING, "dataset.num_workers": 1}, {**DENOISING, "dataset.data_buffer_size": 0}]
+TAKEN += [
+    {**DENOISING, "optimizer.fresh_masks": True},
+    {**DENOISING, "optimizer.ascent_direction": "momentum"},
+]
 TAKEN += [{f"common.{precision}": True} for precision in ("fp16", "bf16", "amp")]
 
 
