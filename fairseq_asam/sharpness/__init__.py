@@ -1,6 +1,6 @@
 """The mathematics of sharpness-aware training. It imports torch and nothing else."""
 
-from .directions import DIRECTIONS
+from .directions import DIRECTIONS, Momentum, Random
 from .measure import Region, Sharpness, measure
 from .normalization import NORMALIZATIONS
 from .optimizer import SharpnessAware
@@ -12,7 +12,9 @@ __all__ = [
     "DIRECTIONS",
     "NORMALIZATIONS",
     "SELECTIONS",
+    "Momentum",
     "Perturbation",
+    "Random",
     "Region",
     "Sharpness",
     "SharpnessAware",
