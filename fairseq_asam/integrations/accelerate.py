@@ -80,13 +80,17 @@ class AccumulatingTwoPasses(TwoPasses):
         if not self.perturbation.direction.needs_pass_at_w:
             return self.only_at_w_plus_epsilon(evaluate, *arguments)
         if self.ascent_scope == "micro-batch":
-            at_w, again = functools.partial(self._alone, evaluate), functools.partial(self._marked, again)
-            return super().__call__(at_w, *arguments, again=again)
-        if self.accelerator.sync_gradients:
-            return super().__call__(evaluate, *arguments, again=functools.partial(self._marked, again))
-        if not self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
+            alone = functools.partial(self._alone, evaluate)
+            return super().__call__(alone, *arguments, again=functools.partial(self._marked, again))
+        is_last = self.accelerator.sync_gradients
+        if is_last:
+            again = functools.partial(self._marked, again)
+        elif not self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
             again = functools.partial(self._alone, again)
-        return self.at_w(evaluate, *arguments, again=again)
+        at_w = self.at_w(evaluate, *arguments, again=again)
+        if is_last:
+            self.at_w_plus_epsilon()
+        return at_w
 
     def _alone(self, evaluate: Evaluate, *arguments: Any) -> Any:
         """Make a pass whose gradient is not summed over processes yet."""

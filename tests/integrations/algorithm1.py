@@ -7,7 +7,7 @@ import contextlib
 import torch
 from torch import nn
 
-from tests.sharpness.plain_directions import VECTORS
+from tests.sharpness.plain_directions import TWO_PASSES, VECTORS
 from tests.sharpness.plain_epsilon import epsilon
 
 
@@ -58,12 +58,9 @@ def algorithm_1(
                     for name, w in trained.items()
                     if w in optimizer.state
                 }
+                at_w = gradient(batches, update) if direction in TWO_PASSES else None
                 vectors = VECTORS[direction](
-                    at_w=lambda batches=batches, update=update: gradient(batches, update),
-                    moments=moments,
-                    weights=trained,
-                    seed=seed,
-                    number=number,
+                    gradients=at_w, moments=moments, weights=trained, seed=seed, number=number
                 )
                 options, moves = (rho, eta, p, normalization, normalize_bias), {}
                 if normalization == "adam":

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fairseq_asam import SharpnessAware
+from fairseq_asam import Perturbation, SharpnessAware, TwoPasses
 from tests.integrations.algorithm1 import Net, algorithm_1, assert_close, assert_far, examples
 
 pytest.importorskip("lightning")
@@ -315,6 +315,31 @@ class Manual(Module):
 class Twice(Module):
     def configure_optimizers(self):
         return SharpnessAware(super().configure_optimizers(), self, rho=0.1)
+
+
+class ByHand(Manual):
+    """Manual optimization as the README has it."""
+
+    def on_train_start(self):
+        self.two_passes = TwoPasses(Perturbation(self.named_parameters(), 0.3), [self])
+
+    def forward_and_backward(self, inputs, labels):
+        loss = F.cross_entropy(self.net(inputs), labels)
+        self.manual_backward(loss)
+        return loss
+
+    def training_step(self, batch, number):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = self.two_passes(self.forward_and_backward, *batch)
+        optimizer.step()
+        self.log("loss", loss)
+
+
+def test_manual_optimization_takes_two_passes_in_training_step():
+    module = ByHand()
+    fit(module)
+    assert_close(module.net, reference([[batch] for batch in batches_of()])[0])
 
 
 class WithoutMomentum(Module):
