@@ -33,8 +33,8 @@ class Variables:
     """Tells whether a function that has run would read other values if it ran again.
 
     A function that a loop defines reads the loop's variables when it runs. Once the loop has gone on, they
-    are those of another turn. Only what changes between two runs counts: what functions rebind themselves,
-    and the tensors that they change in place, are their own affair.
+    are those of another turn. Only changes between two runs count. What a function rebinds itself, and the
+    tensors that it changes in place, do not.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Variables:
         self._runs = 0
 
     def before_run(self) -> None:
-        """Look what has changed since the last run. Call this before the next one."""
+        """Find out what has changed since the last run. Call this before the next one."""
         for (identity, name), (holder, value, version) in self._found.items():
             now = _value(holder, name)
             if not _is_same(now, value) or _version(now) != version:

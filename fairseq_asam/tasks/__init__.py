@@ -1,6 +1,6 @@
 """fairseq_asam as a fairseq plugin: importing this package changes fairseq and registers the optimizers.
 
-fairseq imports the folder ``tasks`` of a ``--user-dir``, so the name is not ours to choose. A program of your
+fairseq imports the folder ``tasks`` of a ``--user-dir``, which gives this package its name. A program of your
 own, or a second ``--user-dir``, imports ``fairseq_asam.tasks``.
 """
 
