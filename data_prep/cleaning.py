@@ -44,7 +44,7 @@ class Rules:
         self.table: list[dict[str, str | int]] = []
 
     def apply(self, pairs: Iterable[Pair], rule: Callable[[Pair], bool], prefix: str = "") -> list[Pair]:
-        """Return the pairs for which `rule` is true; `prefix` and its function's name name the row."""
+        """Return the pairs for which `rule` is true; `prefix` and the function's name are the row's name."""
         verdicts: Counter[bool] = Counter()
         kept = []
         for pair in pairs:

@@ -1,7 +1,7 @@
 """The corpus folder: raw text, a joint sentencepiece model, fairseq's binarized form, statistics.
 
-A folder is built beside its destination, as `.NAME.partial`, and renamed when it is whole. What an
-interrupted run finished there, the next run with the same settings takes up.
+A folder is built beside its destination, as `.NAME.partial`, and renamed when it is whole. After an
+interruption, the next run with the same settings goes on from what is there.
 """
 
 from __future__ import annotations

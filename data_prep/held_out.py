@@ -18,8 +18,8 @@ Splits = dict[str, list[Pair]]
 def hold_out_pages(pairs: list[Pair], rules: Rules, held_out: tuple[int, int], seed: int) -> Splits:
     """Hold out whole pages for validation and testing; the others train.
 
-    Of a page held out, only sentences count that no other page has, nor nearly has, in either language: so
-    none of them, nor one that is a word apart, is in training or in the other set.
+    Of a page held out, only sentences count that no other page has, not even with one word changed, in either
+    language. So neither they nor such near ones are in training or in the other set.
 
     Args:
         pairs: All clean pairs, in the order of their pages.

@@ -3,8 +3,8 @@
     python -m data_prep.plain DEST --train A.de A.en --valid B.de B.en --test C.de C.en [--vocab-size N]
 
 The endings of the names are the languages, the source first. Line n of one file is the translation of line n
-of the other. DEST gets the same files as from data_prep.libreoffice_help. The text stays as it is, but that
-each run of white space becomes one space: do what else your text needs before.
+of the other. DEST gets the same files as from data_prep.libreoffice_help. Each run of white space becomes one
+space, and nothing else is changed: do before what else your text needs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fairseq optimizers ``asam``, ``sam`` and their kin. Importing this package registers them."""
+"""The fairseq optimizers ``asam``, ``sam`` and their variants. Importing this package registers them."""
 
 from .optimizers import SHARPNESS_AWARE, sharpness_aware_optimizer
 from .options import validate_config

@@ -1,4 +1,4 @@
-"""The model's weights and what belongs to them, where ``--fp16`` and bfloat16 step float32 masters."""
+"""The model's weights and their float32 masters, which ``--fp16`` and bfloat16 step."""
 
 from __future__ import annotations
 

@@ -37,10 +37,10 @@ class LookSAM:
         self._gradients: list[Tensor] | None = None
 
     def begin(self, num_updates: int) -> bool:
-        """Begin the update after *num_updates*, whatever became of the last one.
+        """Begin the update after *num_updates*, even if the last one has not ended.
 
         Returns:
-            Whether it makes both passes: every *interval*-th does, and one that has nothing to reuse.
+            Whether it makes both passes. Every *interval*-th update does, and one that has nothing to reuse.
         """
         self._num_updates, self._gradients = num_updates, None
         return num_updates % self.interval == 0 or not any(map(self._is_reusable, self._weights()))

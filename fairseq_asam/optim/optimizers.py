@@ -127,7 +127,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         return self._two_passes
 
     def begin_update(self, trainer: Trainer, num_micro_batches: int) -> None:
-        """Begin an update of *num_micro_batches*, whatever became of the last one.
+        """Begin an update of *num_micro_batches*, even if the last one has not ended.
 
         Raises:
             ValueError: see :meth:`two_passes`; or the base optimizer does not keep the moments of which
@@ -143,7 +143,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             self.update.ascends = self.looksam.begin(number)
 
     def clip_grad_norm(self, max_norm, aggregate_norm_fn=None):
-        """Clip the norm of the gradient, after LookSAM has added to it what it reuses."""
+        """Let LookSAM add what it reuses to the gradient, then clip the gradient's norm."""
         looksam = self.update and self.update.looksam
         if looksam:
             if self.update.ascends:

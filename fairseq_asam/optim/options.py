@@ -93,7 +93,7 @@ class ASAMConfig(SAMConfig):
 
 
 def region(cfg: Any) -> dict[str, Any]:
-    """Return the maximization region of *cfg* as arguments of ``Perturbation``, but for Adam's metric.
+    """Return the maximization region of *cfg*, without Adam's metric, as arguments of ``Perturbation``.
 
     ``sam`` has T = 1.
     """

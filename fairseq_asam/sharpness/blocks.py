@@ -27,7 +27,7 @@ _BLOCK_SIZE = 2**24
 class Blocks:
     """The weights of a perturbation in blocks, and the memory that is kept between steps.
 
-    On an accelerator, the weights of a block share flat memory, so that a few operations do for all of them.
+    On an accelerator, the weights of a block share flat memory, so that a few operations serve all of them.
     On a CPU, a large weight has blocks of its own (``cpu.py``).
 
     Args:
@@ -68,8 +68,8 @@ class Blocks:
     ) -> WithGradients:
         """Return the weights in blocks, each block with its gradients.
 
-        The blocks of the last step serve again unless an argument has changed, or the memory or form of a
-        weight. Gradients are not kept. Call :meth:`free` after the blocks have moved.
+        The blocks of the last step are used again, unless an argument or the memory or form of a weight has
+        changed. Gradients are not kept. Call :meth:`free` after the blocks have moved.
 
         Args:
             gradients: this process's part of the gradient of each weight that has one.

@@ -42,7 +42,7 @@ FAST: dict[NormalizationOperator, Callable[[Tensor, list[Tensor], Tensor, Tensor
 
 
 def is_on_cpu(tensor: Tensor) -> bool:
-    """Return whether *tensor* is to be computed with as a CPU does it best."""
+    """Return whether the forms for CPUs are used for *tensor*."""
     return tensor.device.type == "cpu"
 
 
@@ -113,7 +113,7 @@ def memory_for_copy(weight: Tensor) -> Tensor:
 
 
 def alone_in_their_storage(weights: list[Tensor]) -> set[Tensor]:
-    """Return those of *weights* on a CPU that fill a storage of which no other one has a part."""
+    """Return those of *weights* on a CPU that fill a storage and share it with no other weight."""
     strided = (w for w in weights if is_on_cpu(w) and w.layout == torch.strided)
     storages = {w: w.untyped_storage() for w in strided if type(w) in (Tensor, torch.nn.Parameter)}
     users = Counter(storage.data_ptr() for storage in storages.values())

@@ -69,7 +69,7 @@ class Direction:
         return 1.0
 
     def vectors(self, weights: Mapping[Tensor, str]) -> dict[Tensor, Tensor]:
-        """Return g but for its sign, or this process's part of it, for each of *weights* to be perturbed.
+        """Return g without its sign for each of *weights* to be perturbed: of shards, this process's part.
 
         Args:
             weights: those of the perturbation that require a gradient, and their names.
@@ -195,7 +195,7 @@ def meanings() -> str:
 def seed_of(*numbers: int) -> int:
     """Return a seed for *numbers*: the first 64 bits of the SHA-256 of them, joined by spaces.
 
-    Their sum would not do: fairseq seeds dropout masks with the sum of seed and update, and update 2 of a run
-    with seed 1 would draw what update 1 does with seed 2.
+    A sum is not enough: fairseq seeds dropout masks with the sum of seed and update, and update 2 of a run
+    with seed 1 would then draw what update 1 draws with seed 2.
     """
     return int(hashlib.sha256(" ".join(map(str, numbers)).encode()).hexdigest()[:16], 16)

@@ -283,7 +283,7 @@ class _Ball:
             self.diagonals += operators[parameter].diagonal([weight], region.eta) or [one]
 
     def centre(self) -> list[Tensor]:
-        """Return the point of w."""
+        """Return the point that stands for w."""
         return [torch.zeros_like(weight) for weight in self.weights]
 
     def random_point(self, generator: torch.Generator) -> list[Tensor]:

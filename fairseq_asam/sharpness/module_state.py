@@ -1,4 +1,4 @@
-"""What a forward pass changes in modules: buffers, as the statistics of batch normalization, and weights."""
+"""What a forward pass changes in modules: buffers, such as batch-normalization statistics, and weights."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Moving:
     """Which weights a forward pass changes, as a momentum encoder or data-dependent initialization does.
 
     Most stand still, and frozen ones can be large, so they are not copied in each update. A version counter
-    tells that a pass has changed a weight. It tells neither what the weight was before, nor of a change
-    through ``.data``. So a weight is copied, and compared, in the first update that knows it. Later updates
-    copy the frozen weights that moved then.
+    tells that a pass has changed a weight. It does not tell what the weight was before, and it misses a
+    change through ``.data``. So a weight is copied, and compared, in the first update that knows it. Later
+    updates copy the frozen weights that moved then.
 
     Args:
         perturbed: weights that a perturbation moves and restores.
@@ -61,8 +61,8 @@ class ModuleState:
     """A snapshot of what a forward pass may change in modules.
 
     These are the buffers, and the weights that no perturbation restores. A pass may also set trained
-    weights, from the first batch. It then computed the loss of the weights that it set, so they are w, and
-    what says that they are set is not restored: the buffers of their module, and flags that went up.
+    weights, from the first batch. The loss is then that of the weights that it set, so these are w. What says
+    that they are set is not restored: the buffers of their module, and flags that went up.
 
     Args:
         modules: those that are saved as they are now, submodules too.

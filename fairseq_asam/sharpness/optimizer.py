@@ -50,7 +50,7 @@ class SharpnessAware(torch.optim.Optimizer):
             maximizes, epsilon goes down the gradient of the objective.
         weights: a module, or pairs of name and parameter as :class:`~fairseq_asam.Perturbation` takes them.
             Give the module if the model is compiled: with pairs, a hook has to find the modules that run.
-        rho, **options: of :class:`~fairseq_asam.Perturbation`. Besides, ``normalization="adam"`` is T =
+        rho, **options: of :class:`~fairseq_asam.Perturbation`. ``normalization="adam"`` is also allowed: T =
             (sqrt(v_hat) + eps)^(-1/2) of *base*, a kind of Adam, for biases too (arXiv 2502.02407). The first
             step has no v_hat yet, and epsilon is 0.
         direction: what epsilon is made of, a key of :data:`~fairseq_asam.DIRECTIONS` or an object of
@@ -160,8 +160,8 @@ class SharpnessAware(torch.optim.Optimizer):
 
         Args:
             closure: clears the gradients, computes the loss, calls ``backward()`` and returns the loss. It
-                runs twice, or once for a plain step. It need not clear the gradients if there are none before
-                the step. It may be left out if all gradients are 0, because epsilon is 0 then: torch's
+                runs twice, or once for a plain step. If it does not clear the gradients, there must be none
+                before the step. Leave it out only if all gradients are 0, because epsilon is 0 then: torch's
                 distributed checkpoints make such a step to initialize the state.
 
         Returns:
@@ -260,7 +260,7 @@ class SharpnessAware(torch.optim.Optimizer):
         raise NotImplementedError("add the group to the base optimizer and make a new SharpnessAware of it")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state dict of the base optimizer, whole and unchanged but by hooks of this object."""
+        """Return the state dict of the base optimizer. Only hooks of this object change it."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         state_dict = self.base.state_dict()

@@ -11,15 +11,15 @@ import torch
 
 
 class RandomState:
-    """A snapshot of the random generators: :meth:`restore` lets the same random numbers follow again.
+    """A snapshot of the random generators: :meth:`restore` makes the generators draw the same numbers again.
 
     It saves the states of the generators of Python, torch and numpy. It also records the seeds of generators
     that ``numpy.random.default_rng()`` makes on this thread, until the next RandomState is made or
     :meth:`release` is called: fairseq's wav2vec draws its masks from such fresh generators.
 
     Attributes:
-        lock: held while the states are saved and restored. Another thread that seeds a generator for a while,
-            as to load data, must hold it meanwhile.
+        lock: held while the states are saved and restored. A thread that seeds a generator for a while, for
+            example to load data, must hold it meanwhile.
     """
 
     lock = threading.RLock()
@@ -35,7 +35,7 @@ class RandomState:
         self._begin()
 
     def restore(self) -> None:
-        """Put all generators back, so that the same random numbers follow again."""
+        """Put all generators back, so that they draw the same numbers again."""
         if self._cuda is not None:
             torch.cuda.set_rng_state_all(self._cuda)
         with self.lock:

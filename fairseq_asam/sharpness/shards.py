@@ -208,7 +208,7 @@ class SameWeightsCheck:
 def hash_of(names: list[str]) -> int:
     """Return a number below 2^16 for *names*, the same on every process.
 
-    It is so small that the sum of its square over many processes is exact in float64.
+    It is small, so that the sum of its square over many processes is exact in float64.
     """
     number = 1
     for character in "\n".join(names).encode():

@@ -37,14 +37,14 @@ class TwoPasses:
             optimizer.step()
             optimizer.zero_grad()
 
-    Algorithm 1 maximizes and then descends one function, L_B. Hence both passes have the same
+    Algorithm 1 maximizes and then descends one function, L_B. So both passes have the same
 
     - random numbers, and so the same dropout masks;
-    - buffers and frozen weights to start from. Afterwards these are as the pass at w left them, so the
-      statistics of batch normalization are those of w, and a momentum encoder has moved once.
+    - buffers and frozen weights to start from. Afterwards they are as the pass at w left them: the statistics
+      of batch normalization are those of w, and a momentum encoder has moved once.
 
-    Gradients from before, as of earlier micro-batches, are set aside during the update, and the gradient at
-    w + epsilon is added to them. If a pass raises, weights and buffers are what they were at w.
+    Earlier gradients, such as those of earlier micro-batches, are set aside during the update. Then the
+    gradient at w + epsilon is added to them. If a pass raises, weights and buffers are what they were at w.
 
     For one epsilon over several micro-batches (gradient accumulation), call :meth:`at_w` for each and then
     :meth:`at_w_plus_epsilon` once. For one epsilon per micro-batch (m-sharpness), call this object for each.
@@ -66,7 +66,7 @@ class TwoPasses:
             micro-batches are added up. ``None`` before the first update.
 
     Raises:
-        ValueError: the modules have weights in shards, and *perturbation* has others than these.
+        ValueError: the modules have weights in shards, and *perturbation* has weights that no module has.
     """
 
     _passes: list[_Pass]
@@ -136,8 +136,9 @@ class TwoPasses:
 
         Args:
             evaluate: runs forward and backward, and returns the loss or a tuple that begins with it.
-            arguments: passed on to it, as the batch. At w + epsilon it gets the same ones. A variable that
-                it reads must not change before; :meth:`at_w_plus_epsilon` refuses that where it can see it.
+            arguments: passed on to it, as the batch. At w + epsilon it gets the same ones. A variable that it
+                reads must not change before that pass; :meth:`at_w_plus_epsilon` refuses the changes that it
+                can see.
             again: the same at w + epsilon; *evaluate* by default.
 
         Raises:
@@ -303,8 +304,8 @@ class TwoPasses:
     def _find_other_weights(self, result: Any, nodes: int) -> None:
         """Find weights outside of perturbation and modules that got a gradient, or raise if it is too late.
 
-        Only the graph of the loss shows them, and to walk it takes as long as some layers do. So walk each
-        kind of graph once: those of as many *nodes* with gradients of the same weights count as one.
+        Only the graph of the loss shows them, and walking it takes as long as some layers. So each kind of
+        graph is walked once. Graphs with as many *nodes* and gradients of the same weights are of one kind.
         """
         loss = result[0] if isinstance(result, tuple) else result
         kind = nodes, hash(tuple(id(weight) for weight in self._known if weight.grad is not None))
@@ -331,7 +332,7 @@ class TwoPasses:
             self._graphs_seen.add(kind)
 
     def _refuse_other_weights(self, got_one: bool = False) -> None:
-        """Raise if only weights that are not perturbed have got a gradient; *got_one*: one has."""
+        """Raise if no perturbed weight has got a gradient, but another one has; *got_one*: one has."""
         if any(weight.grad is not None for weight in self.perturbation.parameters):
             return
         if got_one or any(weight.grad is not None for weight in self._known):

@@ -56,7 +56,7 @@ class Variables:
         self._found: dict[tuple[int, Any], tuple[Holder, Any, int]] = {}
 
     def look(self) -> None:
-        """Look what has changed since the last run. Call this before the next one."""
+        """Find out what has changed since the last run. Call this before the next one."""
         for (_, name), (holder, value, version) in self._found.items():
             now = _value(holder, name)
             if not _is_same(now, value) or _version(now) != version:

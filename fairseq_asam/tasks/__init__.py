@@ -2,7 +2,7 @@
 
 ``patches.py`` has what it replaces, and ``checkpoints.py`` the types that torch may load.
 
-fairseq imports the folder ``tasks`` of a ``--user-dir``, so the name is not ours to choose. A program of your
+fairseq imports the folder ``tasks`` of a ``--user-dir``, which gives this package its name. A program of your
 own, or a second ``--user-dir``, imports ``fairseq_asam.tasks``.
 """
 

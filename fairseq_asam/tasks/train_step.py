@@ -59,7 +59,7 @@ class SharpnessAwareTask(FairseqTask):
         The loss and the logging outputs returned are those at w. ``.grad`` accumulates the gradients of the
         passes at w + epsilon. With ``--ascent-scope update``, these passes follow the pass at w of the last
         micro-batch, and that call returns the sample size of all micro-batches. With an
-        ``--ascent-direction`` that needs no pass at w, the only pass is at w + epsilon, and so is the loss.
+        ``--ascent-direction`` that needs no pass at w, the only pass, and so the loss, is at w + epsilon.
         With ``--ascent-fraction``, logging outputs at w that are sums are extrapolated to the whole batch.
         Means, as of the criteria of text-to-speech, are those of the part.
         """
@@ -150,7 +150,7 @@ class SharpnessAwareTask(FairseqTask):
 def _leave_out_unmeasured() -> None:
     """Remove the meter of ``sharpness`` if it has measured nothing since it was reset.
 
-    fairseq would log None, or null.
+    Otherwise fairseq logs None, or null.
     """
     for meters in metrics.get_active_aggregators():
         if "sharpness" in meters and meters["sharpness"].val is None:

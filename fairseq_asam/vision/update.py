@@ -16,7 +16,7 @@ from fairseq_asam import Perturbation, TwoPasses
 
 
 class Measured(NamedTuple):
-    """Means over the images of an update in this process, as tensors on the device: to read one waits.
+    """Means over the images of an update in this process, as tensors on the device; reading one waits for it.
 
     The sharpness is 0 without a perturbation, and NaN for an update of one pass with one.
     """

@@ -3,7 +3,7 @@
     python -m recipes.benchmark.image_step_cost [--models NAME ...] [--batch-size N] [--updates N] [--out F]
 
 An epoch is so many updates, as fairseq_asam.vision makes them, on random 32 x 32 images. The optimizers take
-turns, update by update, so that whatever else the machine does slows down all of them.
+turns, update by update, so that other work of the machine slows down all of them.
 """
 
 from __future__ import annotations

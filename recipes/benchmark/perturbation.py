@@ -5,8 +5,8 @@
 
 The files are `sam.py` of github.com/davda54/sam and `asam.py` of github.com/SamsungLabs/ASAM; PyPI's
 pytorch-optimizer takes part if it is installed. All make an adaptive perturbation of 39.5 million weights and
-take it back; they take turns, in another order each round, so that whatever else the machine does slows down
-all of them. The step of a base optimizer is no part of it.
+take it back; they take turns, in another order each round, so that other work of the machine slows down all
+of them. The step of a base optimizer is no part of it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
         [--batch-size N] [--rounds N] [--updates N] [--out FILE]
 
 The model and the update are those of recipes/language_model. adam, sam and asam take turns, update by update,
-in the same processes, so that whatever else the machine does slows down all of them. Peak memory is that of
+in the same processes, so that other work of the machine slows down all of them. Peak memory is that of
 processes of their own for each.
 """
 

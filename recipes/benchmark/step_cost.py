@@ -4,8 +4,8 @@
         [--rounds N] [--device cpu|cuda] [--threads N] [--no-time | --no-memory] [--out FILE]
 
 The optimizers, each with the flags that may follow --optimizer, train the same model on the same batches of
-random sentences with fairseq's own Trainer. They take turns, update by update, so that whatever else the
-machine does slows down all of them. Peak memory is that of a process of its own for each.
+random sentences with fairseq's own Trainer. They take turns, update by update, so that other work of the
+machine slows down all of them. Peak memory is that of a process of its own for each.
 """
 
 from __future__ import annotations
