@@ -102,7 +102,7 @@ def prepare(arguments: argparse.Namespace, languages: Languages, source: Source)
 
     Args:
         arguments: The command line. All arguments but the workers tell one corpus from another.
-        languages: What the names of the files of text end in.
+        languages: What the names of the files of text end in: two codes without a hyphen.
         source: Gives the splits, and what statistics.json is to say about them. It is called only where the
             text is not there yet.
 
@@ -121,6 +121,10 @@ def prepare(arguments: argparse.Namespace, languages: Languages, source: Source)
     for option, values in numbers.items():
         if min(values) < 1:
             raise PreparationError(f"{option} {' '.join(map(str, values))}: must be at least 1.")
+    if len(set(languages)) < 2 or any(not language or "-" in language for language in languages):
+        raise PreparationError(
+            f"{' and '.join(languages)}: must be two languages without a hyphen, like de and pt_BR."
+        )
     destination = arguments.destination
     settings = {
         name: str(value) if isinstance(value, Path) else value

@@ -434,7 +434,7 @@ class ForeignSAM(torch.optim.SGD):
     ("settings", "options", "message"),
     [
         ({"rho": -1}, {}, "rho is -1, but"),
-        ({"direction": "up"}, {}, "direction is 'up', but it must be one of gradient, momentum, random"),
+        ({"direction": "up"}, {}, "direction is 'up', but it must be one of gradient, "),
         ({"normalization": "l2"}, {}, "normalization is 'l2', but it must be one of none, element-wise, "),
         ({"ascent_scope": "epoch"}, {}, "ascent_scope is 'epoch', but it must be one of update, micro-batch"),
         ({"ascent_from": -1}, {}, "ascent_from is -1, but"),

@@ -318,7 +318,7 @@ def test_bad_values_are_refused_in_one_sentence():
         (dict(rho=0.1, eta=-1), "eta is -1"),
         (dict(rho=0.1, p=1), "p is 1"),
         (dict(rho=0.1, p=math.nan), "p is nan"),
-        (dict(rho=0.1, normalization="row-wise"), "'row-wise'.*none, element-wise, filter-wise, layer-wise"),
+        (dict(rho=0.1, normalization="no-such"), f"'no-such'.*{', '.join(NORMALIZATIONS)}"),
     ):
         with pytest.raises(ValueError, match=message):
             Perturbation([("w", w)], **options)
@@ -335,7 +335,7 @@ def test_bad_values_are_refused_in_one_sentence():
 
 
 @pytest.mark.parametrize(
-    "name, value", [("rho", math.nan), ("eta", -1.0), ("p", 1.0), ("normalization", "row-wise")]
+    "name, value", [("rho", math.nan), ("eta", -1.0), ("p", 1.0), ("normalization", "no-such")]
 )
 def test_values_set_later_are_checked_as_in_the_constructor(name, value):
     perturbation = Perturbation([("w", nn.Parameter(torch.ones(2)))], 0.1)

@@ -12,6 +12,7 @@ from fairseq.trainer import Trainer
 from torch import nn
 
 from tests.sharpness.plain_directions import ONE_PASS, VECTORS
+from tests.sharpness.plain_epsilon import diagonal
 
 
 @dataclass
@@ -132,14 +133,8 @@ class Reference:
             (group,) = base.param_groups
             v_hat = base.state[w]["exp_avg_sq"] / (1 - group["betas"][1] ** base.state[w]["step"])
             return (v_hat.sqrt() + group["eps"]) ** -0.5
-        is_bias = "bias" in name.split(".")[-1].split("_")
-        if self.normalization == "none" or (is_bias and not self.normalize_bias):
-            return torch.ones_like(w)
-        if self.normalization == "filter-wise" and w.dim() >= 3:
-            return torch.stack([torch.full_like(w_j, w_j.norm()) for w_j in w]) + self.eta
-        if self.normalization == "layer-wise" and w.dim() >= 2:
-            return torch.full_like(w, w.norm()) + self.eta
-        return w.abs() + self.eta
+        options = self.normalization, self.eta, self.normalize_bias
+        return torch.from_numpy(diagonal(name, w.detach().numpy(), *options))
 
     def is_perturbed(self, name):
         w = self.weights[name]

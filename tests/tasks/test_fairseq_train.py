@@ -222,7 +222,7 @@ def test_the_installed_commands_work_from_the_repository_root(corpus, tmp_path):
         (["--rho", "-0.1"], "rho is -0.1, but"),
         (["--p-norm", "1"], "p is 1.0, but"),
         (["--eta", "nan"], "eta is nan, but"),
-        (["--normalization", "row-wise"], "'row-wise' (choose from"),
+        (["--normalization", "no-such"], "'no-such' (choose from"),
         (["--ascent-direction", "up"], "'up' (choose from"),
         (
             ["--ascent-direction", "random", "--fresh-masks"],
