@@ -286,6 +286,21 @@ def sharded_step() -> str:
     )
 
 
+def launches() -> str:
+    """The operations of one perturbation on an accelerator, beside an earlier version."""
+    found = read("benchmark/launches.json")
+    rows = [
+        [
+            "this version" if version["name"] == "this" else f"commit {version['commit']}",
+            str(version["operations"]),
+            f"{version['median_us'] / 1e3:.2f}",
+            f"{version['minimum_us'] / 1e3:.2f}",
+        ]
+        for version in found["versions"]
+    ]
+    return markdown_table(["", "operations", "median, ms", "fastest, ms"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "first-screen": first_screen,
     "translation-30-epochs": functools.partial(translation_systems, "help_8000"),
@@ -297,6 +312,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "adams-metric": adams_metric,
     "confidence": confidence_of_models,
     "help-large": help_large,
+    "launches": launches,
     "step-cost": step_cost,
     "gpu-step-cost": gpu_step_cost,
     "image-step-cost": image_step_cost,

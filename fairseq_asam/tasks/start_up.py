@@ -16,7 +16,7 @@ from fairseq.optim import OPTIMIZER_REGISTRY
 from omegaconf import DictConfig
 
 from fairseq_asam.optim import SHARPNESS_AWARE, validate_config
-from fairseq_asam.optim.options import in_adams_metric
+from fairseq_asam.optim.options import direction_of, in_adams_metric
 from fairseq_asam.sharpness import DIRECTIONS
 
 
@@ -49,7 +49,7 @@ def _loads_with_the_masks_generator(cfg: Any) -> bool:
         cfg.task._name in ("denoising", "multilingual_denoising")
         and cfg.dataset.num_workers == 0
         and cfg.dataset.data_buffer_size > 0
-        and not by_momentum(cfg.optimizer)
+        and direction_of(cfg.optimizer).needs_pass_at_w
         and not cfg.optimizer.fresh_masks
     )
 
