@@ -140,7 +140,8 @@ class Block:
         if self.operator is PRECOMPUTED:
             return self.diagonals
         if not self.operator.is_element_wise:
-            weights = [weight.to(self.memory.dtype) for weight in self.masters or self.copies]
+            at_w = self.masters or (self.copies if self.overlaps else self.weights)
+            weights = [weight.to(self.memory.dtype) for weight in at_w]
         elif self.masters:
             torch._foreach_copy_(self.parts, self.masters)
             weights = [self.memory]
