@@ -126,7 +126,8 @@ def large(results: Path) -> Iterator[Planned]:
     """Yield part 5: the paper's model, on a GPU."""
     for seed in (1, 2):
         for system in ("adam", "momentum", "asam"):
-            yield Planned("de_large", "help_large_16000", system, seed)
+            half_precision = "--fp16" if torch.cuda.is_available() else ""
+            yield Planned("de_large", "help_large_16000", system, seed, half_precision)
 
 
 #: In the order in which they are made. Each is given the folder of results.
