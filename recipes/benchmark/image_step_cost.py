@@ -32,7 +32,12 @@ OPTIMIZERS = {"sgd": None, "sam": ("none", 0.05), "asam": ("element-wise", 0.5)}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--models", nargs="+", default=["resnet20", "wrn16_8"], choices=list(MODELS), metavar="NAME"
+        "--models",
+        nargs="+",
+        default=["resnet20", "wrn16_8"],
+        choices=list(MODELS),
+        metavar="NAME",
+        help="networks (default: resnet20 wrn16_8)",
     )
     parser.add_argument("--batch-size", type=at_least_1, default=32, help="images in a batch (default: 32)")
     parser.add_argument("--updates", type=at_least_1, default=10, help="updates in an epoch (default: 10)")

@@ -56,7 +56,14 @@ _processes = multiprocessing.get_context("spawn")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=list(MODELS),
+        choices=list(MODELS),
+        metavar="NAME",
+        help=f"models (default: {' '.join(MODELS)})",
+    )
     parser.add_argument(
         "--optimizers",
         nargs="+",
