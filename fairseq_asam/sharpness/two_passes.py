@@ -95,8 +95,8 @@ class TwoPasses:
         self._moving = Moving(perturbation.parameters)
         if any(map(is_sharded, self._of_modules)) and not self._of_modules.keys() >= self._moving.perturbed:
             raise ValueError(
-                "the perturbation has weights that no module has; a forward pass without a backward leaves such "
-                "whole weights: call reshard() on the modules before named_parameters()"
+                "the perturbation has weights that no module has; a forward pass without a backward leaves "
+                "such whole weights: call reshard() on the modules before named_parameters()"
             )
         self._others = list(parameters)
         self._found: list[Tensor] = []  # weights that the graph of a loss has shown
