@@ -72,7 +72,7 @@ def add_held_out(parser: argparse.ArgumentParser, held_out: tuple[int, int]) -> 
         help=f"sentences in the validation and in the test set (default: {held_out[0]} {held_out[1]})",
     )
     parser.add_argument(
-        "--seed", type=int, default=1, help="which sentences are held out (default: %(default)s)"
+        "--seed", type=int, default=1, help="decides which sentences are held out (default: %(default)s)"
     )
 
 
@@ -113,7 +113,7 @@ def prepare(arguments: argparse.Namespace, languages: Languages, source: Source)
     if arguments.vocab_size < SMALLEST_VOCABULARY:
         raise PreparationError(
             f"--vocab-size {arguments.vocab_size}: must be at least {SMALLEST_VOCABULARY}, "
-            "for letters and marks alone take most of that."
+            "because letters and marks alone take most of that."
         )
     numbers = {"--workers": [arguments.workers]}
     if "held_out" in arguments:
@@ -244,7 +244,7 @@ def _check_held_out(splits: Splits, valid: int, test: int) -> None:
     if len(splits["valid"]) < valid or len(splits["test"]) < test or not splits["train"]:
         found = ", ".join(f"{len(splits[name])} for {name}" for name in SPLITS)
         raise PreparationError(
-            f"--held-out {valid} {test}: so many sentences, and others to train, cannot be had "
+            f"--held-out {valid} {test}: there are not so many sentences beside those to train on "
             f"({found}); choose fewer."
         )
 

@@ -27,9 +27,12 @@ BatchLoss = Callable[[], Iterable[tuple[Tensor, float]]]
 #: The arguments of ``add_argument`` for each option.
 OPTIONS: dict[str, dict[str, Any]] = {
     "--gen-subset": {"default": "valid", "metavar": "SPLIT", "help": "split to measure on"},
-    "--max-tokens": {"type": int, "help": "size of a batch; none: as in the validation of training"},
+    "--max-tokens": {
+        "type": int,
+        "help": "most tokens in a batch (default: as in the validation of training)",
+    },
     "--user-dir": {"help": "folder of a task, model or criterion that fairseq does not have"},
-    "--batches": {"type": int, "help": "number of batches, drawn at random; none: the whole split"},
+    "--batches": {"type": int, "help": "number of batches, drawn at random (default: the whole split)"},
     "--seed": {"type": int, "default": 1, "help": "decides random batches, points and directions"},
     "--cpu": {"action": "store_true", "help": "use no GPU"},
     "--rho": {"type": float, "nargs": "+", "default": [0.05, 0.1, 0.2, 0.5], "help": "radii of the regions"},
@@ -41,7 +44,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--eta": {"type": float, "default": 0.01, "help": "stability term of the normalization operator"},
     "--normalize-bias": {"action": "store_true", "help": "normalize biases too"},
-    "--steps": {"type": int, "default": 1, "help": "1: the epsilon of training; more: projected ascent"},
+    "--steps": {
+        "type": int,
+        "default": 1,
+        "help": "steps of an ascent; 1: the epsilon of training, more: projected ascent",
+    },
     "--restarts": {"type": int, "default": 1, "help": "number of ascents, the first from w"},
     "--json": {"type": Path, "metavar": "FILE", "help": "write the figures to FILE too"},
 }
@@ -55,7 +62,10 @@ def add_shared_options(parser: argparse.ArgumentParser, *names: str, **changes: 
     for name in names:
         keywords = {**OPTIONS[name], **changes}
         if keywords.get("default") is not None:
-            keywords["help"] += " (default: %(default)s)"
+            default = keywords["default"]
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            help = keywords["help"].partition(" (default:")[0]
+            keywords["help"] = f"{help} (default: {shown})"
         parser.add_argument(name, **keywords)
 
 

@@ -160,7 +160,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         """
         if self.update is None or not self.update.is_at_last:
             raise RuntimeError(
-                f"--optimizer {self.sharpness_config._name} was to step without a pass at w + epsilon, which "
+                f"--optimizer {self.sharpness_config._name} would step without a pass at w + epsilon, which "
                 "would be a plain step of its base optimizer: train with fairseq's Trainer, which this "
                 "plugin extends"
             )

@@ -94,8 +94,8 @@ class Displacement:
         displaced = {id(weight) for weight, _ in self._places or ()}
         if any(id(p) in displaced for group in optimizer.param_groups for p in group["params"]):
             raise RuntimeError(
-                f"{type(optimizer).__name__} is to step with weights at w + epsilon, but on leaving the "
-                "block they go back to w, and the step would be lost: call step() after the block"
+                f"{type(optimizer).__name__} would step with weights at w + epsilon, but the block "
+                "restores w when it ends, and the step would be lost: call step() after the block"
             )
 
 

@@ -98,8 +98,8 @@ class TwoPasses:
         self._moving = Moving(perturbation.parameters)
         if any(map(is_sharded, self._of_modules)) and not self._of_modules.keys() >= self._moving.perturbed:
             raise ValueError(
-                "the perturbation has weights that are none of the modules', as after a forward pass without "
-                "a backward, when some are whole: call reshard() on the modules before named_parameters()"
+                "the perturbation has weights that no module has; a forward pass without a backward leaves "
+                "such whole weights: call reshard() on the modules before named_parameters()"
             )
         self._others = list(parameters)
         self._found: list[Tensor] = []  # weights that the graph of a loss has shown
@@ -285,8 +285,8 @@ class TwoPasses:
         known = set(self._known)
         if any(weight in known for group in optimizer.param_groups for weight in group["params"]):
             raise RuntimeError(
-                f"{type(optimizer).__name__} is to step within a pass, of which an update has two: let it "
-                "step after both, and in neither the function nor backward()"
+                f"{type(optimizer).__name__} would step within a pass, but an update has two: let it step "
+                "after both, not in the function or in backward()"
             )
 
     def _refuse_replaced_weights(self, weights: dict[Tensor, None]) -> None:
@@ -344,8 +344,8 @@ class TwoPasses:
         if self._variables.changed:
             names = ", ".join(sorted(self._variables.changed))
             raise RuntimeError(
-                f"{names} changed between a pass at w and its pass at w + epsilon, which would be over "
-                "another batch: let the function take what changes as arguments, and pass them on, as in "
+                f"{names} changed between a pass at w and its pass at w + epsilon, so the two would be over "
+                "different batches: let the function take what changes as arguments, and pass them on, as in "
                 "at_w(function, inputs, targets)"
             )
 
@@ -369,8 +369,8 @@ class TwoPasses:
 
 
 _OTHER_WEIGHTS = (
-    "the weights of the model are others than those of the perturbation ({}): make Perturbation and "
-    "TwoPasses, or SharpnessAware, anew after weights have been replaced"
+    "the weights of the model are not those of the perturbation ({}): after weights have been replaced, make "
+    "Perturbation and TwoPasses, or SharpnessAware, anew"
 )
 
 

@@ -85,9 +85,11 @@ class TrainOptions:
     download: bool = _option("let torchvision download what is missing there", False)
     workers: Optional[int] = _option("processes that load images", None)
 
-    rho: Optional[float] = _option("radius", None, heading="the maximization region (sam and asam)")
+    rho: Optional[float] = _option(
+        "radius of the maximization region", None, heading="the maximization region (sam and asam)"
+    )
     eta: float = _option("added to the normalization operator", 0.01)
-    p_norm: float = _option("norm that bounds the region, 1 < p <= inf", 2.0)
+    p_norm: float = _option("order of the norm that bounds the region, 1 < p <= inf", 2.0)
     normalization: Optional[str] = _option("normalization operator T_w", None, choices=NORMALIZATIONS)
     normalize_bias: bool = _option("normalize biases like other weights (Figure 4)", False)
     m: Optional[int] = _option(  # torchrun takes --m for an option of its own
@@ -102,28 +104,37 @@ class TrainOptions:
         choices=DIRECTIONS,
     )
     ascent_from: float = _option(
-        "number of the first sharpness-aware update, or, below 1, the share of all updates before it; those "
-        "before are plain updates of sgd (late start)",
+        "number of the first sharpness-aware update, or, below 1, a share of all updates; the updates before "
+        "are plain steps of sgd (late start)",
         0.0,
     )
     batch_norm_statistics: str = _option(
-        "passes that update them; both: as in the paper's code", "first", choices=("first", "both")
+        "passes that update the statistics of batch normalization: the first, at w, or both, as in the "
+        "paper's code",
+        "first",
+        choices=("first", "both"),
     )
 
-    batch_size: Optional[int] = _option("images of an update, of all processes", None, heading="the training")
-    epochs: Optional[int] = _option("passes over the training images; sgd: twice as many", None)
+    batch_size: Optional[int] = _option(
+        "images of an update, over all processes", None, heading="the training"
+    )
+    epochs: Optional[int] = _option("passes over the training images; sgd makes twice as many", None)
     lr: Optional[float] = _option("first learning rate; it falls along a cosine, by the epoch", None)
     momentum: float = _option("momentum of SGD", 0.9)
-    weight_decay: Optional[float] = _option("coefficient lambda", None)
+    weight_decay: Optional[float] = _option("coefficient of weight decay (lambda in Algorithm 1)", None)
     label_smoothing: float = _option("share of a label that all classes get", 0.1)
     label_noise: float = _option("share of training labels to replace (Table 6)", 0.0)
     augmentation: Optional[str] = _option(
         "how to change training images at random", None, choices=("none", "standard", "autoaugment")
     )
     cutmix: Optional[bool] = _option("mix the images of a batch (Yun et al. 2019)", None)
-    hold_out: int = _option("evaluate on so many training images, not on the test set", 0)
+    hold_out: int = _option(
+        "number of training images to hold out and to evaluate on; 0: evaluate on the test set", 0
+    )
     seed: int = _option("decides weights, order, augmentation and label noise", 0)
-    mixed_precision: str = _option("no: float32 only", "no", choices=("no", "bf16", "fp16"))
+    mixed_precision: str = _option(
+        "precision of the passes; no: float32", "no", choices=("no", "bf16", "fp16")
+    )
 
     def resolved(self) -> "TrainOptions":
         """Return these options with values of :data:`DEFAULTS` in place of ``None``.

@@ -32,11 +32,16 @@ OPTIMIZERS = {"sgd": None, "sam": ("none", 0.05), "asam": ("element-wise", 0.5)}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--models", nargs="+", default=["resnet20", "wrn16_8"], choices=list(MODELS), metavar="NAME"
+        "--models",
+        nargs="+",
+        default=["resnet20", "wrn16_8"],
+        choices=list(MODELS),
+        metavar="NAME",
+        help="networks (default: resnet20 wrn16_8)",
     )
-    parser.add_argument("--batch-size", type=at_least_1, default=32, help="default: 32")
-    parser.add_argument("--updates", type=at_least_1, default=10, help="in an epoch (default: 10)")
-    parser.add_argument("--out", type=Path, metavar="F", help="write the figures there too")
+    parser.add_argument("--batch-size", type=at_least_1, default=32, help="images in a batch (default: 32)")
+    parser.add_argument("--updates", type=at_least_1, default=10, help="updates in an epoch (default: 10)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there too, as JSON")
     arguments = parser.parse_args()
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())

@@ -51,8 +51,10 @@ class Operations(TorchDispatchMode):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--beside", type=Path, metavar="FOLDER", help="a checkout of another version")
-    parser.add_argument("--rounds", type=at_least_1, default=300, help="default: 300")
+    parser.add_argument(
+        "--beside", type=Path, metavar="FOLDER", help="checkout of another version, to compare with"
+    )
+    parser.add_argument("--rounds", type=at_least_1, default=300, help="rounds to time (default: 300)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there too, as JSON")
     args = parser.parse_args()
     checkouts = {"this": ROOT, **({"beside": args.beside} if args.beside else {})}

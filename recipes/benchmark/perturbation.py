@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--davda54", type=Path, metavar="FILE", help="sam.py of davda54/sam")
     parser.add_argument("--samsung", type=Path, metavar="FILE", help="asam.py of SamsungLabs/ASAM")
-    parser.add_argument("--rounds", type=at_least_1, default=20, help="default: 20")
+    parser.add_argument("--rounds", type=at_least_1, default=20, help="rounds to time (default: 20)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there too, as JSON")
     add_machine(parser)
     args = parser.parse_args()

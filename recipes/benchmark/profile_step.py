@@ -52,11 +52,28 @@ STAGES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="transformer_iwslt_de_en", choices=list(MODELS), metavar="NAME")
-    parser.add_argument("--optimizer", default="asam", metavar="FLAGS", help="default: asam")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="in a batch (default: the model's)")
-    parser.add_argument("--updates", type=at_least_1, default=3, metavar="N", help="to profile (default: 3)")
-    parser.add_argument("--operators", type=at_least_1, default=10, metavar="N", help="to list (default: 10)")
+    parser.add_argument(
+        "--model",
+        default="transformer_iwslt_de_en",
+        choices=list(MODELS),
+        metavar="NAME",
+        help=f"model to profile: {' or '.join(MODELS)} (default: transformer_iwslt_de_en)",
+    )
+    parser.add_argument(
+        "--optimizer",
+        default="asam",
+        metavar="FLAGS",
+        help="what follows --optimizer of fairseq-train (default: asam)",
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="most tokens in a batch (default: the model's)"
+    )
+    parser.add_argument(
+        "--updates", type=at_least_1, default=3, metavar="N", help="updates to profile (default: 3)"
+    )
+    parser.add_argument(
+        "--operators", type=at_least_1, default=10, metavar="N", help="operators to list (default: 10)"
+    )
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for chrome://tracing there")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there too, as JSON")
     add_machine(parser)

@@ -54,11 +54,11 @@ def main() -> None:
         how = {"type": int, "metavar": "N", **how}
         parser.add_argument(option, default=default, help=f"{text} (default: {shown})", **how)
 
-    add("--widths", (64, 128, 256, 448, 768), "of the models", nargs="+")
-    add("--tokens", (256, 512, 1024, 2048, 4096), "in a batch, at most", nargs="+")
-    add("--width", 256, "of the model that gets the batches of --tokens")
-    add("--max-tokens", 512, "in a batch for the models of --widths, at most")
-    add("--rounds", 10, "of updates, after one that warms up", type=at_least_1)
+    add("--widths", (64, 128, 256, 448, 768), "widths of the models", nargs="+")
+    add("--tokens", (256, 512, 1024, 2048, 4096), "most tokens in a batch", nargs="+")
+    add("--width", 256, "width of the model that gets the batches of --tokens")
+    add("--max-tokens", 512, "most tokens in a batch for the models of --widths")
+    add("--rounds", 10, "rounds of updates to time, after one that warms up", type=at_least_1)
     add("--out", Path("runs/benchmark"), "folder to write to", type=Path, metavar="FOLDER")
     add_machine(parser)
     args = parser.parse_args()

@@ -46,18 +46,20 @@ COLLECTIVES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--processes", type=at_least_1, default=2, metavar="N", help="with one thread each")
-    add("--layers", type=at_least_1, default=8, metavar="N", help="of the model")
-    add("--width", type=at_least_1, default=512, metavar="N", help=f"of the model, a multiple of {HEAD}")
-    add("--context", type=at_least_1, default=128, metavar="N", help="bytes that the model sees")
-    add("--batch-size", type=at_least_1, default=16, metavar="N", help="of all processes together")
-    add("--rounds", type=at_least_1, default=15, metavar="N", help="to time, after one that warms up")
-    add("--updates", type=at_least_1, default=8, metavar="N", help="of a process whose memory is measured")
-    add("--out", type=Path, metavar="FILE", help="write the figures there too, as JSON")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+
+    def add(option: str, default: int, text: str) -> None:
+        text = f"{text} (default: {default})"
+        parser.add_argument(option, type=at_least_1, default=default, metavar="N", help=text)
+
+    add("--processes", 2, "processes, with one thread each")
+    add("--layers", 8, "layers of the model")
+    add("--width", 512, f"width of the model, a multiple of {HEAD}")
+    add("--context", 128, "bytes that the model sees")
+    add("--batch-size", 16, "windows of all processes together")
+    add("--rounds", 15, "rounds to time, after one that warms up")
+    add("--updates", 8, "updates of a process whose memory is measured")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there too, as JSON")
     args = parser.parse_args()
     if args.width % HEAD:
         parser.error(f"--width must be a multiple of {HEAD}, not {args.width}")

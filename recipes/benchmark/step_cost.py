@@ -56,23 +56,34 @@ _processes = multiprocessing.get_context("spawn")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="NAME")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=list(MODELS),
+        choices=list(MODELS),
+        metavar="NAME",
+        help=f"models (default: {' '.join(MODELS)})",
+    )
     parser.add_argument(
         "--optimizers",
         nargs="+",
         default=OPTIMIZERS,
         metavar="FLAGS",
-        help="the others are compared to the first (default: " + " ".join(map(repr, OPTIMIZERS)) + ")",
+        help="optimizers to measure; the first is what the others are compared to (default: "
+        + " ".join(map(repr, OPTIMIZERS))
+        + ")",
     )
     defaults = ", ".join(f"{model.max_tokens} for {name}" for name, model in MODELS.items())
-    parser.add_argument("--max-tokens", type=int, metavar="N", help=f"in a batch (default: {defaults})")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help=f"most tokens in a batch (default: {defaults})"
+    )
     defaults = ", ".join(f"{model.rounds} for {name}" for name, model in MODELS.items())
     parser.add_argument(
         "--rounds",
         type=at_least_1,
         metavar="N",
-        help="to time, after one that warms up; each has at least 5 updates, and as many with two passes as "
-        f"every --ascent-interval says (default: {defaults})",
+        help="rounds to time, after one that warms up; each has at least 5 updates, and a whole number of "
+        f"--ascent-interval (default: {defaults})",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--no-time", action="store_true", help="measure memory only")

@@ -66,8 +66,12 @@ MODELS = {
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """Add the options --device and --threads."""
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
-    parser.add_argument("--threads", type=at_least_1, default=1, metavar="N", help="default: 1")
+    parser.add_argument(
+        "--device", default="cpu", choices=["cpu", "cuda"], help="device to measure on (default: cpu)"
+    )
+    parser.add_argument(
+        "--threads", type=at_least_1, default=1, metavar="N", help="threads of the CPU (default: 1)"
+    )
 
 
 def use_machine(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

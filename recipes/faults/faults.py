@@ -95,10 +95,15 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Inject faults into training runs, and see which they survive."
     )
-    parser.add_argument("--kills", type=int, default=30, help="how often to kill -9 (default: 30)")
-    parser.add_argument("--workers", type=int, default=1, help="1 or 2 (default: 1)")
+    parser.add_argument("--kills", type=int, default=30, help="number of kills (default: 30)")
+    parser.add_argument("--workers", type=int, default=1, help="number of workers, 1 or 2 (default: 1)")
     parser.add_argument("--seed", type=int, default=1, help="decides where the faults strike (default: 1)")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "faults", help="default: runs/faults")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "runs" / "faults",
+        help="folder of the table (default: runs/faults)",
+    )
     args = parser.parse_args()
     if args.kills < 0:
         parser.exit(2, f"faults.py: --kills is {args.kills}, but it must be 0 or more.\n")

@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,21 +20,35 @@ REGIONS = {"sam": ("none", 0.1), "asam": ("element-wise", 0.2)}
 
 def options(description: str) -> argparse.ArgumentParser:
     """Return the parser of train.py."""
-    parser = argparse.ArgumentParser(
-        description=description.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+
+    def add(option: str, help: str, default: Any = None, **keywords: Any) -> None:
+        help += " (default: %(default)s)" if default else ""
+        parser.add_argument(option, help=help, default=default, **keywords)
+
     rho = ", ".join(f"{rho} for {optimizer}" for optimizer, (_, rho) in REGIONS.items())
     add("--optimizer", choices=["adam", *REGIONS], required=True, help="adam is AdamW")
-    add("--rho", type=float, help=f"radius of the maximization region; None: {rho}")
-    add("--data", nargs="+", default=[], metavar="FILE", help="text files; none: generated sentences")
-    add("--out", metavar="RUN", help="folder of the run; None: runs/language_model/OPTIMIZER")
+    add("--rho", type=float, help=f"radius of the maximization region (default: {rho})")
+    add("--data", nargs="+", default=[], metavar="FILE", help="text files (default: generated sentences)")
+    add("--out", metavar="RUN", help="folder of the run (default: runs/language_model/OPTIMIZER)")
     add("--updates", type=at_least_1, default=300, metavar="N", help="updates in all")
     add("--save-every", type=at_least_1, default=100, metavar="N", help="updates between checkpoints")
-    add("--batch-size", type=at_least_1, default=32, metavar="N", help="windows of all processes")
+    add(
+        "--batch-size",
+        type=at_least_1,
+        default=32,
+        metavar="N",
+        help="windows of text in a batch, of all processes",
+    )
     add("--accumulate", type=at_least_1, default=1, metavar="N", help="micro-batches of each process")
     add("--lr", type=positive, default=1e-3, help="learning rate")
-    add("--clip-norm", type=positive, default=1.0, metavar="NORM", help="of the gradient at w + epsilon")
+    add(
+        "--clip-norm",
+        type=positive,
+        default=1.0,
+        metavar="NORM",
+        help="largest norm of the gradient at w + epsilon",
+    )
     add("--dropout", type=float, default=0.1, metavar="P", help="dropout probability")
     add("--layers", type=at_least_1, default=5, metavar="N", help="layers of the model")
     add("--width", type=at_least_1, default=128, metavar="N", help=f"model width, a multiple of {HEAD}")

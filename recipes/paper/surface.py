@@ -125,7 +125,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m recipes.paper.surface",
         description="Draw the loss around checkpoints, along epsilon and a random direction.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("data", metavar="DATA", help="folder that fairseq-preprocess wrote")
     add_shared_options(parser, *OF_CHECKPOINTS)
@@ -136,9 +135,14 @@ def main() -> None:
     add_shared_options(parser, "--rho", nargs=None, default=1.0, help="radius of the region of epsilon")
     add_shared_options(parser, "--eta")
     parser.add_argument(
-        "--radius", type=float, default=0.5, help="of the random direction, in lengths of filters"
+        "--radius",
+        type=float,
+        default=0.5,
+        help="largest step along the random direction, in lengths of filters (default: 0.5)",
     )
-    parser.add_argument("--points", type=int, default=11, help="points on an axis, an odd number")
+    parser.add_argument(
+        "--points", type=int, default=11, help="points on an axis, an odd number (default: 11)"
+    )
     args = parser.parse_args()
     try:
         run(args)

@@ -85,28 +85,50 @@ def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """
     add = parser.add_argument
     add("out", type=Path, metavar="OUT", help="folder of the models and the results")
-    add("--dataset", choices=list(DEFAULTS), default="digits", help="default: digits")
-    add("--model", choices=WITH_DROPOUT, help="default: mlp for digits, wrn28_2 for cifar10")
+    add("--dataset", choices=list(DEFAULTS), default="digits", help="data set (default: digits)")
+    add("--model", choices=WITH_DROPOUT, help="network (default: mlp for digits, wrn28_2 for cifar10)")
     add("--data", type=Path, metavar="ROOT", help="folder of the data set; not for digits")
-    add("--seed", type=int, default=0, help="of weights, order and dropout (default: 0)")
+    add("--seed", type=int, default=0, help="decides weights, order and dropout (default: 0)")
 
     add = parser.add_argument_group("the grid", "a model for each combination of these").add_argument
     values: dict[str, Any] = {"nargs": "+", "metavar": "VALUE"}
-    add("--batch-size", type=int, **values, default=BATCH_SIZES, help=f"default: {BATCH_SIZES}")
-    add("--lr", type=float, **values, default=LEARNING_RATES, help=f"default: {LEARNING_RATES}")
-    for name, option in (("--weight-decay", "weight_decay"), ("--dropout", "dropout")):
-        defaults = "; ".join(f"{dataset}: {of[option]}" for dataset, of in DEFAULTS.items())
-        add(name, type=float, **values, help=f"default: {defaults}")
+    add(
+        "--batch-size",
+        type=int,
+        **values,
+        default=BATCH_SIZES,
+        help=f"batch sizes (default: {listed(BATCH_SIZES)})",
+    )
+    add(
+        "--lr",
+        type=float,
+        **values,
+        default=LEARNING_RATES,
+        help=f"learning rates (default: {listed(LEARNING_RATES)})",
+    )
+    for option, what in (("weight_decay", "coefficients of weight decay"), ("dropout", "shares of dropout")):
+        defaults = "; ".join(f"{dataset}: {listed(of[option])}" for dataset, of in DEFAULTS.items())
+        name = f"--{option.replace('_', '-')}"
+        add(name, type=float, **values, help=f"{what} (default: {defaults})")
 
     add = parser.add_argument_group("the stopping criterion").add_argument
     add("--stop-loss", type=float, default=0.01, help="training loss to reach (default: 0.01)")
-    add("--checks", type=int, help="times an epoch to look at it (default: 5 for digits, 1 for cifar10)")
-    add("--epochs", type=int, default=60, help="within so many (default: 60)")
+    add(
+        "--checks",
+        type=int,
+        help="checks of the training loss in an epoch (default: 5 for digits, 1 for cifar10)",
+    )
+    add("--epochs", type=int, default=60, help="epochs to reach it in (default: 60)")
 
     add = parser.add_argument_group("the measures").add_argument
     add("--rho", type=float, default=0.05, help="radius of sharpness for p = 2 (default: 0.05)")
-    add("--adaptive-rho", type=float, default=0.5, help="of adaptive sharpness for p = 2 (default: 0.5)")
-    add("--steps", type=int, default=20, help="of ascent (default: 20); 1: the epsilon of training")
+    add(
+        "--adaptive-rho",
+        type=float,
+        default=0.5,
+        help="radius of adaptive sharpness for p = 2 (default: 0.5)",
+    )
+    add("--steps", type=int, default=20, help="steps of ascent; 1: the epsilon of training (default: 20)")
     add("--images", type=int, default=5000, help="training images to measure on (default: 5000)")
     args = parser.parse_args()
     for name, value in DEFAULTS[args.dataset].items():
@@ -117,6 +139,11 @@ def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     except ValueError as error:
         sys.exit(f"{parser.prog.split('.')[-1]}: {error}")
     return args
+
+
+def listed(values: list) -> str:
+    """Return *values* as the command line takes them."""
+    return " ".join(map(str, values))
 
 
 def _validate(args: argparse.Namespace) -> None:

@@ -35,7 +35,7 @@ FIGURES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="How sure models are of the next token, and how often right."
+        description="Measure how sure models are of the next token, and how often they are right."
     )
     parser.add_argument("data", type=Path, help="corpus folder of data_prep")
     parser.add_argument("out", type=Path, help="folder for confidence.json and confidence.md")

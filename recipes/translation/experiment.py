@@ -27,15 +27,17 @@ def experiment_parser(description: str) -> argparse.ArgumentParser:
         "--data", type=Path, help="corpus folder of data_prep (default: the set-up's in data/)"
     )
     parser.add_argument("--out", type=Path, help="folder of the results (default: runs/translation/SETUP)")
-    parser.add_argument("--epochs", type=at_least_1, help="of each run (default: the set-up's)")
-    parser.add_argument("--rho", type=float, nargs="+", help="values to search (default: the set-up's)")
+    parser.add_argument("--epochs", type=at_least_1, help="epochs of each run (default: the set-up's)")
+    parser.add_argument(
+        "--rho", type=float, nargs="+", help="values of rho to search (default: the set-up's)"
+    )
     parser.add_argument(
         "--searched",
         type=Path,
         nargs="+",
         default=[],
         metavar="FILE",
-        help="rho_search.json of earlier searches; values that they have for the same seed are not run again",
+        help="rho_search.json of earlier searches; their values are not run again for the same seed",
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     return parser
@@ -54,9 +56,13 @@ def experiment_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def comparison_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser of the options of an experiment that compares systems over several seeds."""
     parser = experiment_parser(description)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="default: 1 2 3 4 5")
     parser.add_argument(
-        "--search-epochs", type=at_least_1, help="of each run of the search over rho (default: --epochs)"
+        "--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="seeds (default: 1 2 3 4 5)"
+    )
+    parser.add_argument(
+        "--search-epochs",
+        type=at_least_1,
+        help="epochs of each run of the search over rho (default: --epochs)",
     )
     return parser
 

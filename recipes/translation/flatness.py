@@ -33,13 +33,15 @@ KINDS = {"sharpness": "none", "adaptive sharpness": "element-wise"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Whether the flatter of trained models translate better.")
+    parser = argparse.ArgumentParser(description="Test whether flatter models translate better.")
     parser.add_argument("data", type=Path, help="corpus folder of data_prep")
     parser.add_argument("out", type=Path, help="folder for flatness.json, flatness.md and flatness.png")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs or of averages")
     parser.add_argument("--split", default="valid", help="the split whose BLEU counts (default: valid)")
     parser.add_argument("--rho", type=float, nargs="+", default=[0.1, 0.2], help="radii (default: 0.1 0.2)")
-    parser.add_argument("--batches", type=at_least_1, default=10, help="of the training set (default: 10)")
+    parser.add_argument(
+        "--batches", type=at_least_1, default=10, help="batches of the training set (default: 10)"
+    )
     args = parser.parse_args()
     for file in (run / name for run in args.runs for name in ("checkpoint_best.pt", f"{args.split}.json")):
         if not file.exists():

@@ -69,8 +69,15 @@ FORMS = {
 
 
 def main() -> None:
-    parser = comparison_parser("What the forms of sharpness-aware training buy, and what they cost.")
-    parser.add_argument("--forms", nargs="+", choices=list(FORMS), default=list(FORMS), metavar="NAME")
+    parser = comparison_parser("Compare what the forms of sharpness-aware training gain, and what they cost.")
+    parser.add_argument(
+        "--forms",
+        nargs="+",
+        choices=list(FORMS),
+        default=list(FORMS),
+        metavar="NAME",
+        help=f"forms to train (default: all): {', '.join(map(repr, FORMS))}",
+    )
     parser.add_argument("--search-only", action="store_true", help="end after the searches over rho")
     args = comparison_arguments(parser)
     forms = {name: FORMS[name] for name in args.forms}

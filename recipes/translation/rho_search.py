@@ -43,9 +43,9 @@ def main() -> None:
         nargs="+",
         default=["sam", "asam"],
         metavar="FLAGS",
-        help="what follows --optimizer of fairseq-train, as 'asam --ascent-from 0.75' (default: sam asam)",
+        help="what follows --optimizer of fairseq-train, like 'asam --ascent-from 0.75' (default: sam asam)",
     )
-    parser.add_argument("--seed", type=int, default=1, help="of every run (default: 1)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of every run (default: 1)")
     args = experiment_arguments(parser)
     points = search(args, args.optimizers, args.seed, args.epochs)
     write(args.out, [point for found in points.values() for point in found])

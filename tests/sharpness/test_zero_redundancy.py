@@ -194,7 +194,7 @@ def refusals(_):
         ("LBFGS", "LBFGS evaluates the closure at points of its own"),
         ("class", "base is a list, but it must be an optimizer: pass one, such as torch.optim.Adam"),
         ("join", "in a Join context, ZeroRedundancyOptimizer steps once for each forward pass of another"),
-        ("step in the block", "ZeroRedundancyOptimizer is to step with weights at w + epsilon"),
+        ("step in the block", "ZeroRedundancyOptimizer would step with weights at w + epsilon"),
     ],
 )
 def test_what_does_not_work_is_refused_before_weights_move(case, sentence):
