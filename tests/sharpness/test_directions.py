@@ -272,9 +272,7 @@ def test_bad_input_is_refused():
     for base in (torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.RMSprop(model.parameters())):
         with pytest.raises(ValueError, match=f"^{type(base).__name__} keeps no first moment"):
             SharpnessAware(base, model, rho=0.1, direction="momentum")
-    with pytest.raises(
-        ValueError, match=f"direction is 'up', but it must be one of {', '.join(DIRECTIONS)}"
-    ):
+    with pytest.raises(ValueError, match=f"direction is 'up', but it must be one of {', '.join(DIRECTIONS)}"):
         SharpnessAware(adam(model.parameters()), model, rho=0.1, direction="up")
     with pytest.raises(ValueError, match="Adam has only a part of the weights' moments"):
         SharpnessAware(adam(model[0].parameters()), model, rho=0.1, direction="momentum")
