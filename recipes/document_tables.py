@@ -15,7 +15,7 @@ from typing import Any
 from recipes.faults import faults
 from recipes.image_classification import table
 from recipes.reporter import markdown_table, shown
-from recipes.translation import compare, confidence, flatness, gain_and_cost, gains, table5
+from recipes.translation import compare, flatness, gain_and_cost, gains, table5
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
@@ -34,7 +34,6 @@ WHOLE: dict[str, Callable[[Any], str]] = {
     "translation/*/flatness.md": lambda found: flatness.as_markdown(
         found["runs"], found["split"], found["tau"]
     ),
-    "translation/*/confidence.md": confidence.as_markdown,
     "quickstart/results.md": compare.as_markdown,
     "faults/*.md": faults.as_markdown,
     "image_classification/table2*.md": functools.partial(image_table, "model"),

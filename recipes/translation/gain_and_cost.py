@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fairseq_asam.files import write_json
-from recipes.reporter import markdown_table, shown, write_figure, write_text
+from recipes.reporter import markdown_table, write_figure, write_text
 from recipes.translation import gains, rho_search
 from recipes.translation.experiment import (
     average_of,
@@ -110,33 +110,11 @@ def main() -> None:
     }
     for row in results["systems"]:
         row["passes"] = passes.get(row["system"], 1.0)
-        row["share of gain"] = share_of_gain(row, results["systems"])
     table = as_markdown(results)
     write_json(args.out / "gain_and_cost.json", results)
     write_text(args.out / "gain_and_cost.md", table)
     write_figure(args.out / "gain_and_cost.png", gains.draw(results["systems"]))
     print(table, end="")
-
-
-def share_of_gain(row: dict, systems: list[dict]) -> float | None:
-    """Return the mean gain of *row* in best validation loss over Adam, as a share of that of two passes.
-
-    That is the gain of SAM or ASAM, the larger of those that gain with every seed: a share of luck says
-    nothing. None without such a gain, and where *row* has no such loss.
-    """
-
-    def falls(name: str) -> list[float]:
-        return [
-            adam["best_valid_loss"] - run["best_valid_loss"]
-            for adam, run in zip(by_name["Adam"]["runs"], by_name[name]["runs"])
-        ]
-
-    by_name = {each["system"]: each for each in systems}
-    of_two_passes = [falls(name) for name in ("SAM", "ASAM") if name in by_name]
-    certain = [sum(each) for each in of_two_passes if min(each) > 0]
-    if not certain or "best_valid_loss" not in row["mean"]:
-        return None
-    return sum(falls(row["system"])) / max(certain)
 
 
 def as_markdown(results: dict) -> str:
@@ -155,14 +133,13 @@ def as_markdown(results: dict) -> str:
                 f"{row['passes']:g}",
                 time_ratio(results, row) if trained else "",
                 spread(row, "best_valid_loss", 3) if trained else "",
-                shown(row["share of gain"]),
                 spread(row, "valid BLEU"),
                 *(spread(row, "test BLEU"), *tested["BLEU"]),
                 *(spread(row, "test chrF2"), *tested["chrF2"]),
             ]
         )
     header = [
-        *("", "rho", "passes", "time / Adam's", "best validation loss", "share of the gain of two passes"),
+        *("", "rho", "passes", "time / Adam's", "best validation loss"),
         *("validation BLEU", "test BLEU", *DIFFERENCE, "test chrF2", *DIFFERENCE),
     ]
     table = (

@@ -5,32 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes.translation.gain_and_cost import FORMS, share_of_gain
+from recipes.translation.gain_and_cost import FORMS
 from tests.recipes.translation.scripts import script, succeeded
-
-
-def test_a_share_of_the_gain_of_two_passes_is_one_of_their_fall_in_loss():
-    def share_of(losses: list[float], **of_two_passes: list[float]) -> float | None:
-        every = {"Adam": [4.0, 5.0], "other": losses, "averaged": [None, None], **of_two_passes}
-        systems = [
-            {
-                "system": name,
-                "mean": {} if None in each else {"best_valid_loss": sum(each) / 2},
-                "runs": [{} if loss is None else {"best_valid_loss": loss} for loss in each],
-            }
-            for name, each in every.items()
-        ]
-        assert share_of_gain(systems[2], systems) is None
-        return share_of_gain(systems[1], systems)
-
-    worse, better, best, lucky = [4.5, 5.5], [3.5, 4.5], [3.0, 4.0], [2.0, 5.0]
-    assert share_of([3.75, 4.75], SAM=worse, ASAM=better) == 0.5
-    assert share_of([3.75, 4.75], ASAM=better) == 0.5
-    assert share_of([4.5, 4.5], SAM=worse, ASAM=better) == 0.0
-    assert share_of([4.5, 5.5], SAM=worse, ASAM=better) == -1.0
-    assert share_of([3.75, 4.75], SAM=best, ASAM=better) == 0.25
-    assert share_of([3.75, 4.75], SAM=lucky, ASAM=better) == 0.5
-    assert share_of([3.75, 4.75], SAM=lucky, ASAM=worse) is None
 
 
 @pytest.mark.slow
