@@ -140,8 +140,8 @@ SETUPS |= {
 SETUPS["help_35561"] = replace(
     SETUPS["help_8000"], corpus="libreoffice_help data/libreoffice_help", epochs=15
 )
-#: The model of help_large in a quarter of the updates, with a rate to match, so that it ends within minutes. The
-#: trial adds --fp16 on a GPU.
+#: The model of help_large in a quarter of the updates, with a rate to match, so that it ends within minutes.
+#: The trial adds --fp16 on a GPU.
 SETUPS["help_large_16000"] = replace(
     SETUPS["help_large"],
     training=f"{TRAINING} --lr 1e-3 --warmup-updates 800 --max-tokens 16000 --num-workers 1",
