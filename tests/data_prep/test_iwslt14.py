@@ -60,9 +60,9 @@ def test_every_23rd_clean_pair_is_for_validation(prepared):
         assert len(valid) == kept // 23
         assert len(train) == kept - kept // 23
     pairs = generated.pairs(23, seed=1)  # the first talk has two lines before its first sentence
-    assert lines(folder, "valid.de")[0] == moses.tokenize(pairs[20].german, "de").lower()
-    assert lines(folder, "valid.en")[0] == moses.tokenize(pairs[20].english, "en").lower()
-    assert lines(folder, "train.de")[22] == moses.tokenize(pairs[21].german, "de").lower()
+    assert lines(folder, "valid.de")[0] == moses.tokenize(pairs[20].source, "de").lower()
+    assert lines(folder, "valid.en")[0] == moses.tokenize(pairs[20].target, "en").lower()
+    assert lines(folder, "train.de")[22] == moses.tokenize(pairs[21].source, "de").lower()
 
 
 def test_tags_go_and_what_stands_in_titles_and_descriptions_stays(prepared):
@@ -93,7 +93,7 @@ def test_the_test_sets_follow_one_another_in_the_documented_order(prepared):
         assert english[i * TEST_SENTENCES] == f"test set {i} : it &apos;s &amp; amp ; isn &apos;t so ."
         assert german[i * TEST_SENTENCES] == f"test set {i} : it &apos; s &amp; amp ; isn &apos; t so ."
     pairs = generated.pairs(TRAINING_SENTENCES + 2, seed=1)
-    assert english[1] == moses.tokenize(pairs[-1].english, "en").lower()
+    assert english[1] == moses.tokenize(pairs[-1].target, "en").lower()
 
 
 def test_the_binarized_text_is_the_text_in_pieces_and_each_language_has_its_dictionary(prepared):
