@@ -352,7 +352,7 @@ def test_weights_replaced_are_named_before_the_first_pass(replace):
     replace(model)
     for _ in range(2):
         with pytest.raises(
-            RuntimeError, match=r"others than those of the perturbation \(.*2.weight, 2.bias are new"
+            RuntimeError, match=r"not those of the perturbation \(.*2.weight, 2.bias are new"
         ):
             two_passes(forward_and_backward(model, batch()))
     assert all(w.grad is None for w in model.parameters())
@@ -362,7 +362,7 @@ def test_weights_replaced_are_told_of_without_modules_too():
     model = plain_network()
     two_passes = two_passes_of(model, known=False)
     weights_assigned(model)
-    with pytest.raises(RuntimeError, match=r"others than those of the perturbation .*anew"):
+    with pytest.raises(RuntimeError, match=r"not those of the perturbation .*anew"):
         two_passes(forward_and_backward(model, batch()))
 
 
