@@ -350,7 +350,7 @@ def test_a_part_of_the_training_set_leaves_the_held_out_sets_alone(prepared, pac
     [
         (["--vocab-size", "10"], "--vocab-size 10: must be at least 100"),
         (["--held-out", "0", "5"], "--held-out 0 5: must be at least 1"),
-        (["--held-out", "100", "100"], "--held-out 100 100: "),
+        (["--held-out", "100", "100"], "--held-out 100 100: there are not so many sentences"),
         (["--workers", "0"], "--workers 0: must be at least 1"),
         (["--training-pairs", "0"], "--training-pairs 0: must be at least 1"),
         (["--training-pairs", "100000"], "--training-pairs 100000: only "),
