@@ -208,6 +208,7 @@ def test_a_part_of_what_other_tasks_have_in_a_batch():
     speech = {"nsentences": 2, "net_input": {"source": torch.arange(8).view(2, 4)}}
     part = random_part({"de": {}, "en": speech}, 0.5, padding=None)
     assert part["de"] == {} and part["en"]["net_input"]["source"].shape == (1, 4)
+    assert random_part(speech, 0.01, padding=None)["nsentences"] == 1
 
 
 LENGTHS = torch.tensor([5, 3, 3, 2])
