@@ -7,7 +7,8 @@ recipes/results/translation/trial/plan.md says what is trained and why. A run is
 (default: runs/translation/trial). When it is finished, RESULTS/runs gets a small JSON file, and its
 checkpoints are deleted. A run with such a file is not made again, on whatever machine. From these files,
 however many there are, the command makes trial.{json,md,png} in RESULTS (default:
-recipes/results/translation/trial). Stopped and started again, it goes on with what is missing.
+recipes/results/translation/trial). Stopped and started again, it goes on with what is missing. With flags of
+fairseq-train, other RESULTS must be named.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ SYSTEMS = {
     "asam": "asam --rho 0.05",
     "nadam": "nadam --user-dir recipes/translation/nadam",
 }
-THREE = ("adam", "momentum", "random")
+COMPARED = ("adam", "momentum", "random")
 SEEDS = {"fr": (3, 4, 5, 6, 7), **dict.fromkeys(("cs", "ru", "es"), (1, 2, 3, 4, 5))}
 #: Of a learning rate that decays to 0.
 PEAKS = ("7e-4", "1e-3", "1.5e-3", "2e-3", "3e-3")
@@ -84,7 +85,7 @@ def languages(results: Path) -> Iterator[Planned]:
     """Yield part 1: the seeds one by one, each in all languages, so that these have equally many."""
     for seeds in zip(*(SEEDS[language] for language in TRIAL_LANGUAGES)):
         for language, seed in zip(TRIAL_LANGUAGES, seeds):
-            for system in THREE:
+            for system in COMPARED:
                 yield Planned(language, f"help_8000_{language}", system, seed)
 
 
@@ -111,14 +112,14 @@ def decay(results: Path) -> Iterator[Planned]:
     if peak := best_peak(results):
         searched = set(peaks(results))
         for seed in DECAY_SEEDS:
-            runs = (decaying(system, peak, seed) for system in (*THREE, "sam", "asam"))
+            runs = (decaying(system, peak, seed) for system in (*COMPARED, "sam", "asam"))
             yield from (run for run in runs if run not in searched)
 
 
 def pairs(results: Path) -> Iterator[Planned]:
     """Yield part 4: all pairs of German."""
     for seed in (1, 2, 3):
-        for system in THREE:
+        for system in COMPARED:
             yield Planned("de_35561", "help_35561", system, seed)
 
 
@@ -165,6 +166,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--at-most", type=int, metavar="N", help="end after N runs; 0 makes the tables alone")
     args, args.flags = parser.parse_known_args()
+    if args.flags and args.results == RESULTS:
+        sys.exit(
+            f"trial.py: with {' '.join(args.flags)} these are no runs of the plan: "
+            "name another folder after --results."
+        )
     with_gpu = torch.cuda.is_available() or "--cpu" in args.flags
     if "large" in args.parts and args.at_most != 0 and not with_gpu:
         sys.exit("trial.py: the part large needs a GPU, and none was found: name other parts after --parts.")
@@ -223,15 +229,15 @@ def write_tables(results: Path) -> None:
     found.update(german_results())
     tests = {name: compare(found, SEEDS, pair) for name, pair in {**DECIDING, **BESIDE}.items()}
     tables = {
-        f"{language}, 8,000 pairs": system_rows(found, language, THREE, SEEDS[language])
+        f"{language}, 8,000 pairs": system_rows(found, language, COMPARED, SEEDS[language])
         for language in TRIAL_LANGUAGES
     }
-    tables["de, 8,000 pairs"] = system_rows(found, "de", (*THREE, "nadam"), (1, 2, 3, 4, 5))
+    tables["de, 8,000 pairs"] = system_rows(found, "de", (*COMPARED, "nadam"), (1, 2, 3, 4, 5))
     if peak := best_peak(results):
         tables[f"fr, 8,000 pairs, a learning rate that decays from {peak} to 0"] = system_rows(
-            found, decaying("adam", peak, DECAY_SEEDS[0]).corpus, (*THREE, "sam", "asam"), DECAY_SEEDS
+            found, decaying("adam", peak, DECAY_SEEDS[0]).corpus, (*COMPARED, "sam", "asam"), DECAY_SEEDS
         )
-    tables["de, 35,561 pairs"] = system_rows(found, "de_35561", THREE, (1, 2, 3))
+    tables["de, 35,561 pairs"] = system_rows(found, "de_35561", COMPARED, (1, 2, 3))
     tables["de, 35,561 pairs, transformer_iwslt_de_en"] = system_rows(
         found, "de_large", ("adam", "momentum", "asam"), (1, 2)
     )

@@ -115,6 +115,11 @@ def test_without_a_corpus_the_command_that_makes_it_is_named(tmp_path):
     assert said.startswith(f"'{tmp_path}' holds no corpus") and "--source-language fr" in said
 
 
+def test_other_flags_than_the_plans_need_another_folder_of_results():
+    said = refusal("trial", "--at-most", "0", "--max-epoch", "2")
+    assert said.startswith("trial.py: with --max-epoch 2 these are no runs of the plan: name another folder")
+
+
 def test_the_papers_model_is_not_trained_without_a_gpu(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
