@@ -310,9 +310,7 @@ def test_weights_replaced_are_named_before_the_first_pass(replace):
     two_passes = two_passes_of(model)
     replace(model)
     for _ in range(2):
-        with pytest.raises(
-            RuntimeError, match=r"not those of the perturbation \(.*2.weight, 2.bias are new"
-        ):
+        with pytest.raises(RuntimeError, match=r"not those of the perturbation \(.*2.weight, 2.bias are new"):
             two_passes(forward_and_backward(model, batch()))
     assert all(w.grad is None for w in model.parameters())
 
