@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--rho", type=float, default=0.1)
     arguments = parser.parse_args()
     set_seed(1)
-    sentences = [(p.german.split(), p.english.split()) for p in pairs(arguments.pairs + 100, seed=1)]
+    sentences = [(p.source.split(), p.target.split()) for p in pairs(arguments.pairs + 100, seed=1)]
     words = sorted({word for pair in sentences for sentence in pair for word in sentence})
     numbers = {word: number for number, word in enumerate(words, start=2)}
 
