@@ -16,7 +16,7 @@ from .module_state import ModuleState, Moving
 from .perturbation import Perturbation
 from .random_state import RandomState
 from .shards import is_sharded, reshard
-from .variables import Run, Variables
+from .variables import Variables
 
 #: A forward and backward pass over a batch. It returns the loss, or a tuple that begins with it.
 Evaluate = Callable[..., Any]
@@ -166,7 +166,7 @@ class TwoPasses:
             self._before.end_pass_at_w()
             self._variables.end_run(run)
             self._versions = self._versions_of_weights()
-            self._passes.append(_Pass(functools.partial(second, *arguments), random_state, loss, run))
+            self._passes.append(_Pass(functools.partial(second, *arguments), random_state, loss))
         except BaseException:
             self._set_gradients(self._earlier)
             if self._before is not None:
@@ -340,12 +340,12 @@ class TwoPasses:
     def _refuse_changed_variables(self) -> None:
         """Raise if a function would read other variables than in its pass at w."""
         self._variables.look()
-        changed = {name for each in self._passes for name in self._variables.changed_since(each.run)}
-        if changed:
+        if self._variables.changed:
+            names = ", ".join(sorted(self._variables.changed))
             raise RuntimeError(
-                f"{', '.join(sorted(changed))} changed between a pass at w and its pass at w + epsilon, "
-                "which would be over another batch: let the function take it as an argument, and pass it on, "
-                "as in at_w(function, inputs, targets)"
+                f"{names} changed between a pass at w and its pass at w + epsilon, which would be over "
+                "another batch: let the function take what changes as arguments, and pass them on, as in "
+                "at_w(function, inputs, targets)"
             )
 
     def _refuse_changed_weights(self) -> None:
@@ -374,12 +374,11 @@ _OTHER_WEIGHTS = (
 
 
 class _Pass(NamedTuple):
-    """A pass to make at w + epsilon, with the random state, the loss and the variables of its pass at w."""
+    """A pass to make at w + epsilon, with the random state and the loss of its pass at w."""
 
     evaluate: Callable[[], Any]
     random_state: RandomState | None
     loss: Tensor | float
-    run: Run
 
     def repeat(self) -> Any:
         """Make the pass, with the random numbers of the one at w."""

@@ -28,14 +28,12 @@ class Run(NamedTuple):
     """A run of a function.
 
     Attributes:
-        number: of the run, from 1.
         read: what has the variables that it reads, by identity and name.
         modules: those in the variables.
         weights: leaves of graphs in the variables, which get a gradient.
         versions: of the tensors in its arguments before the run.
     """
 
-    number: int
     read: dict[tuple[int, Any], Holder]
     modules: list[nn.Module]
     weights: list[Tensor]
@@ -43,25 +41,26 @@ class Run(NamedTuple):
 
 
 class Variables:
-    """Tells whether a function that has run would read other values if it ran again.
+    """Tells whether functions that have run would read other values if they ran again.
 
     A function that a loop defines reads the loop's variables when it runs. Once the loop has gone on, they
     are those of another turn. What functions rebind themselves is their own affair.
+
+    Attributes:
+        changed: the names of what was changed after a run that had read it, and outside of any run.
     """
 
     def __init__(self) -> None:
+        self.changed: set[str] = set()
         # For each variable, the value that it had when the last run ended, and the version of that tensor.
         self._found: dict[tuple[int, Any], tuple[Holder, Any, int]] = {}
-        # The number of runs before the last change from outside.
-        self._changed: dict[tuple[int, Any], int] = {}
-        self._runs = 0
 
     def look(self) -> None:
         """Look what has changed since the last run. Call this before the next one."""
-        for (identity, name), (holder, value, version) in self._found.items():
+        for (_, name), (holder, value, version) in self._found.items():
             now = _value(holder, name)
             if not _is_same(now, value) or _version(now) != version:
-                self._changed[identity, name] = self._runs
+                self.changed.add(name if isinstance(name, str) else "an argument")
 
     def begin_run(self, function: Callable, arguments: tuple) -> Run:
         """Look what *function* reads, which is about to run with *arguments*.
@@ -70,7 +69,6 @@ class Variables:
             RuntimeError: it reads an iterator.
         """
         self.look()
-        self._runs += 1
         of_arguments = list(_elements(arguments))
         read = {(id(holder), name): holder for holder, name in (*_read_by(function), *of_arguments)}
         values = [_value(holder, name) for (_, name), holder in read.items()]
@@ -83,7 +81,7 @@ class Variables:
         modules = [value for value in values if isinstance(value, nn.Module)]
         weights = [v for v in values if isinstance(v, Tensor) and v.requires_grad and v.is_leaf]
         tensors = [value for value in itertools.starmap(_value, of_arguments) if isinstance(value, Tensor)]
-        return Run(self._runs, read, modules, weights, [(tensor, _version(tensor)) for tensor in tensors])
+        return Run(read, modules, weights, [(tensor, _version(tensor)) for tensor in tensors])
 
     def end_run(self, run: Run) -> None:
         """Look what the variables are after *run*.
@@ -102,11 +100,6 @@ class Variables:
             value = _value(holder, key[1])
             self._found[key] = holder, value, _version(value)
 
-    def changed_since(self, run: Run) -> set[str]:
-        """Return the names of what the function of *run* would find changed."""
-        changed = (key[1] for key in run.read if self._changed.get(key, 0) >= run.number)
-        return {name if isinstance(name, str) else "an argument" for name in changed}
-
 
 class _Names(NamedTuple):
     """The names in a function's code, and in functions within it."""
@@ -121,13 +114,16 @@ def _read_by(function: Any) -> Iterator[tuple[Holder, Any]]:
 
     Functions in its closure, its module and its object are looked into too.
     """
-    reads: dict[tuple[int, str], Holder] = {}
+    reads: dict[tuple[int, Any], Holder] = {}
     written: set[tuple[int, str]] = set()
     seen, waiting = set(), [function, function.__call__]
     while waiting:
         each = waiting.pop()
         if isinstance(each, functools.partial):
             waiting += [each.func, *each.args, *each.keywords.values()]
+            reads.update(
+                {(id(holder), name): holder for holder, name in _elements((each.args, each.keywords))}
+            )
         owner = None
         if isinstance(each, types.MethodType):
             owner, each = each.__self__, each.__func__

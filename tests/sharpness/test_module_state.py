@@ -143,7 +143,7 @@ class SetByTheFirstBatch(Layer):
         self.how, self.flag = how, flag
         self.scaled = nn.Module() if flag == "buffer of the parent" else self
         self.scaled.scale = nn.Parameter(torch.ones(3).double())
-        self.register_buffer("done", torch.tensor(0))
+        self.register_buffer("done", None if flag == "buffer that is None" else torch.tensor(0))
         self.is_done = False
 
     def forward(self, x):
@@ -155,7 +155,7 @@ class SetByTheFirstBatch(Layer):
                     self.scaled.scale.copy_(scale)
                 else:
                     self.scaled.scale.data.copy_(scale)
-                self.done.add_(1)
+                self.done = torch.tensor(1) if self.done is None else self.done.add_(1)
                 self.is_done = True
         return hidden * self.scaled.scale
 
@@ -186,7 +186,7 @@ CHANGING = {
     "weights bounded in each pass": Bounded,
 }
 for how in ("in place", "through .data"):
-    for flag in ("buffer", "attribute", "buffer of the parent"):
+    for flag in ("buffer", "buffer that is None", "attribute", "buffer of the parent"):
         if (how, flag) != ("through .data", "buffer of the parent"):  # nothing tells of that
             CHANGING[f"weights set {how} by the first batch, flag: {flag}"] = functools.partial(
                 SetByTheFirstBatch, how, flag
@@ -267,6 +267,33 @@ def test_a_frozen_weight_too_large_to_copy_is_refused_when_the_pass_at_w_moves_i
     with pytest.raises(RuntimeError, match=r"weight of Linear\) of which no copy was made.*as buffers"):
         two_passes(moving_key(model, when=lambda call: True))
     assert torch.equal(model.linear.weight, before["linear.weight"])
+
+
+def test_a_frozen_weight_that_a_later_update_moves_is_copied_from_then_on():
+    """Also if it gets new memory, which no version counter tells of."""
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        model, calls = MomentumEncoder("in place"), []
+        two_passes = two_passes_of(model)
+
+        def evaluate(model=model, calls=calls, in_place=in_place):
+            calls.append(None)
+            if len(calls) > 2:
+                with torch.no_grad():
+                    if in_place:
+                        model.key.weight.mul_(0.5)
+                    else:
+                        model.key.weight.data = model.key.weight.data * 0.5
+            loss = (model.linear(batch()) - model.key(batch())).square().mean()
+            loss.backward()
+            return loss
+
+        two_passes(evaluate)
+        with pytest.raises(RuntimeError, match="of which no copy was made"):
+            two_passes(evaluate)
+        before = model.key.weight.clone()
+        two_passes(evaluate)
+        assert torch.equal(model.key.weight, before * 0.5)
 
 
 def test_a_frozen_weight_that_only_the_second_pass_moves_is_refused():

@@ -142,6 +142,17 @@ def closure_of_one_definition(model, at_w):
         at_w(evaluate)
 
 
+def partial_of_a_closure(model, at_w):
+    for inputs in BATCHES:
+        at_w(functools.partial(lambda model: of(model, inputs), model))
+
+
+def partial_overwritten(model, at_w):
+    inputs = torch.zeros_like(BATCHES[0])
+    for each in BATCHES:
+        at_w(functools.partial(of, model, inputs.copy_(each)))
+
+
 def function_in_a_function(model, at_w):
     for inputs in BATCHES:
 
@@ -250,6 +261,8 @@ def attribute_of_a_callable(model, at_w):
     [
         closure,
         closure_of_one_definition,
+        partial_of_a_closure,
+        partial_overwritten,
         function_in_a_function,
         decorated,
         comprehension,
