@@ -261,11 +261,11 @@ def test_a_closure_that_raises_leaves_weights_and_moments_alone(failing_pass):
 
 def test_a_gradient_that_is_not_finite_does_not_stay_in_the_weights_at_learning_rate_zero():
     model, optimizer = setting(lambda p: torch.optim.SGD(p, lr=0.0), rho=0.1)
-    before, bad = weights(model), iter([math.inf, 1.0, 1.0, 1.0])
+    before, factors = weights(model), [math.inf, 1.0, 1.0, 1.0]
 
     def closure():
         optimizer.zero_grad()
-        loss = model(torch.ones(2, 4)).sum() * next(bad)
+        loss = model(torch.ones(2, 4)).sum() * factors.pop(0)
         loss.backward()
         return loss
 
