@@ -61,7 +61,7 @@ class FastBlock(Block):
         # Keeps T^2 g from the norm to the move.
         self._direction = self.copy if len(self.weights) == 1 else torch.empty_like(self.memory)
         # Make it once: a new tensor in each step costs time.
-        self._minus_eta = torch.tensor(-self.eta, dtype=memory.dtype)
+        self._minus_eta = torch.tensor(-self.eta, dtype=memory.dtype, device=memory.device)
 
     def norms(self, gradients: list[Tensor], order: float, unit: Tensor | None) -> list[Tensor]:
         gradient = joined(gradients, self.memory)
@@ -107,7 +107,7 @@ def memory_for_copy(weight: Tensor) -> Tensor:
     CPU takes a read for one of what it has just written (4K aliasing), and waits.
     """
     itemsize = weight.element_size()
-    memory = torch.empty(weight.numel() + _PAGE // itemsize, dtype=weight.dtype)
+    memory = torch.empty(weight.numel() + _PAGE // itemsize, dtype=weight.dtype, device=weight.device)
     start = (weight.data_ptr() + _PAGE // 2 - memory.data_ptr()) % _PAGE // itemsize
     return memory[start : start + weight.numel()]
 

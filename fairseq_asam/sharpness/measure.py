@@ -329,6 +329,7 @@ def evaluate(loss: Loss, gradient_of: Iterable[Tensor] = (), sharded: Sequence[n
         sharded: modules with weights in shards. With any, the mean is over the terms of all processes.
 
     Raises:
+        TypeError: the loss returned neither a tensor nor pairs.
         ValueError: the loss has no terms.
     """
     parameters = list(gradient_of)
@@ -338,7 +339,13 @@ def evaluate(loss: Loss, gradient_of: Iterable[Tensor] = (), sharded: Sequence[n
     total = count = 0.0
     with torch.set_grad_enabled(bool(parameters)):
         terms = loss()
-        for term, number in [(terms, 1)] if isinstance(terms, Tensor) else terms:
+        pairs = [(terms, 1)] if isinstance(terms, Tensor) else terms
+        if not isinstance(pairs, Iterable) or (isinstance(pairs, tuple) and isinstance(pairs[0], Tensor)):
+            raise TypeError(
+                f"the loss returned {type(terms).__name__}, but it must return a tensor, or pairs in a list "
+                "or by yield: the loss summed over a batch, and the number of things summed"
+            )
+        for term, number in pairs:
             if parameters:
                 # fully_shard computes with tensors that are not its parameters
                 term.backward(inputs=None if sharded else parameters)

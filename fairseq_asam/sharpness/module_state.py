@@ -46,14 +46,15 @@ class _Watched:
         restored: whether the perturbation restores it.
         settled: whether it is known to move or to stand still.
         changed: whether a pass at w has changed it.
+        initialized: whether what the pass at w made of it is w.
     """
 
-    __slots__ = ("changed", "copy", "module", "restored", "settled", "stamp", "weight")
+    __slots__ = ("changed", "copy", "initialized", "module", "restored", "settled", "stamp", "weight")
 
     def __init__(self, weight: Tensor, module: nn.Module, restored: bool, settled: bool):
         self.weight, self.module, self.restored, self.settled = weight, module, restored, settled
         self.copy: Tensor | None = None
-        self.changed = False
+        self.changed = self.initialized = False
         self.stamp = _stamp(weight)
 
 
@@ -104,7 +105,10 @@ class ModuleState:
                     continue
                 weights[weight] = None
                 # Lazy weights, shards and other kinds have no such counters or change in ways of their own.
-                if moving is not None and type(weight) in _PLAIN and not weight.is_inference():
+                plain = (
+                    type(weight) in _PLAIN and weight.layout == torch.strided and not weight.is_inference()
+                )
+                if moving is not None and plain:
                     restored = weight in moving.perturbed and weight.requires_grad
                     if has_buffers or not restored:
                         self._watch(weight, part, restored, moving)
@@ -115,10 +119,11 @@ class ModuleState:
     def _watch(self, weight: Tensor, module: nn.Module, restored: bool, moving: Moving) -> None:
         moves = moving.moves.get(weight)
         watched = _Watched(weight, module, restored, settled=moves is not None)
-        if moves is None and weight.device.type != "meta" and weight.nbytes <= self._room:
+        writable = _is_writable(weight)
+        if moves is None and weight.device.type != "meta" and weight.nbytes <= self._room and writable:
             self._room -= weight.nbytes
             watched.copy = weight.detach().clone()
-        elif moves and not weight.requires_grad:
+        elif moves and not restored and writable:
             watched.copy = weight.detach().clone()
         self._watched.append(watched)
 
@@ -135,10 +140,17 @@ class ModuleState:
                 state._watched.append(as_now)
         return state
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Restore the buffers and weights: the same tensors, with the values that they had."""
-        initialized = {each.module for each in self._watched if each.changed and each.weight.requires_grad}
+        try:
+            self._restore()
+        except BaseException:  # such as a KeyboardInterrupt half way: restore the rest
+            self._restore()
+            raise
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        initialized = {each.module for each in self._watched if each.initialized}
         for module in self.modules:
             saved = self._buffers.get(module)
             if (saved is None and not module._buffers) or module in initialized:
@@ -176,6 +188,8 @@ class ModuleState:
             moved_before = moves.setdefault(weight, False)
             if changed:
                 moves[weight] = watched.changed = True
+                # A trained weight that moves for the first time may have been initialized.
+                watched.initialized = weight.requires_grad and watched.copy is None
                 if weight.requires_grad:
                     self._initialized |= not moved_before
                 elif watched.copy is None:
@@ -214,6 +228,12 @@ class ModuleState:
                 "change: let both passes do the same, or register the weights as buffers"
             )
 
+    def restores(self, tensor: Tensor) -> bool:
+        """Return whether *tensor* is a weight or a buffer that is saved."""
+        return tensor in self.weights or any(
+            tensor is buffer for buffers in self._buffers.values() for buffer, _ in buffers.values()
+        )
+
     @contextlib.contextmanager
     def adding_what_runs(self, found: Callable[[list[Tensor]], None]) -> Iterator[None]:
         """Within the block, save every module before it runs, and call *found* with weights that are new.
@@ -236,14 +256,22 @@ class ModuleState:
 def _buffers(module: nn.Module) -> dict[str, tuple[Tensor | None, Tensor | None]]:
     """Return the buffers of *module* itself, each with a copy of its values.
 
-    There is no copy of a lazy buffer, which has no values before the first forward pass, nor of one that was
-    made in inference mode and cannot change outside of it.
+    There is no copy of a lazy buffer, which has no values before the first forward pass, nor of one that
+    cannot change in place: it was made in inference mode, is nested, or is expanded.
     """
     buffers: dict[str, tuple[Tensor | None, Tensor | None]] = {}
     for name, buffer in module._buffers.items():
-        fixed = buffer is None or is_lazy(buffer) or buffer.is_inference()
+        fixed = buffer is None or is_lazy(buffer) or buffer.is_inference() or not _is_writable(buffer)
         buffers[name] = buffer, None if fixed else buffer.clone()
     return buffers
+
+
+def _is_writable(tensor: Tensor) -> bool:
+    """Return whether a copy can be written into *tensor*: it is neither nested nor expanded."""
+    if tensor.is_nested:
+        return False
+    strides = tensor.stride() if tensor.layout == torch.strided else ()
+    return not any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, strides))
 
 
 def _put(tensor: Tensor, values: Tensor) -> None:
@@ -270,7 +298,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1).view(torch.uint8)
+    return tensor.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
 
 
 def _name(watched: _Watched) -> str:

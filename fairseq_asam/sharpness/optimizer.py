@@ -61,7 +61,7 @@ class SharpnessAware(torch.optim.Optimizer):
 
     Attributes:
         base: the base optimizer.
-        perturbation: the :class:`~fairseq_asam.Perturbation`. Its ``rho`` may change between steps.
+        perturbation: the :class:`~fairseq_asam.Perturbation`.
         ascends: whether steps are sharpness-aware. Set it to ``False`` for plain steps of *base*, which run
             the closure once, as for a late start (arXiv 2410.10373).
 
@@ -145,6 +145,15 @@ class SharpnessAware(torch.optim.Optimizer):
     perturbation = property(lambda self: self._passes.perturbation)
 
     @property
+    def rho(self) -> float:
+        """The radius of the perturbation. It may change between steps."""
+        return self.perturbation.rho
+
+    @rho.setter
+    def rho(self, rho: float) -> None:
+        self.perturbation.rho = rho
+
+    @property
     def sharpness(self) -> Tensor | float | None:
         """L(w + epsilon) - L(w) of the last step with two passes, of the same type as the closure's loss;
         ``None`` before."""
@@ -173,12 +182,14 @@ class SharpnessAware(torch.optim.Optimizer):
             RuntimeError: the closure made no gradient; it neither made nor cleared a gradient that was there
                 before; a GradScaler calls the step; *base* is in a ``Join`` context; accelerate accumulates
                 gradients.
-            ValueError: the base optimizer maximizes with some weights and minimizes with others.
+            ValueError: the base optimizer maximizes with some weights and minimizes with others; or a
+                parameter group has a rho, which nothing reads.
         """
         self._refuse_gradient_scaler()
         self._refuse_join()
         _refuse_accumulation()
         self.perturbation.maximize = self._maximizes()
+        self._refuse_rho_of_groups()
         parameters = self._passes.parameters
         if closure is None:
             gradients = [p.grad for p in parameters if p.grad is not None]
@@ -254,6 +265,13 @@ class SharpnessAware(torch.optim.Optimizer):
                 "objective: use an optimizer for each"
             )
         return maximize.pop()
+
+    def _refuse_rho_of_groups(self) -> None:
+        if "rho" not in self.base.defaults and any("rho" in group for group in self.base.param_groups):
+            raise ValueError(
+                "a parameter group has a rho, but one epsilon of one rho is for all weights: set "
+                "optimizer.rho, and delete it from the group"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raise NotImplementedError: the perturbation would not know the names of the new parameters."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
@@ -61,6 +62,10 @@ class Displacement:
         except BaseException:  # such as a KeyboardInterrupt half way: restore the rest
             self._restore()
             raise
+
+    def versions(self) -> list[int]:
+        """Return the versions of the weights that are displaced now, which what writes into them changes."""
+        return [weight._version for weight, _ in self._places or ()]
 
     def _move(self) -> None:
         """Move the weights.
@@ -163,9 +168,9 @@ class Perturbation(Displacement):
             the first entry.
 
     Raises:
-        ValueError: a value is out of its range; a parameter is not a leaf, is complex and requires a
-            gradient, or is one of FullyShardedDataParallel (FSDP1); no parameter requires a gradient; on
-            entry, a gradient is sparse, or is whole while its weight is in shards.
+        ValueError: a value is out of its range; a parameter is not a leaf, is expanded, is complex and
+            requires a gradient, or is one of FullyShardedDataParallel (FSDP1); no parameter requires a
+            gradient; on entry, a gradient is sparse, or is whole while its weight is in shards.
         TypeError: *named_parameters* are not pairs of name and tensor.
         RuntimeError: on entry, no parameter has a gradient, the weights are perturbed already, or processes
             that share weights have gradients of different ones; inside the block, an optimizer is about to
@@ -197,6 +202,13 @@ class Perturbation(Displacement):
         for name, parameter in _pairs(named_parameters):
             if not parameter.is_leaf:
                 raise ValueError(f"{name} is not a leaf tensor: pass parameters, which get gradients")
+            if parameter.requires_grad and any(
+                size > 1 and stride == 0 for size, stride in zip(*_form(parameter))
+            ):
+                raise ValueError(
+                    f"{name} has several numbers in one place of memory, as after expand(), and cannot be "
+                    "changed in place: make the parameter of a clone(), and expand it in forward()"
+                )
             names = self._names if parameter.is_floating_point() else self._not_real
             names.setdefault(parameter, name)
         self.parameters = list(self._names)
@@ -333,6 +345,11 @@ class Perturbation(Displacement):
         if self.diagonals is not None:
             return PRECOMPUTED
         return operator_of(self._names[parameter], parameter, self.normalization, self.normalize_bias)
+
+
+def _form(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return shape and strides, if *tensor* has any by now."""
+    return ((), ()) if is_lazy(tensor) or tensor.layout != torch.strided else (tensor.shape, tensor.stride())
 
 
 def dual(p: float) -> float:

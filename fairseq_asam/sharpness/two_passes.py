@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .module_state import ModuleState, Moving
 from .perturbation import Perturbation
 from .random_state import RandomState
 from .shards import is_sharded, reshard
-from .variables import Variables
+from .variables import Run, Variables
 
 #: A forward and backward pass over a batch. It returns the loss, or a tuple that begins with it.
 Evaluate = Callable[..., Any]
@@ -66,17 +67,19 @@ class TwoPasses:
             micro-batches are added up. ``None`` before the first update.
 
     Raises:
-        ValueError: the modules have weights in shards, and *perturbation* has weights that no module has.
+        ValueError: the modules have weights in shards, and *perturbation* has weights that no module has; or a
+            buffer shares memory with a weight of the perturbation.
     """
 
     _passes: list[_Pass]
     _known: list[Tensor]
-    _earlier: list[Tensor | None]
+    _earlier: list[tuple[Tensor | None, Tensor | None]]
     _before: ModuleState | None
     _perturbed: bool
     _variables: Variables
     _trained: list[Tensor]
     _versions: list[int]
+    _with_gradients: list[Tensor]
 
     def __init__(
         self,
@@ -101,6 +104,7 @@ class TwoPasses:
                 "the perturbation has weights that no module has; a forward pass without a backward leaves "
                 "such whole weights: call reshard() on the modules before named_parameters()"
             )
+        self._refuse_shared_buffers()
         self._others = list(parameters)
         self._found: list[Tensor] = []  # weights that the graph of a loss has shown
         self._graphs_seen: set[tuple[int, int]] = set()
@@ -145,16 +149,17 @@ class TwoPasses:
             TypeError: *evaluate* returned no loss.
             RuntimeError: weights of the perturbation have been replaced in the modules; the pass added to the
                 gradient of a weight that is in neither the perturbation nor the modules nor *parameters*; it
-                changed a frozen weight that had not been copied, or an argument in place; an
-                optimizer was about to step in it; the function reads an iterator; or weights have changed
-                since an earlier pass at w.
+                changed a frozen weight that had not been copied, or an argument or a variable in place; it
+                took values out of a list, as pop() does; an optimizer was about to step in it; the function
+                reads an iterator, or what was computed from the weights before; or weights have changed
+                since an earlier pass at w. All passes at w since the last update are dropped then.
         """
         second = evaluate if again is None else again
         try:
             run = self._variables.begin_run(second, arguments)
             if self._before is None:
                 self._before = self._begin()
-            self._refuse_changed_weights()
+            self._refuse_changes()
             for module in run.modules:
                 self._set_aside_new(self._before.add(module))
             self._set_aside_new(run.weights)
@@ -165,11 +170,12 @@ class TwoPasses:
             loss = loss_of(result)
             self._find_other_weights(result, _nodes_made() - nodes)
             self._before.end_pass_at_w()
-            self._variables.end_run(run)
+            self._refuse_graphs(self._variables.end_run(run, self._before.restores))
             self._versions = self._versions_of_weights()
-            self._passes.append(_Pass(functools.partial(second, *arguments), random_state, loss))
+            self._with_gradients = [weight for weight in self._trained if weight.grad is not None]
+            self._passes.append(_Pass(functools.partial(second, *arguments), random_state, loss, run))
         except BaseException:
-            self._set_gradients(self._earlier)
+            self._put_gradients_back()
             if self._before is not None:
                 self._before.restore()
             self.reset()
@@ -188,14 +194,16 @@ class TwoPasses:
         if not self._passes:
             raise RuntimeError("there was no pass at w since the last update: call at_w() first")
         before, modules = self._before, self._before.modules
-        after = ModuleState() if self.buffers_of_both else before.now()
-        reshard(modules)
+        after = ModuleState()
         try:
+            if not self.buffers_of_both:
+                after = before.now()
+            reshard(modules)
             self._refuse_changed_variables()
-            self._refuse_changed_weights()
+            self._refuse_changes()
             self._refuse_other_weights()
             with self.perturbation:
-                self._set_gradients(self._earlier)
+                self._put_gradients_back()
                 self._perturbed = True
                 if not self.buffers_of_both:
                     before.restore()
@@ -204,13 +212,15 @@ class TwoPasses:
             self.sharpness = sum(map(loss_of, results)) - sum(each.loss for each in self._passes)
         except BaseException:
             if not self._perturbed:
-                self._set_gradients(self._earlier)
+                self._put_gradients_back()
             raise
         finally:
             reshard(modules)
-            after.restore()
-            self._moving.keep(before.weights)
-            self.reset()
+            try:
+                after.restore()
+            finally:
+                self._moving.keep(before.weights)
+                self.reset()
         return results
 
     def only_at_w_plus_epsilon(self, evaluate: Evaluate, *arguments: Any) -> Any:
@@ -221,11 +231,25 @@ class TwoPasses:
 
         Raises:
             TypeError: *evaluate* returned no loss.
+            RuntimeError: the direction is the gradient at w; weights of the perturbation have been replaced
+                in the modules; or the pass changed perturbed weights, and the change would be lost.
         """
+        if self.perturbation.direction.needs_pass_at_w:
+            raise RuntimeError(
+                "the perturbation's direction is the gradient at w, which needs a pass at w: call this "
+                "object itself, or give Perturbation another direction"
+            )
+        self._refuse_replaced_weights({p: None for module in self.modules for p in module.parameters()})
         self._reshard_modules()
         try:
             with self.perturbation:
+                versions = self.perturbation.versions()
                 result = evaluate(*arguments)
+                if self.perturbation.versions() != versions:
+                    raise RuntimeError(
+                        "the pass at w + epsilon changed weights, as data-dependent initialization does, and "
+                        "the change is lost when they go back to w: run the model once before the update"
+                    )
         finally:
             self._reshard_modules()
         loss_of(result)
@@ -240,9 +264,13 @@ class TwoPasses:
         return loss * (1.0 + 0.0 * self.perturbation.norm).to(loss) if self._perturbed else loss
 
     def reset(self) -> None:
-        """Forget the passes at w whose pass at w + epsilon has not been made."""
+        """Forget the passes at w whose pass at w + epsilon has not been made.
+
+        Gradients and buffers stay as these have left them. Clear the gradients before the next update.
+        """
         self._passes, self._known, self._earlier, self._before = [], [], [], None
         self._perturbed, self._variables, self._trained, self._versions = False, Variables(), [], []
+        self._with_gradients = []
         RandomState.release()
 
     def _begin(self) -> ModuleState:
@@ -256,12 +284,24 @@ class TwoPasses:
         self._set_aside(dict.fromkeys([*self.perturbation.parameters, *others, *state.weights]))
         return state
 
+    def _refuse_shared_buffers(self) -> None:
+        """Raise if a buffer has memory of a perturbed weight: to restore it would undo epsilon."""
+        memory = {_memory(w) for w in self._moving.perturbed if w.requires_grad}
+        for module in self.modules:
+            for name, buffer in module.named_buffers():
+                if _memory(buffer) in memory - {0}:
+                    raise ValueError(
+                        f"the buffer {name} shares memory with a weight of the perturbation, and it can be "
+                        "neither restored nor left: make it a clone(), or read the weight instead"
+                    )
+
     def _set_aside(self, weights: Iterable[Tensor]) -> None:
         """Remember the gradients of *weights* from before the update, and start without."""
         weights = list(weights)
         gradients = [weight.grad for weight in weights]
         self._known += weights
-        self._earlier += gradients
+        # The pass at w may write into the same buffer, as DistributedDataParallel does.
+        self._earlier += [(g, g.clone() if _is_in_buffer(g) else None) for g in gradients]
         for weight, gradient in zip(weights, gradients):
             if gradient is not None:
                 weight.grad = None
@@ -327,7 +367,7 @@ class TwoPasses:
         if found:
             self._found = found
             self._known += found
-            self._earlier += [None] * len(found)
+            self._earlier += [(None, None)] * len(found)
         else:
             self._graphs_seen.add(kind)
 
@@ -337,6 +377,17 @@ class TwoPasses:
             return
         if got_one or any(weight.grad is not None for weight in self._known):
             raise RuntimeError(_OTHER_WEIGHTS.format("none of the perturbation's got a gradient, others did"))
+
+    def _refuse_graphs(self, graphs: list[Tensor]) -> None:
+        """Raise if one of *graphs*, made before a pass, begins at perturbed weights: it stays that of w."""
+        perturbed = self._moving.perturbed
+        for tensor in graphs:
+            if any(leaf in perturbed for leaf in _leaves(tensor.grad_fn)):
+                raise RuntimeError(
+                    f"the function reads a tensor of shape {tuple(tensor.shape)} that was computed from the "
+                    "weights before the pass, and at w + epsilon it would still be that of w: compute it in "
+                    "the function, or detach() it"
+                )
 
     def _refuse_changed_variables(self) -> None:
         """Raise if a function would read other variables than in its pass at w."""
@@ -349,12 +400,18 @@ class TwoPasses:
                 "at_w(function, inputs, targets)"
             )
 
-    def _refuse_changed_weights(self) -> None:
-        """Raise if weights have changed since the last pass at w, whose gradient would not be theirs."""
+    def _refuse_changes(self) -> None:
+        """Raise if weights have changed since the last pass at w, or their gradients have been cleared."""
         if self._passes and self._versions_of_weights() != self._versions:
             raise RuntimeError(
                 "weights have changed since a pass at w, as by an optimizer's step, and its gradient is not "
                 "theirs: make at_w_plus_epsilon() before the step, or call reset() to drop the pass at w"
+            )
+        if any(weight.grad is None for weight in self._with_gradients):
+            raise RuntimeError(
+                "gradients of a pass at w have been cleared since, and epsilon is made of them: clear "
+                "gradients before the first at_w() of an update or after at_w_plus_epsilon(), or call "
+                "reset() to drop the pass at w"
             )
 
     def _versions_of_weights(self) -> list[int]:
@@ -363,8 +420,11 @@ class TwoPasses:
     def _reshard_modules(self) -> None:
         reshard(part for module in self.modules for part in module.modules())
 
-    def _set_gradients(self, gradients: list[Tensor | None]) -> None:
-        for weight, gradient in zip(self._known, gradients):
+    @torch.no_grad()
+    def _put_gradients_back(self) -> None:
+        for weight, (gradient, values) in zip(self._known, self._earlier):
+            if values is not None:
+                gradient.copy_(values)
             weight.grad = gradient
 
 
@@ -375,16 +435,18 @@ _OTHER_WEIGHTS = (
 
 
 class _Pass(NamedTuple):
-    """A pass to make at w + epsilon, with the random state and the loss of its pass at w."""
+    """A pass to make at w + epsilon, with the random state, the loss and the run of its pass at w."""
 
     evaluate: Callable[[], Any]
     random_state: RandomState | None
     loss: Tensor | float
+    run: Run
 
     def repeat(self) -> Any:
         """Make the pass, with the random numbers of the one at w."""
         if self.random_state is not None:
             self.random_state.restore()
+        self.run.restore_arguments()
         return self.evaluate()
 
 
@@ -399,6 +461,20 @@ def loss_of(result: Any) -> Tensor | float:
         f"the pass returned {type(result).__name__}, but it must return the loss, a number or a tensor with "
         "one element: let it end in `return loss`"
     )
+
+
+def _is_in_buffer(gradient: Tensor | None) -> bool:
+    """Return whether *gradient* is part of a larger buffer, as with gradient_as_bucket_view=True."""
+    if type(gradient) is not Tensor or gradient.layout != torch.strided:
+        return False
+    return gradient.untyped_storage().nbytes() > gradient.nbytes
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return where the storage of *tensor* begins; 0 if it has none of its own."""
+    if type(tensor) not in (Tensor, nn.Parameter) or is_lazy(tensor) or tensor.layout != torch.strided:
+        return 0
+    return tensor.untyped_storage().data_ptr()
 
 
 def _nodes_made() -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import io
-import itertools
+import queue
 import types
+import zlib
+from collections import UserDict, deque
 from collections.abc import Callable, Iterator
 from dis import get_instructions
 from typing import Any, NamedTuple, Union
@@ -14,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-#: What has a variable: a cell of a closure, globals, attributes of an object, or a container of arguments.
-Holder = Union[types.CellType, "dict[Any, Any]", "list[Any]", "tuple[Any, ...]"]
+#: What has a variable: a cell of a closure, globals, attributes of an object, or a container.
+Holder = Union[types.CellType, "dict[Any, Any]", "list[Any]", "tuple[Any, ...]", "deque[Any]"]
 
 _ABSENT = object()
 # Values of these types are compared. Others are the same if they are one object.
 _PLAIN = (bool, int, float, complex, str, bytes, range, torch.device, torch.Size)
-# Longer containers of arguments are not looked into.
-_LONG = 1000
+# Longer containers are not looked into, nor is what is deeper in the variables, nor larger arrays of numpy.
+_LONG, _DEEP, _LARGE = 1000, 3, 2**24
 
 
 class Run(NamedTuple):
@@ -29,15 +31,30 @@ class Run(NamedTuple):
 
     Attributes:
         read: what has the variables that it reads, by identity and name.
+        found: the values of these before the run, their versions and, of containers, what they held.
         modules: those in the variables.
         weights: leaves of graphs in the variables, which get a gradient.
-        versions: of the tensors in its arguments before the run.
+        containers: those in its arguments, each with a copy.
+        attributes: the tensors in the objects among its arguments.
     """
 
     read: dict[tuple[int, Any], Holder]
+    found: list[tuple[Any, int, Any]]
     modules: list[nn.Module]
     weights: list[Tensor]
-    versions: list[tuple[Tensor, int]]
+    containers: list[tuple[Any, Any]]
+    attributes: list[tuple[dict[str, Any], str, Tensor]]
+
+    def restore_arguments(self) -> None:
+        """Put back what was in the arguments before the run, whatever it took out or put in."""
+        for attributes, name, value in self.attributes:
+            attributes[name] = value
+        for container, content in self.containers:
+            if isinstance(container, list):
+                container[:] = content
+            else:
+                container.clear()
+                container.update(content)
 
 
 class Variables:
@@ -69,36 +86,58 @@ class Variables:
             RuntimeError: it reads an iterator.
         """
         self.look()
-        of_arguments = list(_elements(arguments))
-        read = {(id(holder), name): holder for holder, name in (*_read_by(function), *of_arguments)}
+        of_containers, of_objects = list(_elements(arguments)), list(_tensors_of_objects(arguments))
+        holders = [*_read_by(function), *of_containers, *of_objects]
+        read = {(id(holder), name): holder for holder, name in holders}
         values = [_value(holder, name) for (_, name), holder in read.items()]
         for (_, name), value in zip(read, values):
-            if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
+            if _gives_next(_owner(value)):
                 raise RuntimeError(
                     f"the function reads the iterator {name}, and each pass would take other values from it: "
                     "take the batch from the iterator first, and pass it on, as in at_w(function, batch)"
                 )
         modules = [value for value in values if isinstance(value, nn.Module)]
         weights = [v for v in values if isinstance(v, Tensor) and v.requires_grad and v.is_leaf]
-        tensors = [value for value in itertools.starmap(_value, of_arguments) if isinstance(value, Tensor)]
-        return Run(read, modules, weights, [(tensor, _version(tensor)) for tensor in tensors])
+        restored = [(container, container.copy()) for container in _containers(arguments)]
+        kept = {id(container) for container, _ in restored}
+        found = [(v, _version(v), None if id(v) in kept else _held(v)) for v in values]
+        attributes = [(holder, name, _value(holder, name)) for holder, name in of_objects]
+        return Run(read, found, modules, weights, restored, attributes)
 
-    def end_run(self, run: Run) -> None:
-        """Look what the variables are after *run*.
+    def end_run(self, run: Run, restores: Callable[[Tensor], bool] = lambda tensor: False) -> list[Tensor]:
+        """Look what the variables are after *run*, and return graphs in them, which were made before the run.
+
+        Args:
+            run: made by :meth:`begin_run`.
+            restores: whether a tensor is restored before the next run.
 
         Raises:
-            RuntimeError: it has changed an argument in place. A tensor with one element may be for counting.
+            RuntimeError: it has changed what it read in place. A tensor with one element may be for counting.
         """
-        for tensor, version in run.versions:
-            if _version(tensor) != version and tensor.numel() > 1:
+        graphs = []
+        for (key, holder), (value, version, held) in zip(run.read.items(), run.found):
+            now = _value(holder, key[1])
+            what = key[1] if isinstance(key[1], str) else "an argument"
+            if held is not None and _is_part(_held(value), held):
                 raise RuntimeError(
-                    f"the pass at w changed an argument of shape {tuple(tensor.shape)} in place, and the "
-                    "pass at w + epsilon would be over another batch: let the function change a copy of it"
+                    f"the pass at w took values out of {what}, and the pass at w + epsilon would take "
+                    "others: take the batch out first, and pass it on, as in at_w(function, batch)"
                 )
-        holders = {**{key: holder for key, (holder, _, _) in self._found.items()}, **run.read}
-        for key, holder in holders.items():
-            value = _value(holder, key[1])
-            self._found[key] = holder, value, _version(value)
+            if _version(value) != version and _counts(value) and not restores(value):
+                raise RuntimeError(
+                    f"the pass at w changed {what} of shape {tuple(value.shape)} in place, and the pass at "
+                    "w + epsilon would read other values: let the function change a copy of it"
+                )
+            if isinstance(value, Tensor) and value.grad_fn is not None and now is value:
+                graphs.append(value)
+            if _is_same(now, value):
+                self._found[key] = holder, now, _version(now)
+            else:  # the function has rebound it
+                self._found.pop(key, None)
+        for key, (holder, _, _) in self._found.items():
+            now = _value(holder, key[1])
+            self._found[key] = holder, now, _version(now)
+        return graphs
 
 
 class _Names(NamedTuple):
@@ -110,9 +149,10 @@ class _Names(NamedTuple):
 
 
 def _read_by(function: Any) -> Iterator[tuple[Holder, Any]]:
-    """Yield what *function* reads and does not write: variables, and attributes of the objects in them.
+    """Yield what *function* reads and does not write: variables, and what is in the containers in them.
 
-    Functions in its closure, its module and its object are looked into too.
+    Of the objects in them these are the attributes that its code names. Functions in its closure, its module
+    and its object are looked into too.
     """
     reads: dict[tuple[int, Any], Holder] = {}
     written: set[tuple[int, str]] = set()
@@ -135,9 +175,13 @@ def _read_by(function: Any) -> Iterator[tuple[Holder, Any]]:
         found: list[tuple[Holder, str]] = [*zip(cells, each.__code__.co_freevars)]
         found += [(own, name) for name in names.globals if name in own]
         values = [_value(*variable) for variable in found]
-        for attributes in map(_attributes, [owner, *values]):
-            found += [(attributes, name) for name in names.attributes & attributes.keys()]
+        layer = [owner, *values]
+        for _ in range(_DEEP):
+            inner = [part for value in layer for part in _parts_of(value, names.attributes)]
+            layer = [_value(*part) for part in inner]
+            found += inner
         methods = [getattr(type(owner), name, None) for name in names.attributes]
+        methods = [getattr(method, "fget", method) for method in methods]  # of properties
         waiting += values[: len(cells)]
         waiting += [value for value in values[len(cells) :] if _globals_of(value) is own]
         waiting += [types.MethodType(method, owner) for method in methods if _globals_of(method) is own]
@@ -175,18 +219,78 @@ def _attributes(value: Any) -> dict[str, Any]:
     return getattr(value, "__dict__", {})
 
 
-def _elements(container: Any) -> Iterator[tuple[Holder, Any]]:
-    """Yield where the elements of *container* are, and those of the containers within it."""
-    if isinstance(container, (tuple, list, dict)) and len(container) < _LONG:
-        for name in container if isinstance(container, dict) else range(len(container)):
-            yield container, name
-            yield from _elements(container[name])
+def _parts_of(value: Any, names: frozenset[str]) -> Iterator[tuple[Holder, Any]]:
+    """Yield where the elements of a container are, or the attributes of an object that have *names*."""
+    value = value.data if isinstance(value, UserDict) else _owner(value)
+    if isinstance(value, (tuple, list, dict, deque)):
+        if len(value) < _LONG:
+            yield from ((value, name) for name in (value if isinstance(value, dict) else range(len(value))))
+    else:
+        attributes = _attributes(value)
+        yield from ((attributes, name) for name in names & attributes.keys())
+
+
+def _elements(value: Any) -> Iterator[tuple[Holder, Any]]:
+    """Yield where the elements of an argument are that is a container, and those of containers within it."""
+    if isinstance(value, (tuple, list, dict, deque, UserDict)):
+        for holder, name in _parts_of(value, frozenset()):
+            yield holder, name
+            yield from _elements(_value(holder, name))
+
+
+def _tensors_of_objects(value: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield where the tensors of objects are, as of a batch, that are in the containers of an argument."""
+    for holder, name in _elements(value):
+        attributes = _attributes(_value(holder, name))
+        yield from ((attributes, name) for name, each in attributes.items() if isinstance(each, Tensor))
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    """Yield the lists and dictionaries in an argument."""
+    if isinstance(value, (tuple, list, dict, UserDict)) and len(value) < _LONG:
+        if not isinstance(value, tuple):
+            yield value
+        for each in list(value.values()) if isinstance(value, (dict, UserDict)) else value:
+            yield from _containers(each)
+
+
+def _owner(value: Any) -> Any:
+    """Return the object of which *value* is a method that is not written in Python, or *value* itself."""
+    is_method = isinstance(value, (types.BuiltinMethodType, types.MethodWrapperType))
+    return value.__self__ if is_method else value
+
+
+def _gives_next(value: Any) -> bool:
+    """Return whether *value* is an iterator, of whatever kind, but no file: that is for writing to."""
+    kind = type(value)
+    return (hasattr(kind, "__next__") or hasattr(kind, "next")) and not issubclass(kind, io.IOBase)
+
+
+def _held(value: Any) -> Any:
+    """Return what is in something that a function takes values out of; ``None`` of anything else."""
+    value = _owner(value)
+    if isinstance(value, (list, deque)) and len(value) < _LONG:
+        return [*map(id, value)]
+    return value.qsize() if isinstance(value, queue.Queue) else None
+
+
+def _is_part(now: Any, before: Any) -> bool:
+    """Return whether something was taken out and nothing put in."""
+    if isinstance(before, int):
+        return now < before
+    return len(now) < len(before) and set(now) <= set(before)
+
+
+def _counts(value: Any) -> bool:
+    """Return whether a change of *value* in place matters: it is no weight, and no single number."""
+    is_weight = isinstance(value, Tensor) and value.requires_grad and value.is_leaf
+    return not is_weight and (value.numel() if isinstance(value, Tensor) else value.size) > 1
 
 
 def _value(holder: Holder, name: Any) -> Any:
     try:
         return holder.cell_contents if isinstance(holder, types.CellType) else holder[name]
-    except (ValueError, LookupError):  # an empty cell, or no such name
+    except (ValueError, LookupError):  # an empty cell, or no such name or index
         return _ABSENT
 
 
@@ -203,6 +307,9 @@ def _parts(function: types.FunctionType) -> list[int]:
 
 
 def _version(value: Any) -> int:
+    """Return what changes when something writes into a tensor or an array of numpy."""
+    if type(value).__module__ == "numpy" and type(value).__name__ == "ndarray":
+        return zlib.crc32(value.tobytes()) if value.nbytes <= _LARGE else 0
     if not isinstance(value, Tensor) or is_lazy(value) or value.is_inference():
         return 0
     return value._version

@@ -417,3 +417,10 @@ def test_bad_values_are_refused():
             measure(**{"loss": w.sum, "weights": [("w", w)], "regions": [Region(0.1)], **options})
     with pytest.raises(ValueError, match="rho is -1"):
         Region(-1.0)
+
+
+@pytest.mark.parametrize("wrong", [lambda loss: (loss, 4), lambda loss: loss.item()])
+def test_a_loss_of_another_kind_is_refused(wrong):
+    model = nn.Linear(4, 2)
+    with pytest.raises(TypeError, match="must return a tensor, or pairs in a list or by yield"):
+        measure(lambda: wrong(model(torch.ones(4, 4)).square().sum()), model, [Region(0.1)])

@@ -9,6 +9,7 @@ from torch import nn
 from torch.ao import quantization
 from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.optim.swa_utils import AveragedModel
 
 from fairseq_asam import Perturbation, TwoPasses
 
@@ -394,3 +395,71 @@ def test_accumulated_passes_move_frozen_weights_once_each():
         plain(batch(step))
     two_passes.at_w_plus_epsilon()
     assert_same(state(model), state(plain))
+
+
+def test_a_teacher_that_may_get_gradients_moves_once_in_each_update():
+    """As torch's AveragedModel, whose weights require gradients. Both passes begin from the same teacher."""
+    model = network("dropout").eval()
+    teacher = AveragedModel(model, avg_fn=lambda average, new, number: 0.5 * average + 0.5 * new)
+    teacher(batch())
+    two_passes = two_passes_of(model)
+
+    def loss_of(student, teacher_of, inputs):
+        with torch.no_grad():
+            target = teacher_of(inputs)
+        return (student(inputs) - target + 0.1).square().mean()
+
+    def evaluate(inputs):
+        teacher.update_parameters(model)
+        loss = loss_of(model, teacher, inputs)
+        loss.backward()
+        return loss
+
+    for step in range(4):
+        student, average = copy.deepcopy(model), copy.deepcopy(teacher)
+        model.zero_grad()
+        student.zero_grad()
+        two_passes(evaluate, batch(step))
+        at_w = copy.deepcopy(average)
+        at_w.update_parameters(student)
+        loss_of(student, at_w, batch(step)).backward()
+        weights = {name: w.detach().numpy().copy() for name, w in student.named_parameters()}
+        g = {name: w.grad.numpy() for name, w in student.named_parameters()}
+        epsilon = plain_epsilon.epsilon(weights, g, rho=0.5, eta=0.01, p=2.0, normalization="element-wise")
+        student.zero_grad()
+        with torch.no_grad():
+            for name, weight in student.named_parameters():
+                weight += torch.tensor(epsilon[name])
+        average.update_parameters(student)
+        loss_of(student, average, batch(step)).backward()
+        assert all(map(torch.equal, teacher.module.parameters(), at_w.module.parameters()))
+        if step > 0:  # The first update may be an initialization, which the pass at w + epsilon takes over.
+            for weight, expected in zip(model.parameters(), student.parameters()):
+                torch.testing.assert_close(weight.grad, expected.grad, rtol=1e-11, atol=1e-14)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight -= 0.1 * weight.grad
+
+
+UNUSUAL = {
+    "expanded": lambda: torch.ones(1).expand(5),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "sparse in rows": lambda: torch.eye(3).to_sparse_csr(),
+    "conjugate": lambda: torch.ones(3, dtype=torch.cfloat).conj(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("is_buffer", [True, False], ids=["buffer", "frozen weight"])
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_tensors_of_unusual_memory_stand_by(kind, is_buffer):
+    model, tensor = network("dropout"), UNUSUAL[kind]()
+    if is_buffer:
+        model.register_buffer("beside", tensor)
+    else:
+        model.beside = nn.Parameter(tensor, requires_grad=False)
+    two_passes = two_passes_of(model)
+    for _ in range(2):
+        two_passes(lambda: forward_and_backward(lambda x: model[3](model[2](model[0](x))), batch())())
+        assert two_passes.sharpness > 0

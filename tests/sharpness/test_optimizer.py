@@ -261,11 +261,13 @@ def test_a_closure_that_raises_leaves_weights_and_moments_alone(failing_pass):
 
 def test_a_gradient_that_is_not_finite_does_not_stay_in_the_weights_at_learning_rate_zero():
     model, optimizer = setting(lambda p: torch.optim.SGD(p, lr=0.0), rho=0.1)
-    before, factors = weights(model), [math.inf, 1.0, 1.0, 1.0]
+    before, calls = weights(model), 0
 
     def closure():
+        nonlocal calls
+        calls += 1
         optimizer.zero_grad()
-        loss = model(torch.ones(2, 4)).sum() * factors.pop(0)
+        loss = model(torch.ones(2, 4)).sum() * (math.inf if calls == 1 else 1.0)
         loss.backward()
         return loss
 
@@ -511,3 +513,31 @@ def test_misuse_is_refused():
         SharpnessAware(adam(model.parameters()), model.named_parameters(), rho=-1)
     with pytest.raises(NotImplementedError, match="add the group to the base"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+
+
+def test_rho_is_that_of_the_perturbation():
+    model = nn.Linear(4, 2)
+    optimizer = SharpnessAware(torch.optim.SGD(model.parameters(), lr=0.1), model, rho=0.1)
+    optimizer.rho = 0.7
+    assert optimizer.rho == optimizer.perturbation.rho == 0.7
+    with pytest.raises(ValueError, match="rho is -1"):
+        optimizer.rho = -1.0
+
+
+def test_a_rho_in_a_parameter_group_is_refused_but_that_of_adadelta():
+    model = nn.Linear(4, 2)
+
+    def step(base):
+        optimizer = SharpnessAware(base, model, rho=0.1)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = model(torch.ones(2, 4)).square().sum()
+            loss.backward()
+            return loss
+
+        return optimizer.step(closure)
+
+    step(torch.optim.Adadelta(model.parameters(), rho=0.9))
+    with pytest.raises(ValueError, match=r"a parameter group has a rho.*set optimizer\.rho"):
+        step(torch.optim.SGD([{"params": model.parameters(), "rho": 0.3}], lr=0.1))

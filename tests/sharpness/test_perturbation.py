@@ -482,3 +482,19 @@ def test_bad_use_is_refused_before_any_weight_moves():
             pass
         assert not torch.equal(head.weight, before["0.weight"])
     assert_unchanged(model, before)
+
+
+def test_an_expanded_weight_is_refused_unless_it_is_frozen():
+    weight = torch.nn.Parameter(torch.ones(1).expand(5))
+    with pytest.raises(ValueError, match=r"scale has several numbers in one place.*clone\(\)"):
+        Perturbation([("scale", weight)], 0.1)
+    other = torch.nn.Parameter(torch.ones(3))
+    Perturbation([("scale", weight.requires_grad_(False)), ("other", other)], 0.1)
+
+
+def test_the_default_device_of_torch_is_not_asked():
+    weight = torch.nn.Parameter(torch.ones(10000))
+    weight.grad = torch.ones_like(weight)
+    with torch.device("meta"), Perturbation([("weight", weight)], 1.0):
+        moved = weight.detach().clone()
+    torch.testing.assert_close(moved, torch.full_like(moved, 1.01 * 0.01 + 1.0))

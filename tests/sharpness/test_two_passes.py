@@ -6,13 +6,17 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.module import _global_forward_pre_hooks
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.parametrize import cached, register_parametrization
+from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_asam import Perturbation, TwoPasses
 from fairseq_asam.sharpness import two_passes as two_passes_module
+from fairseq_asam.sharpness.directions import Random
 
 from . import plain_epsilon
 
@@ -667,3 +671,122 @@ def test_a_parametrization_that_is_cached():
             two_passes(forward_and_backward(model, batch()))
             assert_same(gradients(model), expected)
             assert two_passes.sharpness == sharpness > 0
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_in_the_buckets_of_ddp_are_set_aside_by_value(tmp_path, set_to_none):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = plain_network()
+        replica = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        two_passes = TwoPasses(Perturbation(model.named_parameters(), 0.5), [replica])
+        for _ in range(3):
+            replica.zero_grad(set_to_none)
+            for number in (1, 2):
+                two_passes(forward_and_backward(replica, batch(number)))
+            each = [by_hand(model, [batch(number)], [batch(number)]) for number in (1, 2)]
+            assert_close(gradients(model), {name: each[0][name] + each[1][name] for name in each[0]})
+    finally:
+        dist.destroy_process_group()
+
+
+def test_gradients_that_are_parts_of_one_vector_stay_so():
+    model = plain_network()
+    vector = torch.zeros(sum(w.numel() for w in model.parameters()), dtype=torch.float64)
+    for weight, part in zip(model.parameters(), vector.split([w.numel() for w in model.parameters()])):
+        weight.grad = part.view_as(weight)
+    for _ in range(2):
+        vector.zero_()
+        two_passes_of(model)(forward_and_backward(model, batch()))
+        expected = by_hand(model, [batch()], [batch()])
+        torch.testing.assert_close(vector, torch.cat([g.flatten() for g in expected.values()]))
+
+
+@pytest.mark.parametrize("then", ["another pass at w", "the pass at w + epsilon"])
+def test_gradients_cleared_between_the_passes_are_refused(then):
+    model = plain_network()
+    two_passes = two_passes_of(model)
+    two_passes.at_w(forward_and_backward(model, batch(1)))
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match="have been cleared since, and epsilon is made of them"):
+        if then == "another pass at w":
+            two_passes.at_w(forward_and_backward(model, batch(2)))
+        else:
+            two_passes.at_w_plus_epsilon()
+
+
+@pytest.mark.parametrize("features", [8, 4000])
+def test_a_buffer_in_the_memory_of_a_weight_is_refused(features):
+    layer = nn.Linear(5, features)
+    layer.register_buffer("alias", layer.weight.data)
+    with pytest.raises(ValueError, match=r"the buffer alias shares memory.*clone\(\)"):
+        two_passes_of(layer)
+
+
+def test_one_pass_needs_a_direction_that_needs_no_gradient_at_w():
+    model = plain_network()
+    two_passes = two_passes_of(model)
+    two_passes(forward_and_backward(model, batch(1)))
+    with pytest.raises(RuntimeError, match="the gradient at w, which needs a pass at w"):
+        two_passes.only_at_w_plus_epsilon(forward_and_backward(model, batch(2)))
+
+
+def test_one_pass_refuses_weights_that_have_been_replaced():
+    model = plain_network()
+    two_passes = TwoPasses(Perturbation(model.named_parameters(), 0.5, direction=Random()), [model])
+    two_passes.only_at_w_plus_epsilon(forward_and_backward(model, batch()))
+    model[-1] = nn.Linear(8, 3).double()
+    with pytest.raises(RuntimeError, match="others than those of the perturbation"):
+        two_passes.only_at_w_plus_epsilon(forward_and_backward(model, batch()))
+
+
+def test_one_pass_refuses_to_lose_what_it_changed_in_the_weights():
+    model = nn.Sequential(nn.Embedding(10, 4, max_norm=0.1), nn.Linear(4, 2))
+    two_passes = TwoPasses(Perturbation(model.named_parameters(), 0.5, direction=Random()), [model])
+    before = [weight.clone() for weight in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"changed weights.*the change is lost"):
+        two_passes.only_at_w_plus_epsilon(forward_and_backward(model, torch.arange(10)))
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+class Interrupt(TorchDispatchMode):
+    """Interrupts one of torch's operations."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.left = number
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        if self.left == 0:
+            self.left = None
+            raise KeyboardInterrupt
+        if self.left is not None:
+            self.left -= 1
+        return operation(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("features", [8, 4000])
+def test_an_interrupt_at_any_operation_leaves_nothing_behind(features):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, features), nn.BatchNorm1d(features), nn.Linear(features, 3)).double()
+    two_passes, hooks = two_passes_of(model), len(_global_optimizer_pre_hooks)
+    before, number = [(weight.data_ptr(), weight.clone()) for weight in model.parameters()], 0
+    while True:
+        statistics = [buffers(model)]
+        after = copy.deepcopy(model)
+        after(batch())
+        statistics.append(buffers(after))
+        try:
+            with Interrupt(number):
+                two_passes(forward_and_backward(model, batch()))
+            break
+        except KeyboardInterrupt:
+            number += 1
+        for weight, (place, value) in zip(model.parameters(), before):
+            assert weight.data_ptr() == place and torch.equal(weight, value)
+        assert len(_global_optimizer_pre_hooks) == hooks and not _global_forward_pre_hooks
+        found = buffers(model)
+        assert any(all(torch.equal(found[name], each[name]) for name in found) for each in statistics)
+        model.zero_grad()
+    assert number > 50

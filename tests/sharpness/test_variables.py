@@ -3,11 +3,18 @@
 # What ruff warns of here is what is tested.
 # ruff: noqa: B007, B023, F821
 
+import collections
 import functools
+import queue
+import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+
+from fairseq_asam import Perturbation, SharpnessAware, TwoPasses
+from fairseq_asam.sharpness.directions import Random
 
 from .test_two_passes import assert_close, batch, by_hand, gradients, plain_network, two_passes_of
 
@@ -297,9 +304,8 @@ def test_a_function_defined_in_the_loop_serves_where_both_passes_come_at_once():
 
 def test_one_pass_at_w_plus_epsilon_gets_the_batch_too():
     model = nn.Linear(5, 3).double()
-    two_passes = two_passes_of(model, rho=0.0)
-    of(model, BATCHES[0])
-    model.zero_grad(set_to_none=False)
+    direction = Random()
+    two_passes = TwoPasses(Perturbation(model.named_parameters(), 0.0, direction=direction), [model])
     two_passes.only_at_w_plus_epsilon(of, model, BATCHES[0])
     plain = gradients(model)
     model.zero_grad()
@@ -324,5 +330,219 @@ def test_an_argument_that_the_pass_at_w_changes_in_place_is_refused():
     model = nn.Sequential(nn.Dropout(0.5, inplace=True), *plain_network())
     two_passes = two_passes_of(model)
     for arguments in ((batch(),), ({"inputs": batch()},)):
-        with pytest.raises(RuntimeError, match=r"an argument of shape \(16, 5\) in place.*a copy"):
+        with pytest.raises(RuntimeError, match=r"(an argument|inputs) of shape \(16, 5\) in place.*a copy"):
             two_passes(lambda a: of(model, a["inputs"] if isinstance(a, dict) else a), *arguments)
+
+
+# One object that takes each batch in turn. A function returns how to fill it and how to read it.
+
+
+def in_dict():
+    holder = {}
+    return lambda b: holder.update(inputs=b), lambda: holder["inputs"]
+
+
+def in_list():
+    holder = []
+    return lambda b: holder.__setitem__(slice(None), [b]), lambda: holder[0]
+
+
+def in_object_within_object():
+    trainer = types.SimpleNamespace(state=types.SimpleNamespace())
+    return lambda b: setattr(trainer.state, "inputs", b), lambda: trainer.state.inputs
+
+
+@pytest.mark.parametrize("kind", [in_dict, in_list, in_object_within_object])
+def test_a_batch_that_the_loop_puts_where_the_function_finds_it_is_refused(kind):
+    model = plain_network()
+    two_passes, (fill, read) = two_passes_of(model), kind()
+    for inputs in BATCHES:
+        fill(inputs)
+        two_passes.at_w(lambda: of(model, read()))
+    with pytest.raises(RuntimeError, match="changed between a pass at w and its pass at w"):
+        two_passes.at_w_plus_epsilon()
+
+
+def test_what_the_function_itself_puts_into_a_dict_may_change():
+    model, log = plain_network(), {"loss": None, "number": torch.zeros(3)}
+    two_passes = two_passes_of(model)
+
+    def evaluate(inputs):
+        log["loss"] = loss = of(model, inputs)
+        log["number"] = log["number"] + 1
+        return loss
+
+    for inputs in BATCHES:
+        two_passes.at_w(evaluate, inputs)
+        log.clear()
+        log["number"] = torch.zeros(3)
+    two_passes.at_w_plus_epsilon()
+    assert_close(gradients(model), by_hand(model, BATCHES, BATCHES))
+
+
+@pytest.mark.parametrize("make", [types.SimpleNamespace, dict, collections.UserDict])
+def test_a_batch_object_that_the_loop_fills_again_is_refused(make):
+    model, holder = plain_network(), make()
+    two_passes = two_passes_of(model)
+    for inputs in BATCHES:
+        vars_of(holder).update(inputs=inputs)
+        two_passes.at_w(lambda holder: of(model, vars_of(holder)["inputs"]), holder)
+    with pytest.raises(RuntimeError, match="inputs changed between"):
+        two_passes.at_w_plus_epsilon()
+
+
+def vars_of(holder):
+    return vars(holder) if isinstance(holder, types.SimpleNamespace) else holder
+
+
+def test_an_array_of_numpy_that_the_loop_fills_again_is_refused():
+    model, array = plain_network(), np.zeros((16, 5))
+    two_passes = two_passes_of(model)
+    for inputs in BATCHES:
+        array[:] = inputs
+        two_passes.at_w(lambda a: of(model, torch.tensor(a)), array)
+    with pytest.raises(RuntimeError, match="an argument changed between"):
+        two_passes.at_w_plus_epsilon()
+
+
+def replace(holder):
+    vars_of(holder)["inputs"] = 0.5 * vars_of(holder)["inputs"]
+    return vars_of(holder)["inputs"]
+
+
+def take_out(holder):
+    return vars_of(holder).pop("inputs") * 0.5
+
+
+@pytest.mark.parametrize("change", [replace, take_out])
+@pytest.mark.parametrize("make", [types.SimpleNamespace, dict, collections.UserDict])
+def test_both_passes_get_the_batch_that_a_dict_or_an_object_held_before(make, change):
+    model, holder = plain_network(), make(inputs=batch())
+    two_passes_of(model)(lambda b: of(model, change(b)), holder)
+    assert_close(gradients(model), by_hand(model, [0.5 * batch()], [0.5 * batch()]))
+
+
+class Prefetcher:
+    def __init__(self, batches):
+        self.left = list(batches)
+
+    def next(self):
+        return self.left.pop(0)
+
+
+def from_queue():
+    source = queue.Queue()
+    for each in BATCHES:
+        source.put(each)
+    return lambda: source.get()
+
+
+def from_deque():
+    return collections.deque(BATCHES).popleft
+
+
+def from_list():
+    source = list(BATCHES)
+    return lambda: source.pop()
+
+
+def from_prefetcher():
+    source = Prefetcher(BATCHES)
+    return lambda: source.next()
+
+
+def from_iterator_in_dict():
+    source = {"batches": iter(BATCHES)}
+    return lambda: next(source["batches"])
+
+
+def from_method_of_iterator():
+    return iter(BATCHES).__next__
+
+
+SOURCES = [from_queue, from_deque, from_list, from_prefetcher, from_iterator_in_dict, from_method_of_iterator]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_function_that_takes_each_batch_out_of_something_is_refused(source):
+    model, take = plain_network(), source()
+    before = [weight.clone() for weight in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"at_w\(function, batch\)"):
+        two_passes_of(model)(lambda: of(model, take()))
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_a_closure_that_masks_its_inputs_in_place_is_refused():
+    model, inputs = plain_network(), batch()
+    optimizer = SharpnessAware(torch.optim.SGD(model.parameters(), 0.1), model, rho=0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        labels = inputs.clone()
+        inputs[:, 0] = 0.0
+        loss = (model(inputs).mean(1) - labels.mean(1)).square().mean()
+        loss.backward()
+        return loss
+
+    before = [weight.clone() for weight in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"changed inputs of shape \(16, 5\) in place.*a copy"):
+        optimizer.step(closure)
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_buffers_that_the_function_reads_from_a_list_may_change_in_place():
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)).double()
+    statistics = list(model.buffers())
+
+    def evaluate():
+        return of(model, batch() + 0 * statistics[0].mean())
+
+    two_passes_of(model)(evaluate)
+    assert model[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("holder", [list, tuple, lambda pair: dict(enumerate(pair))])
+def test_modules_in_a_container_that_the_function_reads_count(holder):
+    heads = holder([nn.Linear(5, 5).double(), nn.BatchNorm1d(5).double()])
+    model = plain_network()
+    two_passes = two_passes_of(model)
+
+    def evaluate():
+        return of(model, heads[1](heads[0](batch())))
+
+    for number in range(1, 4):
+        two_passes(evaluate)
+        assert heads[1].num_batches_tracked == number
+
+
+def test_a_weight_in_a_dict_that_the_loss_gets_later_counts():
+    model, options, temperature = plain_network(), {"temperature": 2.0}, torch.tensor(2.0, requires_grad=True)
+    two_passes = two_passes_of(model)
+
+    def evaluate():
+        loss = (model(batch()) * options["temperature"]).square().mean()
+        loss.backward()
+        return loss
+
+    two_passes(evaluate)
+    two_passes(evaluate)
+    options["temperature"] = temperature
+    loss_at_w = two_passes(evaluate).item()
+    # The loss is a multiple of temperature^2, so its derivative is 2 / temperature times the loss.
+    assert temperature.grad.item() == pytest.approx(loss_at_w + two_passes.sharpness.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("retain_graph", [True, False])
+def test_what_was_computed_from_the_weights_before_the_pass_is_refused(retain_graph):
+    encoder, head = nn.Linear(5, 4), nn.Linear(4, 3)
+    model = nn.Sequential(encoder, head).double()
+    features = encoder(batch())
+
+    def evaluate(features):
+        loss = head(features).square().mean()
+        loss.backward(retain_graph=retain_graph)
+        return loss
+
+    with pytest.raises(RuntimeError, match=r"shape \(16, 4\) that was computed from the weights before"):
+        two_passes_of(model)(evaluate, features)
+    two_passes_of(model)(evaluate, features.detach())
