@@ -67,8 +67,8 @@ class TwoPasses:
             micro-batches are added up. ``None`` before the first update.
 
     Raises:
-        ValueError: the modules have weights in shards, and *perturbation* has weights that no module has; or a
-            buffer shares memory with a weight of the perturbation.
+        ValueError: the modules have weights in shards, and *perturbation* has weights that no module has; or
+            a buffer shares memory with a weight of the perturbation.
     """
 
     _passes: list[_Pass]
