@@ -97,7 +97,10 @@ def placement(
 
 def joined(tensors: list[Tensor], memory: Tensor) -> Tensor:
     """Return the flat *tensors* as one vector of the dtype of *memory*, in it if they are more than one."""
-    return tensors[0].to(memory.dtype) if len(tensors) == 1 else torch.cat(tensors, out=memory)
+    if len(tensors) > 1:
+        return torch.cat(tensors, out=memory)
+    # Ask first: to() takes ten times as long where nothing is to be done, and there are hundreds of tensors.
+    return tensors[0] if tensors[0].dtype == memory.dtype else tensors[0].to(memory.dtype)
 
 
 def memory_for_copy(weight: Tensor) -> Tensor:
