@@ -87,7 +87,6 @@ class LookSAM:
                 self.optimizer.state[weight].update(
                     {COMPONENT: component, COMPONENT_UPDATE: self._num_updates}
                 )
-        self._gradients = None
 
     def _weights(self) -> list[Tensor]:
         return [weight for group in self.optimizer.param_groups for weight in group["params"]]

@@ -4,6 +4,9 @@ import pytest
 
 from tests.tasks.test_train_step import float64_throughout, setting
 
+LSTM = ["--arch", "lstm", "--decoder-out-embed-dim", "32"]
+LSTM += [f"--{end}-{size}" for end in ("encoder", "decoder") for size in ("embed-dim=32", "hidden-size=32")]
+
 __all__ = ["float64_throughout"]  # a fixture that applies here too
 
 
@@ -26,3 +29,22 @@ def test_a_step_before_the_last_micro_batch_is_an_error(corpus, scope):
         trainer.optimizer.step()
     trainer.task.train_step(batches[1], *arguments, update_num=0)
     trainer.optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--optimizer", "asam_sgd", "--ascent-direction", "momentum"], "SGD"),
+        (["--optimizer", "asam_nag", "--normalization", "adam"], "NAG"),
+        (
+            ["--optimizer", "asam", "--perturbed-weights", "normalization-layers", *LSTM],
+            "--perturbed-weights is normalization-layers, but the model trains no such weights: choose all "
+            "or all-but-embeddings",
+        ),
+    ],
+)
+def test_what_epsilon_cannot_be_made_of_is_a_sentence_before_the_first_pass(corpus, flags, sentence):
+    trainer, batches = setting(corpus, *flags)
+    trainer.criterion.forward = None
+    with pytest.raises(SystemExit, match=f"^fairseq_asam: .*{sentence}"):
+        trainer.train_step(batches[:1])

@@ -54,15 +54,17 @@ def test_a_run_whose_task_keeps_its_dictionary_resumes_to_the_bit(fairseq, corpu
 
 def batches_of(epoch, trainer, resumed):
     """The sentences of each batch of *epoch*, after all epochs before it unless *resumed* there."""
-    iterator = trainer.get_train_iterator(epoch if resumed else 1)
+    first = epoch if resumed else 1
+    iterator = trainer.get_train_iterator(first)
     if resumed:
         iterator.load_state_dict({"version": 2, "epoch": epoch})
-    while True:
-        shuffle = iterator.next_epoch_idx > trainer.cfg.dataset.curriculum
+    for number in range(first, epoch + 1):
+        if number > first:
+            iterator = trainer.get_train_iterator(number, load_dataset=False)
+        shuffle = number > trainer.cfg.dataset.curriculum
         batches = [batch["id"].tolist() for batch in iterator.next_epoch_itr(shuffle=shuffle)]
-        if iterator.epoch == epoch:
-            return batches
-        iterator = trainer.get_train_iterator(iterator.next_epoch_idx, load_dataset=False)
+        assert iterator.epoch == number
+    return batches
 
 
 @pytest.mark.parametrize("rebuild", [False, True])
