@@ -54,7 +54,7 @@ def xml_file(sentences: list[str]) -> str:
 def contents() -> dict[str, bytes]:
     pairs = generated.pairs(TRAINING_SENTENCES + len(TEST_FILES) * TEST_SENTENCES, seed=1)
     files = {"de-en/README": "about the corpus"}
-    for language, side in (("de", "german"), ("en", "english")):
+    for language, side in (("de", "source"), ("en", "target")):
         texts = [getattr(pair, side) for pair in pairs]
         training, held_out = texts[:TRAINING_SENTENCES], texts[TRAINING_SENTENCES:]
         files[f"de-en/train.tags.de-en.{language}"] = training_file(training, language)
