@@ -6,11 +6,12 @@ A code is that of the corpus' files, as fairseq takes it: "de", "pt_BR".
 from __future__ import annotations
 
 #: All that LibreOffice's help is translated to in words between spaces, of Latin, Greek or Cyrillic letters.
+#: (Debian's Slovak package is empty.)
 NAMES = {
     **{"ca": "Catalan", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "en": "English"},
     **{"es": "Spanish", "et": "Estonian", "eu": "Basque", "fi": "Finnish", "fr": "French", "gl": "Galician"},
     **{"hu": "Hungarian", "id": "Indonesian", "it": "Italian", "nl": "Dutch", "om": "Oromo", "pl": "Polish"},
-    **{"pt": "Portuguese", "pt_BR": "Brazilian", "ru": "Russian", "sk": "Slovak", "sl": "Slovenian"},
+    **{"pt": "Portuguese", "pt_BR": "Brazilian", "ru": "Russian", "sl": "Slovenian"},
     **{"sv": "Swedish", "tr": "Turkish", "vi": "Vietnamese"},
 }
 #: Letters, as in a character class of a regular expression. Foreign names come in Latin ones in any language.
