@@ -128,7 +128,12 @@ class Variables:
                     f"the pass at w changed {what} of shape {tuple(value.shape)} in place, and the pass at "
                     "w + epsilon would read other values: let the function change a copy of it"
                 )
-            if isinstance(value, Tensor) and value.grad_fn is not None and now is value:
+            if (
+                isinstance(value, Tensor)
+                and value.grad_fn is not None
+                and now is value
+                and _is_used_whole(holder)
+            ):
                 graphs.append(value)
             if _is_same(now, value):
                 self._found[key] = holder, now, _version(now)
@@ -138,6 +143,14 @@ class Variables:
             now = _value(holder, key[1])
             self._found[key] = holder, now, _version(now)
         return graphs
+
+
+def _is_used_whole(holder: Holder) -> bool:
+    """Return whether a function uses all that *holder* has: a variable of a closure, or the arguments.
+
+    Globals, lists and dictionaries may also have what it does not use, as the losses of earlier updates.
+    """
+    return isinstance(holder, (types.CellType, tuple))
 
 
 class _Names(NamedTuple):

@@ -337,7 +337,7 @@ def test_weights_that_are_replaced_without_a_module_are_told_of():
 
     two_passes(evaluate)
     weights["w"] = weights["w"].detach().clone().requires_grad_()
-    with pytest.raises(RuntimeError, match="others than those of the perturbation"):
+    with pytest.raises(RuntimeError, match="not those of the perturbation"):
         two_passes(evaluate)
 
 
@@ -737,7 +737,7 @@ def test_one_pass_refuses_weights_that_have_been_replaced():
     two_passes = TwoPasses(Perturbation(model.named_parameters(), 0.5, direction=Random()), [model])
     two_passes.only_at_w_plus_epsilon(forward_and_backward(model, batch()))
     model[-1] = nn.Linear(8, 3).double()
-    with pytest.raises(RuntimeError, match="others than those of the perturbation"):
+    with pytest.raises(RuntimeError, match="not those of the perturbation"):
         two_passes.only_at_w_plus_epsilon(forward_and_backward(model, batch()))
 
 

@@ -546,3 +546,17 @@ def test_what_was_computed_from_the_weights_before_the_pass_is_refused(retain_gr
     with pytest.raises(RuntimeError, match=r"shape \(16, 4\) that was computed from the weights before"):
         two_passes_of(model)(evaluate, features)
     two_passes_of(model)(evaluate, features.detach())
+
+
+def test_losses_of_earlier_updates_may_stay_in_what_the_function_reads():
+    model, kept = nn.Linear(5, 3).double(), {"scale": 1.0}
+    two_passes, losses = two_passes_of(model), []
+
+    def evaluate(inputs):
+        loss = of(model, inputs) * kept["scale"]
+        losses.append(loss)
+        return loss
+
+    for inputs in BATCHES:
+        kept["loss"] = two_passes(evaluate, inputs)
+        assert two_passes.sharpness > 0
