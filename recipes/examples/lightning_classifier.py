@@ -51,7 +51,8 @@ def main() -> None:
     data = TensorDataset(torch.tensor(images / 16).float(), torch.tensor(labels))
     train, valid = (DataLoader(part, batch_size=32) for part in random_split(data, [0.8, 0.2]))
     ascent = SharpnessAwareCallback(rho=arguments.rho)
-    trainer = lightning.Trainer(max_epochs=arguments.epochs, callbacks=[ascent], logger=False)
+    nothing_kept = {"logger": False, "enable_checkpointing": False}
+    trainer = lightning.Trainer(max_epochs=arguments.epochs, callbacks=[ascent], **nothing_kept)
     trainer.fit(Classifier(), train, valid)
     print({name: round(value.item(), 4) for name, value in trainer.callback_metrics.items()})
 
