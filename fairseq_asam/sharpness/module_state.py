@@ -298,6 +298,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
+    if tensor.is_quantized:  # torch crashes in torch.equal() of a view of one
+        tensor = tensor.int_repr()
     return tensor.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)
 
 

@@ -446,11 +446,12 @@ UNUSUAL = {
     "sparse": lambda: torch.eye(3).to_sparse(),
     "sparse in rows": lambda: torch.eye(3).to_sparse_csr(),
     "conjugate": lambda: torch.ones(3, dtype=torch.cfloat).conj(),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
     "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
 }
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested", "ignore:torch.quantize")
 @pytest.mark.parametrize("is_buffer", [True, False], ids=["buffer", "frozen weight"])
 @pytest.mark.parametrize("kind", UNUSUAL)
 def test_tensors_of_unusual_memory_stand_by(kind, is_buffer):
