@@ -50,9 +50,8 @@ def main() -> None:
     images, labels = load_digits(return_X_y=True)
     data = TensorDataset(torch.tensor(images / 16).float(), torch.tensor(labels))
     train, valid = (DataLoader(part, batch_size=32) for part in random_split(data, [0.8, 0.2]))
-    ascent = SharpnessAwareCallback(rho=arguments.rho)
-    nothing_kept = {"logger": False, "enable_checkpointing": False}
-    trainer = lightning.Trainer(max_epochs=arguments.epochs, callbacks=[ascent], **nothing_kept)
+    options = {"max_epochs": arguments.epochs, "logger": False, "enable_checkpointing": False}
+    trainer = lightning.Trainer(callbacks=[SharpnessAwareCallback(rho=arguments.rho)], **options)
     trainer.fit(Classifier(), train, valid)
     print({name: round(value.item(), 4) for name, value in trainer.callback_metrics.items()})
 
