@@ -122,8 +122,18 @@ class Gradient(Direction):
             RuntimeError: none has a gradient.
             ValueError: a gradient is sparse, or is whole while its weight is in shards.
         """
-        present = {weight: name for weight, name in weights.items() if weight.grad is not None}
-        if not present:
+        vectors = {}
+        for weight, name in weights.items():
+            gradient = weight.grad
+            if gradient is None:
+                continue
+            if gradient.layout != torch.strided:
+                raise ValueError(
+                    f"the gradient of {name} is sparse, which sharpness-aware training does not support: use "
+                    "a dense gradient (for nn.Embedding, sparse=False)"
+                )
+            vectors[weight] = local_gradient(gradient, weight, name)
+        if not vectors:
             what = "no parameter has a gradient"
             if any(map(is_sharded, weights)):
                 what += " (set_requires_gradient_sync(False) leaves shards without)"
@@ -131,13 +141,7 @@ class Gradient(Direction):
                 f"{what}: call backward() at w before entering the block, or make no update for a batch that "
                 "you skip"
             )
-        for weight, name in present.items():
-            if weight.grad.layout != torch.strided:
-                raise ValueError(
-                    f"the gradient of {name} is sparse, which sharpness-aware training does not support: use "
-                    "a dense gradient (for nn.Embedding, sparse=False)"
-                )
-        return {weight: local_gradient(weight, name) for weight, name in present.items()}
+        return vectors
 
 
 class Momentum(Direction):

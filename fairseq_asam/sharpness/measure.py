@@ -366,7 +366,7 @@ def evaluate(loss: Loss, gradient_of: Iterable[Tensor] = (), sharded: Sequence[n
 def _gradients(parameters: dict[Tensor, str]) -> list[Tensor]:
     """Return this process's part of each gradient; zeros where there is none."""
     return [
-        torch.zeros_like(local(p.detach())) if p.grad is None else local_gradient(p, name)
+        torch.zeros_like(local(p.detach())) if p.grad is None else local_gradient(p.grad, p, name)
         for p, name in parameters.items()
     ]
 

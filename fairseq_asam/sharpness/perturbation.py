@@ -212,7 +212,7 @@ class Perturbation(Displacement):
             names = self._names if parameter.is_floating_point() else self._not_real
             names.setdefault(parameter, name)
         self.parameters = list(self._names)
-        self._refuse(given=[p for p in (*self._names, *self._not_real) if p.requires_grad])
+        self._trained()
         if not any(parameter.requires_grad for parameter in self.parameters):
             others = "".join(f"; {name} has dtype {p.dtype}" for p, name in self._not_real.items())
             raise ValueError(
@@ -238,21 +238,6 @@ class Perturbation(Displacement):
             value = float(value) if name in ("rho", "eta", "p") else value
         super().__setattr__(name, value)
 
-    def _refuse(self, given: Iterable[Tensor]) -> None:
-        """Raise a ValueError if a parameter of *given* cannot be perturbed."""
-        for parameter in given:
-            if parameter.is_complex():
-                raise ValueError(
-                    f"{self._not_real[parameter]} has dtype {parameter.dtype}, but the paper defines epsilon "
-                    "for real weights: train its real and imaginary part as two parameters, or do not pass it"
-                )
-            # torch has no public sign of FSDP1. test_fsdp1_is_refused_and_told_of_fsdp2 fails if this goes.
-            if getattr(parameter, "_fsdp_flattened", False):
-                raise ValueError(
-                    f"{self._names[parameter]} is in shards of FullyShardedDataParallel (FSDP1), which hides "
-                    "the shapes of weights: use torch.distributed.fsdp.fully_shard (FSDP2)"
-                )
-
     def _move(self) -> None:
         try:
             gradients = self.direction.vectors(self._trained())
@@ -269,9 +254,25 @@ class Perturbation(Displacement):
         self._perturb(gradients, diagonals)
 
     def _trained(self) -> dict[Tensor, str]:
-        """Return the parameters that require a gradient, and their names."""
-        trained = {p: name for p, name in (*self._names.items(), *self._not_real.items()) if p.requires_grad}
-        self._refuse(given=trained)
+        """Return the parameters that require a gradient, and their names.
+
+        Raises:
+            ValueError: one of them cannot be perturbed.
+        """
+        for parameter, name in self._not_real.items():
+            if parameter.requires_grad and parameter.is_complex():
+                raise ValueError(
+                    f"{name} has dtype {parameter.dtype}, but the paper defines epsilon for real weights: "
+                    "train its real and imaginary part as two parameters, or do not pass it"
+                )
+        trained = {parameter: name for parameter, name in self._names.items() if parameter.requires_grad}
+        for parameter in trained:
+            # torch has no public sign of FSDP1. test_fsdp1_is_refused_and_told_of_fsdp2 fails if this goes.
+            if "_fsdp_flattened" in parameter.__dict__:
+                raise ValueError(
+                    f"{trained[parameter]} is in shards of FullyShardedDataParallel (FSDP1), which hides the "
+                    "shapes of weights: use torch.distributed.fsdp.fully_shard (FSDP2)"
+                )
         return trained
 
     @torch.no_grad()

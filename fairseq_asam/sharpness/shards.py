@@ -88,13 +88,12 @@ def shards_of(weight: Tensor, tensor_dims: Iterable[int] | None = None) -> Shard
     return Shards(weight.device_mesh, dims) if dims else None
 
 
-def local_gradient(weight: Tensor, name: str) -> Tensor:
-    """Return this process's part of the gradient of *weight*.
+def local_gradient(gradient: Tensor, weight: Tensor, name: str) -> Tensor:
+    """Return this process's part of *gradient*, that of *weight*.
 
     Raises:
         ValueError: the gradient is whole and the weight in shards, or the other way round.
     """
-    gradient = weight.grad
     if type(weight) in _WHOLE and type(gradient) in _WHOLE:  # both usually are: ask in the quickest way
         return gradient
     if not is_sharded(weight) and not is_sharded(gradient):
