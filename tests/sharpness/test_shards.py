@@ -201,7 +201,7 @@ def trained(model, options, share, shares, updates, accumulate=1):
                 loss.backward()
                 return loss
 
-            (two_passes.at_w if direction.needs_pass_at_w else two_passes.only_at_w_plus_epsilon)(evaluate)
+            (two_passes.at_w if direction.needs_pass_at_w else two_passes.one_pass)(evaluate)
         if direction.needs_pass_at_w:
             two_passes.at_w_plus_epsilon()
             seen.append(float(two_passes.sharpness))
