@@ -14,7 +14,7 @@ from typing import Any
 
 from recipes.faults import faults
 from recipes.image_classification import table
-from recipes.reporter import markdown_table, shown
+from recipes.reporter import format_number, markdown_table
 from recipes.translation import compare, flatness, gain_and_cost, gains, table5
 
 ROOT = Path(__file__).parents[1]
@@ -62,11 +62,11 @@ def first_screen() -> str:
     systems = [systems_of(length) for length in ("help_8000", "help_8000_60_epochs")]
     adam = [by("system", rows)["Adam, averaged"] for rows in systems]
     forms = [{form.name: form for form in gains.forms(rows)} for rows in systems]
-    rows = [["Adam", "1.00", *(shown(row["mean"]["test BLEU"]) for row in adam)]]
+    rows = [["Adam", "1.00", *(format_number(row["mean"]["test BLEU"]) for row in adam)]]
     for name in ("SAM, momentum", "SAM", "ASAM", "Adam, twice the epochs"):
         averaged = [each[name].averaged for each in forms]
         cells = [f"{gain.difference:+.2f} ({table5.between(gain.interval)})" for gain in averaged]
-        rows.append([name, shown(forms[0][name].time), *cells])
+        rows.append([name, format_number(forms[0][name].time), *cells])
     return markdown_table(["", "training time", *(f"{row['epochs']} epochs" for row in adam)], rows)
 
 
@@ -82,9 +82,9 @@ def translation_systems(length: str) -> str:
             [
                 row["system"],
                 "" if row["rho"] is None else f"{row['rho']:g}",
-                shown(row["training_seconds"] / seconds) if trained else "",
-                shown(row["mean"]["best_valid_loss"], digits=3) if trained else "",
-                shown(row["mean"]["test BLEU"]),
+                format_number(row["training_seconds"] / seconds) if trained else "",
+                format_number(row["mean"]["best_valid_loss"], digits=3) if trained else "",
+                format_number(row["mean"]["test BLEU"]),
                 *table5.difference(row["against baseline"]["BLEU"] if "against baseline" in row else None),
             ]
         )
@@ -99,7 +99,7 @@ def late_start() -> str:
         "SAM, rho 0.1": "sam-30-epochs-rho-0.1",
         "SAM, late start 0.9, rho 0.2": "sam-30-epochs-rho-0.2-ascent-from-0.9",
     }
-    losses = {run["name"]: shown(run["best_valid_loss"], digits=3) for run in runs}
+    losses = {run["name"]: format_number(run["best_valid_loss"], digits=3) for run in runs}
     seeds = range(1, 6)
     rows = [[kind, *(losses[f"{name}-seed-{seed}"] for seed in seeds)] for kind, name in kinds.items()]
     return markdown_table(["seed", *map(str, seeds)], rows)
@@ -109,7 +109,7 @@ def rho_search() -> str:
     """Validation BLEU over rho, seed 1."""
     points = read("translation/help_8000/gain_and_cost_search.json")
     values = sorted({point["rho"] for point in points})
-    bleu = {(point["optimizer"], point["rho"]): shown(point["BLEU"]) for point in points}
+    bleu = {(point["optimizer"], point["rho"]): format_number(point["BLEU"]) for point in points}
     optimizers = dict.fromkeys(point["optimizer"] for point in points)
     rows = [[f"`{o}`", *(bleu.get((o, rho), "") for rho in values)] for o in optimizers]
     return markdown_table(["rho", *(f"{rho:g}" for rho in values)], rows)
@@ -118,7 +118,9 @@ def rho_search() -> str:
 def dropped() -> str:
     """Validation BLEU of the forms that were dropped after seed 1."""
     points = read("translation/help_8000/dropped.json")
-    rows = [[f"`{point['optimizer']}`", f"{point['rho']:g}", shown(point["BLEU"])] for point in points]
+    rows = [
+        [f"`{point['optimizer']}`", f"{point['rho']:g}", format_number(point["BLEU"])] for point in points
+    ]
     return markdown_table(["", "rho", "validation BLEU"], rows)
 
 
@@ -129,9 +131,9 @@ def adams_metric() -> str:
     rows = []
     for name in ("adam-30-epochs", "asam-30-epochs-rho-0.005-normalization-adam"):
         of_seeds = [runs[f"{name}-seed-{seed}"] for seed in seeds]
-        losses = [shown(run["best_valid_loss"], digits=3) for run in of_seeds]
+        losses = [format_number(run["best_valid_loss"], digits=3) for run in of_seeds]
         kind = "Adam's metric, rho 0.005" if "normalization" in name else "Adam"
-        rows.append([kind, *losses, *(shown(run["BLEU"]["score"]) for run in of_seeds)])
+        rows.append([kind, *losses, *(format_number(run["BLEU"]["score"]) for run in of_seeds)])
     header = ["", *(f"loss, seed {seed}" for seed in seeds), *(f"BLEU, seed {seed}" for seed in seeds)]
     return markdown_table(header, rows)
 
@@ -143,7 +145,7 @@ def confidence_of_models() -> str:
         [
             kind,
             *(
-                shown(models[f"{run}-seed-1"][f], digits=3)
+                format_number(models[f"{run}-seed-1"][f], digits=3)
                 for f in ("loss", "accuracy", "confidence", "entropy")
             ),
         ]
@@ -169,9 +171,9 @@ def help_large() -> str:
         rows.append(
             [
                 name,
-                *(shown(losses.get(epoch), digits=3) for epoch in (10, 15)),
+                *(format_number(losses.get(epoch), digits=3) for epoch in (10, 15)),
                 str(scored["after epoch"]),
-                *(shown(scored[weights]["BLEU"]) for weights in ("last", "mean of the last five")),
+                *(format_number(scored[weights]["BLEU"]) for weights in ("last", "mean of the last five")),
             ]
         )
     header = [
@@ -194,8 +196,8 @@ def step_cost() -> str:
         [
             f"`{name}`",
             f"{ratios[0][name]['passes']:g}",
-            *(shown(of_call[name]["ratio"]) for of_call in ratios),
-            shown(copies[name]["copies"]),
+            *(format_number(of_call[name]["ratio"]) for of_call in ratios),
+            format_number(copies[name]["copies"]),
         ]
         for name in ratios[0]
     ]
@@ -222,8 +224,8 @@ def gpu_step_cost() -> str:
     rows = [
         [
             f"`{name}`",
-            *(shown(each[name]["ratio"]) for each in ratios),
-            shown(copies.get(name, {}).get("copies")),
+            *(format_number(each[name]["ratio"]) for each in ratios),
+            format_number(copies.get(name, {}).get("copies")),
         ]
         for name in ratios[0]
     ]
@@ -233,7 +235,7 @@ def gpu_step_cost() -> str:
 def image_step_cost() -> str:
     """The time of an update on images, divided by SGD's."""
     epochs = read("benchmark/image_step_cost.json")["epochs"]
-    ratios = {(row["model"], row["optimizer"]): shown(row["ratio"]) for row in epochs}
+    ratios = {(row["model"], row["optimizer"]): format_number(row["ratio"]) for row in epochs}
     models, optimizers = (list(dict.fromkeys(row[key] for row in epochs)) for key in ("model", "optimizer"))
     rows = [[f"`{name}`", *(ratios[model, name] for model in models)] for name in optimizers]
     return markdown_table(["", *models], rows)
@@ -273,10 +275,10 @@ def sharded_step() -> str:
     rows = [
         [
             f"`{row['optimizer']}`",
-            shown(row["ratio"]),
+            format_number(row["ratio"]),
             str(row["sent_bytes"]["all-reduce"]),
             f"{memory[row['optimizer']]['peak_bytes'] / 1e6:.0f}",
-            shown(memory[row["optimizer"]]["copies"]),
+            format_number(memory[row["optimizer"]]["copies"]),
         ]
         for row in found["seconds"]
     ]

@@ -32,8 +32,8 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
     )
 
 
-def shown(mean: float | None, sd: float | None = None, digits: int = 2) -> str:
-    """Return ``mean ± sd`` with *digits* decimals; a mean that is ``None`` is shown as nothing."""
+def format_number(mean: float | None, sd: float | None = None, digits: int = 2) -> str:
+    """Return ``mean ± sd`` with *digits* decimals; a mean that is ``None`` makes an empty text."""
     if mean is None:
         return ""
     return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")

@@ -63,9 +63,9 @@ def add_shared_options(parser: argparse.ArgumentParser, *names: str, **changes: 
         keywords = {**OPTIONS[name], **changes}
         if keywords.get("default") is not None:
             default = keywords["default"]
-            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            text = " ".join(map(str, default)) if isinstance(default, list) else default
             help = keywords["help"].partition(" (default:")[0]
-            keywords["help"] = f"{help} (default: {shown})"
+            keywords["help"] = f"{help} (default: {text})"
         parser.add_argument(name, **keywords)
 
 

@@ -39,7 +39,7 @@ from recipes.benchmark.trainers import (
 )
 from recipes.options import at_least_1
 
-OPTIMIZERS = (
+OPTIMIZER_FLAGS = (
     "adam",
     "sam",
     "asam",
@@ -67,10 +67,10 @@ def main() -> None:
     parser.add_argument(
         "--optimizers",
         nargs="+",
-        default=OPTIMIZERS,
+        default=OPTIMIZER_FLAGS,
         metavar="FLAGS",
         help="optimizers to measure; the first is what the others are compared to (default: "
-        + " ".join(map(repr, OPTIMIZERS))
+        + " ".join(map(repr, OPTIMIZER_FLAGS))
         + ")",
     )
     defaults = ", ".join(f"{model.max_tokens} for {name}" for name, model in MODELS.items())

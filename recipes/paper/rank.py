@@ -26,7 +26,7 @@ from matplotlib import pyplot as plt
 from scipy.stats import kendalltau
 
 from fairseq_asam.files import write_json
-from recipes.reporter import markdown_table, shown, write_figure, write_text
+from recipes.reporter import format_number, markdown_table, write_figure, write_text
 
 
 def kendall(gaps: Sequence[float], values: Sequence[float]) -> float:
@@ -81,7 +81,8 @@ def table(statistics: dict[str, dict[str, Any]]) -> str:
         "Ψ (avg.)": [each["average"] for each in of_each],
     }
     return markdown_table(
-        ["", *statistics], [[name, *(shown(v, digits=3) for v in values)] for name, values in rows.items()]
+        ["", *statistics],
+        [[name, *(format_number(v, digits=3) for v in values)] for name, values in rows.items()],
     )
 
 

@@ -26,7 +26,7 @@ from fairseq_asam import Region, measure
 from fairseq_asam.files import write_json
 from fairseq_asam.measuring.fairseq_checkpoints import DatasetLoss, load
 from recipes.options import at_least_1
-from recipes.reporter import markdown_table, mean_and_sd, shown, write_figure, write_text
+from recipes.reporter import format_number, markdown_table, mean_and_sd, write_figure, write_text
 
 #: The normalization operator of each kind of sharpness.
 KINDS = {"sharpness": "none", "adaptive sharpness": "element-wise"}
@@ -128,13 +128,13 @@ def as_markdown(runs: list[dict[str, Any]], split: str, correlations: dict[str, 
     """Return the table of the systems, and below them *correlations*, by measure."""
     rows = []
     for system, of_system in systems(runs).items():
-        bleu = shown(*mean_and_sd([run["BLEU"] for run in of_system]))
-        loss = shown(*mean_and_sd([run["training loss"] for run in of_system]), digits=3)
+        bleu = format_number(*mean_and_sd([run["BLEU"] for run in of_system]))
+        loss = format_number(*mean_and_sd([run["training loss"] for run in of_system]), digits=3)
         of_measures = [[run["measures"][name] for run in of_system] for name in correlations]
-        values = [shown(*mean_and_sd(of_measure), digits=4) for of_measure in of_measures]
+        values = [format_number(*mean_and_sd(of_measure), digits=4) for of_measure in of_measures]
         rows.append([system, str(len(of_system)), bleu, loss, *values])
     for label, figure in (("Kendall's tau with BLEU", "tau"), ("p", "p")):
-        values = [shown(found[figure], digits=3) for found in correlations.values()]
+        values = [format_number(found[figure], digits=3) for found in correlations.values()]
         rows.append([label, "", "", "", *values])
     header = ["", "runs", f"{split} BLEU", "training loss", *correlations]
     return markdown_table(header, rows)
