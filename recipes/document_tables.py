@@ -6,13 +6,13 @@ beside their JSON.
 
 from __future__ import annotations
 
+import collections
 import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.faults import faults
 from recipes.image_classification import table
 from recipes.reporter import format_number, markdown_table
 from recipes.translation import compare, flatness, gain_and_cost, gains, table5
@@ -35,7 +35,6 @@ WHOLE: dict[str, Callable[[Any], str]] = {
         found["runs"], found["split"], found["tau"]
     ),
     "quickstart/results.md": compare.as_markdown,
-    "faults/*.md": faults.as_markdown,
     "image_classification/table2*.md": functools.partial(image_table, "model"),
     "image_classification/table6*.md": functools.partial(image_table, "noise rate"),
     "image_classification/figure4*.md": functools.partial(image_table, "rho"),
@@ -302,6 +301,20 @@ def launches() -> str:
     return markdown_table(["", "operations", "median, ms", "fastest, ms"], rows)
 
 
+def faults() -> str:
+    """The faults that runs of one and of two workers survived."""
+    runs = [read(f"faults/{name}.json")["rows"] for name in ("faults", "faults-2-workers")]
+    survived = [collections.Counter() for _ in runs]
+    for counts, rows in zip(survived, runs):
+        for row in rows:
+            counts[row["fault"], row["place"]] += row["survived"]
+    cells = [
+        [*fault, *(str(counts[fault] or "") for counts in survived)] for fault in survived[1] | survived[0]
+    ]
+    total = ["**all**", "", *(f"**{sum(counts.values())}**" for counts in survived)]
+    return markdown_table(["fault", "where the worker was", "1 worker", "2 workers"], [*cells, total])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "first-screen": first_screen,
     "translation-30-epochs": functools.partial(translation_systems, "help_8000"),
@@ -321,4 +334,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-perturbation": functools.partial(perturbations, "benchmark/gpu/perturbation.json"),
     "profile": profile,
     "sharded-step": sharded_step,
+    "faults": faults,
 }
