@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from fairseq_asam.files import write_json
 from recipes.benchmark.trainers import (
+    LONGEST_SENTENCE,
     MODELS,
     add_machine,
-    check_max_tokens,
     configuration,
     machine,
     passes,
@@ -92,8 +92,11 @@ def main() -> None:
     add_machine(parser)
     args = parser.parse_args()
     use_machine(parser, args)
-    if args.max_tokens is not None:
-        check_max_tokens(parser, "--max-tokens", args.max_tokens)
+    if args.max_tokens is not None and args.max_tokens < LONGEST_SENTENCE:
+        parser.error(
+            f"--max-tokens must be at least {LONGEST_SENTENCE}, which some sentences have, "
+            f"not {args.max_tokens}"
+        )
 
     setting = {"device": machine(args.device, args.threads), "torch": torch.__version__}
     print("{device}, torch {torch}".format(**setting))
