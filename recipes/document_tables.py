@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes.image_classification import table
-from recipes.reporter import format_number, markdown_table
-from recipes.translation import compare, flatness, gain_and_cost, gains, table5
+from recipes.reporter import format_number, markdown_table, mean_and_sd
+from recipes.translation import compare, gain_and_cost, gains, table5
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
@@ -31,9 +31,6 @@ def image_table(corner: str, found: dict) -> str:
 WHOLE: dict[str, Callable[[Any], str]] = {
     "translation/*/table5.md": table5.as_markdown,
     "translation/*/gain_and_cost.md": gain_and_cost.as_markdown,
-    "translation/*/flatness.md": lambda found: flatness.as_markdown(
-        found["runs"], found["split"], found["tau"]
-    ),
     "quickstart/results.md": compare.as_markdown,
     "image_classification/table2*.md": functools.partial(image_table, "model"),
     "image_classification/table6*.md": functools.partial(image_table, "noise rate"),
@@ -157,6 +154,22 @@ def confidence_of_models() -> str:
         }.items()
     ]
     return markdown_table(["", "loss", "accuracy", "confidence", "entropy"], rows)
+
+
+def flatness(length: str) -> str:
+    """The sharpness of trained models beside their BLEU, over the runs of each system."""
+    systems: dict[str, list[dict]] = {}
+    for run in read(f"translation/{length}/flatness.json")["runs"]:
+        systems.setdefault(run["system"], []).append(run)
+    rows = []
+    for system, runs in systems.items():
+        bleu = format_number(*mean_and_sd([run["BLEU"] for run in runs]))
+        measures = (
+            mean_and_sd([run["measures"][f"{kind}, rho 0.1"] for run in runs])
+            for kind in ("sharpness", "adaptive sharpness")
+        )
+        rows.append([system, bleu, *(format_number(*each, digits=4) for each in measures)])
+    return markdown_table(["", "validation BLEU", "sharpness", "adaptive sharpness"], rows)
 
 
 def help_large() -> str:
@@ -325,6 +338,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "dropped": dropped,
     "adams-metric": adams_metric,
     "confidence": confidence_of_models,
+    "flatness-30-epochs": functools.partial(flatness, "help_8000"),
+    "flatness-60-epochs": functools.partial(flatness, "help_8000_60_epochs"),
     "help-large": help_large,
     "launches": launches,
     "step-cost": step_cost,
