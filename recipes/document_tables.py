@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.image_classification import table
-from recipes.reporter import format_number, markdown_table, mean_and_sd
+from recipes.reporter import format_number, markdown_table, mean_and_sd, table_of
 from recipes.translation import compare, gain_and_cost, gains, table5
 
 ROOT = Path(__file__).parents[1]
@@ -114,10 +114,7 @@ def rho_search() -> str:
 def dropped() -> str:
     """Validation BLEU of the forms that were dropped after seed 1."""
     points = read("translation/help_8000/dropped.json")
-    rows = [
-        [f"`{point['optimizer']}`", f"{point['rho']:g}", format_number(point["BLEU"])] for point in points
-    ]
-    return markdown_table(["", "rho", "validation BLEU"], rows)
+    return table_of(points, ("", "`{optimizer}`"), ("rho", "{rho:g}"), ("validation BLEU", "{BLEU:.2f}"))
 
 
 def adams_metric() -> str:
@@ -137,23 +134,16 @@ def adams_metric() -> str:
 def confidence_of_models() -> str:
     """How sure some models of the search are, and how often they are right."""
     models = by("run", read("translation/help_8000/confidence.json")["models"])
-    rows = [
-        [
-            kind,
-            *(
-                format_number(models[f"{run}-seed-1"][f], digits=3)
-                for f in ("loss", "accuracy", "confidence", "entropy")
-            ),
-        ]
-        for kind, run in {
-            "Adam": "adam-30-epochs",
-            "SAM, rho 0.05": "sam-30-epochs-rho-0.05",
-            "SAM, rho 0.2": "sam-30-epochs-rho-0.2",
-            "ASAM, rho 0.05": "asam-30-epochs-rho-0.05",
-            "ASAM, rho 0.5": "asam-30-epochs-rho-0.5",
-        }.items()
-    ]
-    return markdown_table(["", "loss", "accuracy", "confidence", "entropy"], rows)
+    kinds = {
+        "Adam": "adam-30-epochs",
+        "SAM, rho 0.05": "sam-30-epochs-rho-0.05",
+        "SAM, rho 0.2": "sam-30-epochs-rho-0.2",
+        "ASAM, rho 0.05": "asam-30-epochs-rho-0.05",
+        "ASAM, rho 0.5": "asam-30-epochs-rho-0.5",
+    }
+    rows = [{"kind": kind, **models[f"{run}-seed-1"]} for kind, run in kinds.items()]
+    figures = ("loss", "accuracy", "confidence", "entropy")
+    return table_of(rows, ("", "{kind}"), *((figure, f"{{{figure}:.3f}}") for figure in figures))
 
 
 def flatness(length: str) -> str:
@@ -202,27 +192,26 @@ def help_large() -> str:
 def step_cost() -> str:
     """The cost of an update of fairseq-train on a CPU, with a second call beside it."""
     first, second = (read(f"benchmark/step_cost{call}.json")["models"] for call in ("", "_second_call"))
-    ratios = [by("optimizer", call[size]["seconds"]) for size in (0, 1) for call in (first, second)]
-    copies = by("optimizer", first[0]["memory"])
+    calls = [by("optimizer", call[size]["seconds"]) for size in (0, 1) for call in (first, second)]
     rows = [
-        [
-            f"`{name}`",
-            f"{ratios[0][name]['passes']:g}",
-            *(format_number(of_call[name]["ratio"]) for of_call in ratios),
-            format_number(copies[name]["copies"]),
-        ]
-        for name in ratios[0]
+        {**row, "ratios": [call[row["optimizer"]]["ratio"] for call in calls]} for row in joined(first[0])
     ]
-    header = [
-        "",
-        "passes",
-        "large model",
-        "second call",
-        "small model",
-        "second call",
-        "copies of the weights",
-    ]
-    return markdown_table(header, rows)
+    return table_of(
+        rows,
+        ("", "`{optimizer}`"),
+        ("passes", "{passes:g}"),
+        ("large model", "{ratios[0]:.2f}"),
+        ("second call", "{ratios[1]:.2f}"),
+        ("small model", "{ratios[2]:.2f}"),
+        ("second call", "{ratios[3]:.2f}"),
+        ("copies of the weights", "{copies:.2f}"),
+    )
+
+
+def joined(found: dict) -> list[dict]:
+    """Return the rows of each optimizer's time in *found*, with the figures of its memory."""
+    memory = by("optimizer", found["memory"])
+    return [{**row, **memory[row["optimizer"]]} for row in found["seconds"]]
 
 
 def gpu_step_cost() -> str:
@@ -276,42 +265,40 @@ def perturbations(file: str) -> str:
 def profile() -> str:
     """Where the time of an update goes."""
     stages = read("benchmark/profile.json")["stages"]
-    rows = [[stage["stage"], f"{stage['ms']:.0f}", f"{stage['share']:.1%}"] for stage in stages]
-    return markdown_table(["stage", "ms", "share"], rows)
+    return table_of(stages, ("stage", "{stage}"), ("ms", "{ms:.0f}"), ("share", "{share:.1%}"))
 
 
 def sharded_step() -> str:
     """An update with weights in shards over two processes."""
-    found = read("benchmark/sharded_step.json")
-    memory = by("optimizer", found["memory"])
-    rows = [
-        [
-            f"`{row['optimizer']}`",
-            format_number(row["ratio"]),
-            str(row["sent_bytes"]["all-reduce"]),
-            f"{memory[row['optimizer']]['peak_bytes'] / 1e6:.0f}",
-            format_number(memory[row["optimizer"]]["copies"]),
-        ]
-        for row in found["seconds"]
-    ]
-    return markdown_table(
-        ["", "time / adam's", "all-reduce, bytes", "peak memory, MB", "copies of the shard"], rows
+    rows = [{**row, "MB": row["peak_bytes"] / 1e6} for row in joined(read("benchmark/sharded_step.json"))]
+    return table_of(
+        rows,
+        ("", "`{optimizer}`"),
+        ("time / adam's", "{ratio:.2f}"),
+        ("all-reduce, bytes", "{sent_bytes[all-reduce]}"),
+        ("peak memory, MB", "{MB:.0f}"),
+        ("copies of the shard", "{copies:.2f}"),
     )
 
 
 def launches() -> str:
     """The operations of one perturbation on an accelerator, beside an earlier version."""
-    found = read("benchmark/launches.json")
     rows = [
-        [
-            "this version" if version["name"] == "this" else f"commit {version['commit']}",
-            str(version["operations"]),
-            f"{version['median_us'] / 1e3:.2f}",
-            f"{version['minimum_us'] / 1e3:.2f}",
-        ]
-        for version in found["versions"]
+        {
+            **version,
+            "which": "this version" if version["name"] == "this" else f"commit {version['commit']}",
+            "median_ms": version["median_us"] / 1e3,
+            "minimum_ms": version["minimum_us"] / 1e3,
+        }
+        for version in read("benchmark/launches.json")["versions"]
     ]
-    return markdown_table(["", "operations", "median, ms", "fastest, ms"], rows)
+    return table_of(
+        rows,
+        ("", "{which}"),
+        ("operations", "{operations}"),
+        ("median, ms", "{median_ms:.2f}"),
+        ("fastest, ms", "{minimum_ms:.2f}"),
+    )
 
 
 def faults() -> str:
