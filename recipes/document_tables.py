@@ -308,9 +308,10 @@ def faults() -> str:
     for counts, rows in zip(survived, runs):
         for row in rows:
             counts[row["fault"], row["place"]] += row["survived"]
-    cells = [
-        [*fault, *(str(counts[fault] or "") for counts in survived)] for fault in survived[1] | survived[0]
-    ]
+    both = survived[1] | survived[0]
+    kinds = [kind for kind, _ in both]
+    ordered = sorted(both, key=lambda fault: kinds.index(fault[0]))  # in the order of the first of each kind
+    cells = [[*fault, *(str(counts[fault] or "") for counts in survived)] for fault in ordered]
     total = ["**all**", "", *(f"**{sum(counts.values())}**" for counts in survived)]
     return markdown_table(["fault", "where the worker was", "1 worker", "2 workers"], [*cells, total])
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 from matplotlib.figure import Figure
 
-from recipes.reporter import best_rho, format_number, markdown_table, mean_and_sd, write_figure, write_text
+from recipes.reporter import (
+    best_rho,
+    format_number,
+    markdown_table,
+    mean_and_sd,
+    table_of,
+    write_figure,
+    write_text,
+)
 
 
 def test_the_mean_and_the_sample_standard_deviation():
@@ -43,3 +51,9 @@ def test_files_are_written_whole_with_their_folders(tmp_path):
     write_figure(tmp_path / "c" / "d.png", Figure())
     assert (tmp_path / "c" / "d.png").read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.rglob("*.*"))) == 2
+
+
+def test_a_table_of_rows_has_the_format_of_each_column():
+    rows = [{"optimizer": "asam", "ratio": 1.987, "sent": {"bytes": 24}}]
+    table = table_of(rows, ("", "`{optimizer}`"), ("time", "{ratio:.2f}"), ("sent", "{sent[bytes]}"))
+    assert table == "| | time | sent |\n|:--|--:|--:|\n| `asam` | 1.99 | 24 |\n"
