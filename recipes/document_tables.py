@@ -6,16 +6,16 @@ beside their JSON.
 
 from __future__ import annotations
 
+import collections
 import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.faults import faults
 from recipes.image_classification import table
-from recipes.reporter import markdown_table, shown
-from recipes.translation import compare, flatness, gain_and_cost, gains, table5
+from recipes.reporter import format_number, markdown_table, mean_and_sd, table_of
+from recipes.translation import compare, gain_and_cost, gains, table5
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
@@ -31,11 +31,7 @@ def image_table(corner: str, found: dict) -> str:
 WHOLE: dict[str, Callable[[Any], str]] = {
     "translation/*/table5.md": table5.as_markdown,
     "translation/*/gain_and_cost.md": gain_and_cost.as_markdown,
-    "translation/*/flatness.md": lambda found: flatness.as_markdown(
-        found["runs"], found["split"], found["tau"]
-    ),
     "quickstart/results.md": compare.as_markdown,
-    "faults/*.md": faults.as_markdown,
     "image_classification/table2*.md": functools.partial(image_table, "model"),
     "image_classification/table6*.md": functools.partial(image_table, "noise rate"),
     "image_classification/figure4*.md": functools.partial(image_table, "rho"),
@@ -62,11 +58,11 @@ def first_screen() -> str:
     systems = [systems_of(length) for length in ("help_8000", "help_8000_60_epochs")]
     adam = [by("system", rows)["Adam, averaged"] for rows in systems]
     forms = [{form.name: form for form in gains.forms(rows)} for rows in systems]
-    rows = [["Adam", "1.00", *(shown(row["mean"]["test BLEU"]) for row in adam)]]
+    rows = [["Adam", "1.00", *(format_number(row["mean"]["test BLEU"]) for row in adam)]]
     for name in ("SAM, momentum", "SAM", "ASAM", "Adam, twice the epochs"):
         averaged = [each[name].averaged for each in forms]
         cells = [f"{gain.difference:+.2f} ({table5.between(gain.interval)})" for gain in averaged]
-        rows.append([name, shown(forms[0][name].time), *cells])
+        rows.append([name, format_number(forms[0][name].time), *cells])
     return markdown_table(["", "training time", *(f"{row['epochs']} epochs" for row in adam)], rows)
 
 
@@ -82,9 +78,9 @@ def translation_systems(length: str) -> str:
             [
                 row["system"],
                 "" if row["rho"] is None else f"{row['rho']:g}",
-                shown(row["training_seconds"] / seconds) if trained else "",
-                shown(row["mean"]["best_valid_loss"], digits=3) if trained else "",
-                shown(row["mean"]["test BLEU"]),
+                format_number(row["training_seconds"] / seconds) if trained else "",
+                format_number(row["mean"]["best_valid_loss"], digits=3) if trained else "",
+                format_number(row["mean"]["test BLEU"]),
                 *table5.difference(row["against baseline"]["BLEU"] if "against baseline" in row else None),
             ]
         )
@@ -99,7 +95,7 @@ def late_start() -> str:
         "SAM, rho 0.1": "sam-30-epochs-rho-0.1",
         "SAM, late start 0.9, rho 0.2": "sam-30-epochs-rho-0.2-ascent-from-0.9",
     }
-    losses = {run["name"]: shown(run["best_valid_loss"], digits=3) for run in runs}
+    losses = {run["name"]: format_number(run["best_valid_loss"], digits=3) for run in runs}
     seeds = range(1, 6)
     rows = [[kind, *(losses[f"{name}-seed-{seed}"] for seed in seeds)] for kind, name in kinds.items()]
     return markdown_table(["seed", *map(str, seeds)], rows)
@@ -109,7 +105,7 @@ def rho_search() -> str:
     """Validation BLEU over rho, seed 1."""
     points = read("translation/help_8000/gain_and_cost_search.json")
     values = sorted({point["rho"] for point in points})
-    bleu = {(point["optimizer"], point["rho"]): shown(point["BLEU"]) for point in points}
+    bleu = {(point["optimizer"], point["rho"]): format_number(point["BLEU"]) for point in points}
     optimizers = dict.fromkeys(point["optimizer"] for point in points)
     rows = [[f"`{o}`", *(bleu.get((o, rho), "") for rho in values)] for o in optimizers]
     return markdown_table(["rho", *(f"{rho:g}" for rho in values)], rows)
@@ -118,8 +114,7 @@ def rho_search() -> str:
 def dropped() -> str:
     """Validation BLEU of the forms that were dropped after seed 1."""
     points = read("translation/help_8000/dropped.json")
-    rows = [[f"`{point['optimizer']}`", f"{point['rho']:g}", shown(point["BLEU"])] for point in points]
-    return markdown_table(["", "rho", "validation BLEU"], rows)
+    return table_of(points, ("", "`{optimizer}`"), ("rho", "{rho:g}"), ("validation BLEU", "{BLEU:.2f}"))
 
 
 def adams_metric() -> str:
@@ -129,9 +124,9 @@ def adams_metric() -> str:
     rows = []
     for name in ("adam-30-epochs", "asam-30-epochs-rho-0.005-normalization-adam"):
         of_seeds = [runs[f"{name}-seed-{seed}"] for seed in seeds]
-        losses = [shown(run["best_valid_loss"], digits=3) for run in of_seeds]
+        losses = [format_number(run["best_valid_loss"], digits=3) for run in of_seeds]
         kind = "Adam's metric, rho 0.005" if "normalization" in name else "Adam"
-        rows.append([kind, *losses, *(shown(run["BLEU"]["score"]) for run in of_seeds)])
+        rows.append([kind, *losses, *(format_number(run["BLEU"]["score"]) for run in of_seeds)])
     header = ["", *(f"loss, seed {seed}" for seed in seeds), *(f"BLEU, seed {seed}" for seed in seeds)]
     return markdown_table(header, rows)
 
@@ -139,23 +134,32 @@ def adams_metric() -> str:
 def confidence_of_models() -> str:
     """How sure some models of the search are, and how often they are right."""
     models = by("run", read("translation/help_8000/confidence.json")["models"])
-    rows = [
-        [
-            kind,
-            *(
-                shown(models[f"{run}-seed-1"][f], digits=3)
-                for f in ("loss", "accuracy", "confidence", "entropy")
-            ),
-        ]
-        for kind, run in {
-            "Adam": "adam-30-epochs",
-            "SAM, rho 0.05": "sam-30-epochs-rho-0.05",
-            "SAM, rho 0.2": "sam-30-epochs-rho-0.2",
-            "ASAM, rho 0.05": "asam-30-epochs-rho-0.05",
-            "ASAM, rho 0.5": "asam-30-epochs-rho-0.5",
-        }.items()
-    ]
-    return markdown_table(["", "loss", "accuracy", "confidence", "entropy"], rows)
+    kinds = {
+        "Adam": "adam-30-epochs",
+        "SAM, rho 0.05": "sam-30-epochs-rho-0.05",
+        "SAM, rho 0.2": "sam-30-epochs-rho-0.2",
+        "ASAM, rho 0.05": "asam-30-epochs-rho-0.05",
+        "ASAM, rho 0.5": "asam-30-epochs-rho-0.5",
+    }
+    rows = [{"kind": kind, **models[f"{run}-seed-1"]} for kind, run in kinds.items()]
+    figures = ("loss", "accuracy", "confidence", "entropy")
+    return table_of(rows, ("", "{kind}"), *((figure, f"{{{figure}:.3f}}") for figure in figures))
+
+
+def flatness(length: str) -> str:
+    """The sharpness of trained models beside their BLEU, over the runs of each system."""
+    systems: dict[str, list[dict]] = {}
+    for run in read(f"translation/{length}/flatness.json")["runs"]:
+        systems.setdefault(run["system"], []).append(run)
+    rows = []
+    for system, runs in systems.items():
+        bleu = format_number(*mean_and_sd([run["BLEU"] for run in runs]))
+        measures = (
+            mean_and_sd([run["measures"][f"{kind}, rho 0.1"] for run in runs])
+            for kind in ("sharpness", "adaptive sharpness")
+        )
+        rows.append([system, bleu, *(format_number(*each, digits=4) for each in measures)])
+    return markdown_table(["", "validation BLEU", "sharpness", "adaptive sharpness"], rows)
 
 
 def help_large() -> str:
@@ -169,9 +173,9 @@ def help_large() -> str:
         rows.append(
             [
                 name,
-                *(shown(losses.get(epoch), digits=3) for epoch in (10, 15)),
+                *(format_number(losses.get(epoch), digits=3) for epoch in (10, 15)),
                 str(scored["after epoch"]),
-                *(shown(scored[weights]["BLEU"]) for weights in ("last", "mean of the last five")),
+                *(format_number(scored[weights]["BLEU"]) for weights in ("last", "mean of the last five")),
             ]
         )
     header = [
@@ -188,27 +192,26 @@ def help_large() -> str:
 def step_cost() -> str:
     """The cost of an update of fairseq-train on a CPU, with a second call beside it."""
     first, second = (read(f"benchmark/step_cost{call}.json")["models"] for call in ("", "_second_call"))
-    ratios = [by("optimizer", call[size]["seconds"]) for size in (0, 1) for call in (first, second)]
-    copies = by("optimizer", first[0]["memory"])
+    calls = [by("optimizer", call[size]["seconds"]) for size in (0, 1) for call in (first, second)]
     rows = [
-        [
-            f"`{name}`",
-            f"{ratios[0][name]['passes']:g}",
-            *(shown(of_call[name]["ratio"]) for of_call in ratios),
-            shown(copies[name]["copies"]),
-        ]
-        for name in ratios[0]
+        {**row, "ratios": [call[row["optimizer"]]["ratio"] for call in calls]} for row in joined(first[0])
     ]
-    header = [
-        "",
-        "passes",
-        "large model",
-        "second call",
-        "small model",
-        "second call",
-        "copies of the weights",
-    ]
-    return markdown_table(header, rows)
+    return table_of(
+        rows,
+        ("", "`{optimizer}`"),
+        ("passes", "{passes:g}"),
+        ("large model", "{ratios[0]:.2f}"),
+        ("second call", "{ratios[1]:.2f}"),
+        ("small model", "{ratios[2]:.2f}"),
+        ("second call", "{ratios[3]:.2f}"),
+        ("copies of the weights", "{copies:.2f}"),
+    )
+
+
+def joined(found: dict) -> list[dict]:
+    """Return the rows of each optimizer's time in *found*, with the figures of its memory."""
+    memory = by("optimizer", found["memory"])
+    return [{**row, **memory[row["optimizer"]]} for row in found["seconds"]]
 
 
 def gpu_step_cost() -> str:
@@ -222,8 +225,8 @@ def gpu_step_cost() -> str:
     rows = [
         [
             f"`{name}`",
-            *(shown(each[name]["ratio"]) for each in ratios),
-            shown(copies.get(name, {}).get("copies")),
+            *(format_number(each[name]["ratio"]) for each in ratios),
+            format_number(copies.get(name, {}).get("copies")),
         ]
         for name in ratios[0]
     ]
@@ -233,7 +236,7 @@ def gpu_step_cost() -> str:
 def image_step_cost() -> str:
     """The time of an update on images, divided by SGD's."""
     epochs = read("benchmark/image_step_cost.json")["epochs"]
-    ratios = {(row["model"], row["optimizer"]): shown(row["ratio"]) for row in epochs}
+    ratios = {(row["model"], row["optimizer"]): format_number(row["ratio"]) for row in epochs}
     models, optimizers = (list(dict.fromkeys(row[key] for row in epochs)) for key in ("model", "optimizer"))
     rows = [[f"`{name}`", *(ratios[model, name] for model in models)] for name in optimizers]
     return markdown_table(["", *models], rows)
@@ -262,42 +265,55 @@ def perturbations(file: str) -> str:
 def profile() -> str:
     """Where the time of an update goes."""
     stages = read("benchmark/profile.json")["stages"]
-    rows = [[stage["stage"], f"{stage['ms']:.0f}", f"{stage['share']:.1%}"] for stage in stages]
-    return markdown_table(["stage", "ms", "share"], rows)
+    return table_of(stages, ("stage", "{stage}"), ("ms", "{ms:.0f}"), ("share", "{share:.1%}"))
 
 
 def sharded_step() -> str:
     """An update with weights in shards over two processes."""
-    found = read("benchmark/sharded_step.json")
-    memory = by("optimizer", found["memory"])
-    rows = [
-        [
-            f"`{row['optimizer']}`",
-            shown(row["ratio"]),
-            str(row["sent_bytes"]["all-reduce"]),
-            f"{memory[row['optimizer']]['peak_bytes'] / 1e6:.0f}",
-            shown(memory[row["optimizer"]]["copies"]),
-        ]
-        for row in found["seconds"]
-    ]
-    return markdown_table(
-        ["", "time / adam's", "all-reduce, bytes", "peak memory, MB", "copies of the shard"], rows
+    rows = [{**row, "MB": row["peak_bytes"] / 1e6} for row in joined(read("benchmark/sharded_step.json"))]
+    return table_of(
+        rows,
+        ("", "`{optimizer}`"),
+        ("time / adam's", "{ratio:.2f}"),
+        ("all-reduce, bytes", "{sent_bytes[all-reduce]}"),
+        ("peak memory, MB", "{MB:.0f}"),
+        ("copies of the shard", "{copies:.2f}"),
     )
 
 
 def launches() -> str:
     """The operations of one perturbation on an accelerator, beside an earlier version."""
-    found = read("benchmark/launches.json")
     rows = [
-        [
-            "this version" if version["name"] == "this" else f"commit {version['commit']}",
-            str(version["operations"]),
-            f"{version['median_us'] / 1e3:.2f}",
-            f"{version['minimum_us'] / 1e3:.2f}",
-        ]
-        for version in found["versions"]
+        {
+            **version,
+            "which": "this version" if version["name"] == "this" else f"commit {version['commit']}",
+            "median_ms": version["median_us"] / 1e3,
+            "minimum_ms": version["minimum_us"] / 1e3,
+        }
+        for version in read("benchmark/launches.json")["versions"]
     ]
-    return markdown_table(["", "operations", "median, ms", "fastest, ms"], rows)
+    return table_of(
+        rows,
+        ("", "{which}"),
+        ("operations", "{operations}"),
+        ("median, ms", "{median_ms:.2f}"),
+        ("fastest, ms", "{minimum_ms:.2f}"),
+    )
+
+
+def faults() -> str:
+    """The faults that runs of one and of two workers survived."""
+    runs = [read(f"faults/{name}.json")["rows"] for name in ("faults", "faults-2-workers")]
+    survived = [collections.Counter() for _ in runs]
+    for counts, rows in zip(survived, runs):
+        for row in rows:
+            counts[row["fault"], row["place"]] += row["survived"]
+    both = survived[1] | survived[0]
+    kinds = [kind for kind, _ in both]
+    ordered = sorted(both, key=lambda fault: kinds.index(fault[0]))  # in the order of the first of each kind
+    cells = [[*fault, *(str(counts[fault] or "") for counts in survived)] for fault in ordered]
+    total = ["**all**", "", *(f"**{sum(counts.values())}**" for counts in survived)]
+    return markdown_table(["fault", "where the worker was", "1 worker", "2 workers"], [*cells, total])
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -310,6 +326,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "dropped": dropped,
     "adams-metric": adams_metric,
     "confidence": confidence_of_models,
+    "flatness-30-epochs": functools.partial(flatness, "help_8000"),
+    "flatness-60-epochs": functools.partial(flatness, "help_8000_60_epochs"),
     "help-large": help_large,
     "launches": launches,
     "step-cost": step_cost,
@@ -319,4 +337,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-perturbation": functools.partial(perturbations, "benchmark/gpu/perturbation.json"),
     "profile": profile,
     "sharded-step": sharded_step,
+    "faults": faults,
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -32,8 +33,8 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float | None, float | None]:
     )
 
 
-def shown(mean: float | None, sd: float | None = None, digits: int = 2) -> str:
-    """Return ``mean ± sd`` with *digits* decimals; a mean that is ``None`` is shown as nothing."""
+def format_number(mean: float | None, sd: float | None = None, digits: int = 2) -> str:
+    """Return ``mean ± sd`` with *digits* decimals; a mean that is ``None`` makes an empty text."""
     if mean is None:
         return ""
     return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
@@ -44,6 +45,12 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     head, *body = (f"| {' | '.join(cells)} |" for cells in (header, *rows))
     lines = [head.replace("|  |", "| |"), f"|:--|{'--:|' * (len(header) - 1)}", *body]
     return "\n".join(lines) + "\n"
+
+
+def table_of(rows: Iterable[Mapping[str, Any]], *columns: tuple[str, str]) -> str:
+    """Return a Markdown table of *rows*. A column is its header and the format string of its cells."""
+    header = [name for name, _ in columns]
+    return markdown_table(header, [[cell.format(**row) for _, cell in columns] for row in rows])
 
 
 def best_rho(scores: dict[float, float | None]) -> float:

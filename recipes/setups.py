@@ -122,8 +122,8 @@ SETUPS = {
             "sam --ascent-direction momentum": (0.02, 0.05, 0.1, 0.2, 0.5),
         },
     ),
-    # The paper's model, and its values of rho, on the embedded corpus, for a GPU. Its warm-up would be longer
-    # than the training.
+    # The paper's model, and its values of rho, on all pairs of the help, for a GPU. Its warm-up would be
+    # longer than the training.
     "help_large": Setup(
         corpus="libreoffice_help data/libreoffice_help",
         model="--arch transformer_iwslt_de_en --share-all-embeddings --dropout 0.3",

@@ -40,6 +40,11 @@ def _write_to(stdout: Path, stderr: Path) -> None:
             os.dup2(stream.fileno(), descriptor)
 
 
+def run_train(arguments: list[str], log: Path) -> None:
+    """Run ``fairseq-train`` with *arguments* in this process, its output in *log*."""
+    _main("train", arguments, log)
+
+
 def _main(command: str, arguments: list[str], log: Path) -> None:
     log.unlink(missing_ok=True)
     _write_to(log, log)

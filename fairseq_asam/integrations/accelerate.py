@@ -78,7 +78,7 @@ class AccumulatingTwoPasses(TwoPasses):
         """
         again = again or evaluate
         if not self.perturbation.direction.needs_pass_at_w:
-            return self.only_at_w_plus_epsilon(evaluate, *arguments)
+            return self.one_pass(evaluate, *arguments)
         if self.ascent_scope == "micro-batch":
             alone = functools.partial(self._alone, evaluate)
             return super().__call__(alone, *arguments, again=functools.partial(self._marked, again))
@@ -102,7 +102,7 @@ class AccumulatingTwoPasses(TwoPasses):
         backward = self.accelerator.backward
 
         def of_marked(loss: Tensor, **options: Any) -> None:
-            backward(self.marked(loss), **options)
+            backward(self.nan_after_overflow(loss), **options)
 
         self.accelerator.backward = of_marked
         try:

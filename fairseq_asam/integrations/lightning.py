@@ -112,7 +112,7 @@ class SharpnessAwareCallback(Callback):
             closure._zero_grad_fn()  # before TwoPasses sets earlier gradients aside
             two_passes.reset()
         if not two_passes.perturbation.direction.needs_pass_at_w:
-            return two_passes.only_at_w_plus_epsilon(_pass, closure, closure._backward_fn)[1]
+            return two_passes.one_pass(_pass, closure, closure._backward_fn)[1]
         of_each = self.settings.ascent_scope == "micro-batch"
         earlier = [(parameter, parameter.grad) for parameter in two_passes.parameters]
         _, result = two_passes.at_w(
@@ -158,7 +158,7 @@ def _at_w_plus_epsilon(
     """Make a pass at w + epsilon, which neither logs nor metrics count."""
 
     def backward(loss: Tensor) -> None:
-        closure._backward_fn(two_passes.marked(loss))
+        closure._backward_fn(two_passes.nan_after_overflow(loss))
 
     with _uncounted(trainer.lightning_module), _block_parallel_sync_behavior(trainer.strategy, alone):
         return _pass(closure, backward)

@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "--user-dir": {"help": "folder of a task, model or criterion that fairseq does not have"},
     "--batches": {"type": int, "help": "number of batches, drawn at random (default: the whole split)"},
-    "--seed": {"type": int, "default": 1, "help": "decides random batches, points and directions"},
+    "--seed": {"type": int, "default": 1, "help": "decides random batches and points"},
     "--cpu": {"action": "store_true", "help": "use no GPU"},
     "--rho": {"type": float, "nargs": "+", "default": [0.05, 0.1, 0.2, 0.5], "help": "radii of the regions"},
     "--p-norm": {"type": float, "nargs": "+", "default": [2.0], "help": "norms that bound the regions"},
@@ -57,16 +57,13 @@ OF_BATCHES = ("--batches", "--seed", "--cpu")
 OF_REGIONS = tuple(option for option in OPTIONS if option not in OF_CHECKPOINTS + OF_BATCHES)
 
 
-def add_shared_options(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> None:
-    """Add the options *names* of :data:`OPTIONS` to *parser*. *changes* replace arguments of each."""
+def add_shared_options(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add the options *names* of :data:`OPTIONS` to *parser*."""
     for name in names:
-        keywords = {**OPTIONS[name], **changes}
-        if keywords.get("default") is not None:
-            default = keywords["default"]
-            shown = " ".join(map(str, default)) if isinstance(default, list) else default
-            help = keywords["help"].partition(" (default:")[0]
-            keywords["help"] = f"{help} (default: {shown})"
-        parser.add_argument(name, **keywords)
+        help, default = OPTIONS[name]["help"], OPTIONS[name].get("default")
+        if default is not None:
+            help += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+        parser.add_argument(name, **{**OPTIONS[name], "help": help})
 
 
 def regions_of(args: argparse.Namespace) -> list[Region]:

@@ -17,9 +17,9 @@ from fairseq_asam.sharpness.perturbation import validate
 
 def _option(default: Any, help: str) -> Any:
     """Return a field whose help ends in its default."""
-    shown = f"{default:g}" if isinstance(default, (int, float)) else default
+    text = f"{default:g}" if isinstance(default, (int, float)) else default
     if default is not None and not isinstance(default, bool):
-        help += f" (default: {shown})"
+        help += f" (default: {text})"
     return field(default=default, metadata={"help": help})
 
 

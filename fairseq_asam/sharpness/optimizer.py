@@ -210,7 +210,7 @@ class SharpnessAware(torch.optim.Optimizer):
                 if two_passes:
                     loss = self._passes.at_w(first, again=closure)
                 elif self.ascends:
-                    loss = self._passes.only_at_w_plus_epsilon(first)
+                    loss = self._passes.one_pass(first)
                 else:
                     loss = first()
                     loss_of(loss)  # raises now, not in the first sharpness-aware step

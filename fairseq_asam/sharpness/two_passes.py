@@ -223,7 +223,7 @@ class TwoPasses:
                 self.reset()
         return results
 
-    def only_at_w_plus_epsilon(self, evaluate: Evaluate, *arguments: Any) -> Any:
+    def one_pass(self, evaluate: Evaluate, *arguments: Any) -> Any:
         """Make the only pass of a batch, at w + epsilon, and return what *evaluate* returned.
 
         This is for a perturbation whose direction needs no pass at w. The gradient is added to the
@@ -255,7 +255,7 @@ class TwoPasses:
         loss_of(result)
         return result
 
-    def marked(self, loss: Tensor) -> Tensor:
+    def nan_after_overflow(self, loss: Tensor) -> Tensor:
         """Return *loss*, but NaN in the pass at w + epsilon if the gradient at w is not finite.
 
         There is no epsilon then, and a NaN in the gradient makes trainers and gradient scalers skip the

@@ -72,21 +72,14 @@ def _quantization_noise(cfg: Any) -> float:
     return pq or 0.0
 
 
-def _has_direction(name: str, cfg: Any) -> bool:
-    return str(cfg.optimizer.ascent_direction) == name
-
-
 def _both(first: Callable[[Any], bool], second: Callable[[Any], bool], cfg: Any) -> bool:
     return first(cfg) and second(cfg)
 
 
+_OF_THE_STATE = " or ".join(name for name, each in DIRECTIONS.items() if each.needs_optimizer)
 #: The flags with which epsilon is made of the state of the optimizer.
 _NEED_THE_STATE: dict[str, Callable[[Any], bool]] = {
-    **{
-        f"--ascent-direction {name}": functools.partial(_has_direction, name)
-        for name, direction in DIRECTIONS.items()
-        if direction.needs_optimizer
-    },
+    f"--ascent-direction {_OF_THE_STATE}": lambda cfg: direction_of(cfg.optimizer).needs_optimizer,
     "--normalization adam": lambda cfg: in_adams_metric(cfg.optimizer),
 }
 _NO_MASTERS = "half-precision weights without float32 masters absorb epsilon"

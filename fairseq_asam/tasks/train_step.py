@@ -81,7 +81,7 @@ class SharpnessAwareTask(FairseqTask):
             set_num_updates: Any = model.set_num_updates
             set_num_updates(update_num)  # at w, of which some models step a moving average then
             with _no_new_update(model):
-                return update.two_passes.only_at_w_plus_epsilon(lambda: step(sample))
+                return update.two_passes.one_pass(lambda: step(sample))
         two_passes, is_last = update.two_passes, update.is_at_last
         per_update = cfg.ascent_scope == "update"
         padding = getattr(criterion, "padding_idx", None)
@@ -92,7 +92,7 @@ class SharpnessAwareTask(FairseqTask):
         def again() -> tuple[Tensor, int, dict[str, Any]]:
             # Workers add up their gradients in the last pass, when these are complete.
             alone = _no_sync(model, criterion, apply=per_update and not is_last)
-            with _marked_backward(optimizer, two_passes), _no_new_update(model), alone:
+            with _nan_after_overflow(optimizer, two_passes), _no_new_update(model), alone:
                 return this.repeat()
 
         def end_passes_at_w() -> None:
@@ -203,8 +203,8 @@ class _MicroBatch:
 
     def note(self, perturbed: dict[str, Any]) -> None:
         """Add the logging outputs at w + epsilon to those at w, which the Trainer already has."""
-        marked = {PERTURBED + k: v for k, v in perturbed.items() if not k.startswith(PERTURBED)}
-        self.logging_output.update(marked)
+        outputs = {PERTURBED + k: v for k, v in perturbed.items() if not k.startswith(PERTURBED)}
+        self.logging_output.update(outputs)
 
 
 def _all_reduce(optimizer: FairseqOptimizer, *modules: Module) -> None:
@@ -223,13 +223,19 @@ def _no_sync(*modules: Module, apply: bool) -> Iterator[None]:
         yield
 
 
-def _marked_backward(optimizer: FairseqOptimizer, two_passes: TwoPasses) -> contextlib.AbstractContextManager:
+def _nan_after_overflow(
+    optimizer: FairseqOptimizer, two_passes: TwoPasses
+) -> contextlib.AbstractContextManager:
     """Make the gradients NaN if those at w are not finite.
 
     fairseq then skips the update on every worker or ends the run, as with any gradient that is not finite.
     """
-    backward = optimizer.backward
-    return _instead(optimizer, backward=lambda loss: backward(two_passes.marked(loss)))
+    own_backward = optimizer.backward
+
+    def backward(loss: Tensor) -> None:
+        own_backward(two_passes.nan_after_overflow(loss))
+
+    return _temporary_attributes(optimizer, backward=backward)
 
 
 def _no_new_update(model: Module) -> contextlib.AbstractContextManager:
@@ -237,11 +243,11 @@ def _no_new_update(model: Module) -> contextlib.AbstractContextManager:
 
     Some models step a moving average of their weights whenever a task tells them the number of the update.
     """
-    return _instead(model, set_num_updates=lambda num_updates: None)
+    return _temporary_attributes(model, set_num_updates=lambda num_updates: None)
 
 
 @contextlib.contextmanager
-def _instead(owner: Any, **attributes: Any) -> Iterator[None]:
+def _temporary_attributes(owner: Any, **attributes: Any) -> Iterator[None]:
     """Replace *attributes* of *owner* within the block."""
     own = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
     for name, value in attributes.items():

@@ -76,7 +76,7 @@ class Update:
             loss, accuracy = evaluate()
             measured = Measured(loss, accuracy, torch.full_like(loss, math.nan))
         elif not self._two_passes.perturbation.direction.needs_pass_at_w:
-            loss, accuracy = self._two_passes.only_at_w_plus_epsilon(evaluate)
+            loss, accuracy = self._two_passes.one_pass(evaluate)
             measured = Measured(loss, accuracy, torch.full_like(loss, math.nan))
         else:
             m = self.m or len(images)
@@ -106,7 +106,7 @@ class Update:
         """Run forward and backward, and return the mean loss and the accuracy."""
         outputs = self.model(images)
         loss = F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
-        marked = loss if self._two_passes is None else self._two_passes.marked(loss)
-        self.accelerator.backward(marked * weight)
+        checked = loss if self._two_passes is None else self._two_passes.nan_after_overflow(loss)
+        self.accelerator.backward(checked * weight)
         classes = targets if targets.dim() == 1 else targets.argmax(1)
         return loss.detach(), (outputs.argmax(1) == classes).to(loss).mean()

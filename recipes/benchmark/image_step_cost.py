@@ -25,8 +25,8 @@ from fairseq_asam.vision.update import Update
 from recipes.options import at_least_1
 
 CLASSES = 10
-# Normalization operator of each optimizer's perturbation, and its radius for CIFAR-10 (Section 5.2).
-OPTIMIZERS = {"sgd": None, "sam": ("none", 0.05), "asam": ("element-wise", 0.5)}
+# Normalization operator and radius of each optimizer for CIFAR-10 (Section 5.2).
+REGIONS = {"sgd": None, "sam": ("none", 0.05), "asam": ("element-wise", 0.5)}
 
 
 def main() -> None:
@@ -70,9 +70,7 @@ def epoch_seconds(accelerator: Accelerator, model: str, batch_size: int, updates
     """Return the seconds of an epoch by optimizer: the median update, times *updates*."""
     torch.manual_seed(0)
     start = build_model(model, CLASSES).to(memory_format=torch.channels_last)
-    steps = {
-        name: update_of(accelerator, copy.deepcopy(start), region) for name, region in OPTIMIZERS.items()
-    }
+    steps = {name: update_of(accelerator, copy.deepcopy(start), region) for name, region in REGIONS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in tqdm(range(updates + 1), desc=model, unit="update", disable=None):
         images = torch.randn(batch_size, 3, 32, 32).to(accelerator.device, memory_format=torch.channels_last)

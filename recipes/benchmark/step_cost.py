@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from fairseq_asam.files import write_json
 from recipes.benchmark.trainers import (
+    LONGEST_SENTENCE,
     MODELS,
     add_machine,
-    check_max_tokens,
     configuration,
     machine,
     passes,
@@ -39,7 +39,7 @@ from recipes.benchmark.trainers import (
 )
 from recipes.options import at_least_1
 
-OPTIMIZERS = (
+OPTIMIZER_FLAGS = (
     "adam",
     "sam",
     "asam",
@@ -67,10 +67,10 @@ def main() -> None:
     parser.add_argument(
         "--optimizers",
         nargs="+",
-        default=OPTIMIZERS,
+        default=OPTIMIZER_FLAGS,
         metavar="FLAGS",
         help="optimizers to measure; the first is what the others are compared to (default: "
-        + " ".join(map(repr, OPTIMIZERS))
+        + " ".join(map(repr, OPTIMIZER_FLAGS))
         + ")",
     )
     defaults = ", ".join(f"{model.max_tokens} for {name}" for name, model in MODELS.items())
@@ -92,8 +92,11 @@ def main() -> None:
     add_machine(parser)
     args = parser.parse_args()
     use_machine(parser, args)
-    if args.max_tokens is not None:
-        check_max_tokens(parser, "--max-tokens", args.max_tokens)
+    if args.max_tokens is not None and args.max_tokens < LONGEST_SENTENCE:
+        parser.error(
+            f"--max-tokens must be at least {LONGEST_SENTENCE}, which some sentences have, "
+            f"not {args.max_tokens}"
+        )
 
     setting = {"device": machine(args.device, args.threads), "torch": torch.__version__}
     print("{device}, torch {torch}".format(**setting))

@@ -1,14 +1,10 @@
-"""fairseq's Trainer in this process, on random sentences: what the benchmarks of a training step share."""
+"""fairseq's Trainer in this process, on random sentences: what the benchmarks share."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import shlex
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,14 +75,6 @@ def use_machine(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here")
     torch.set_num_threads(args.threads)
-
-
-def check_max_tokens(parser: argparse.ArgumentParser, option: str, max_tokens: int) -> None:
-    """End the program with a sentence if a batch of *max_tokens* has no room for the longest sentence."""
-    if max_tokens < LONGEST_SENTENCE:
-        parser.error(
-            f"{option} must be at least {LONGEST_SENTENCE}, which some sentences have, not {max_tokens}"
-        )
 
 
 def machine(device: str, threads: int) -> str:
@@ -169,33 +157,3 @@ def synchronize(cuda: bool) -> None:
     """Wait for what the GPU, if there is one, has still to do."""
     if cuda:
         torch.cuda.synchronize()
-
-
-def surround(owner: Any, method: str, context: Callable[[], AbstractContextManager]) -> None:
-    """From now on, run *method* of *owner*, a class or an object, inside of a new *context*."""
-    original = getattr(owner, method)
-
-    @functools.wraps(original)
-    def surrounded(*args: Any, **kwargs: Any) -> Any:
-        with context():
-            return original(*args, **kwargs)
-
-    setattr(owner, method, surrounded)
-
-
-class Stopwatch:
-    """Adds up the seconds spent in its blocks; waits for the GPU if *cuda*."""
-
-    def __init__(self, cuda: bool):
-        self.cuda = cuda
-        self.seconds = 0.0
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        synchronize(self.cuda)
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            synchronize(self.cuda)
-            self.seconds += time.perf_counter() - begin

@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from fairseq_asam.files import write_json
 from fairseq_asam.vision.data import DATASETS
 from recipes.image_classification.grid import COLUMNS, Results
-from recipes.reporter import markdown_table, mean_and_sd, shown, write_figure, write_text
+from recipes.reporter import format_number, markdown_table, mean_and_sd, write_figure, write_text
 
 #: (row, column) -> figures of a cell, as :func:`summary` returns them.
 Summaries = dict[tuple[str, str], dict[str, Any]]
@@ -57,7 +57,7 @@ def text_of(cell: dict[str, Any] | None) -> str:
     if cell["mean"] is None:
         return "all failed"
     failed = f" ({cell['failed']} of {cell['runs']} failed)" if cell["failed"] else ""
-    return shown(cell["mean"], cell["std"]) + failed
+    return format_number(cell["mean"], cell["std"]) + failed
 
 
 def as_markdown(

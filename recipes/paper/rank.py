@@ -1,21 +1,15 @@
 """How well measures of sharpness rank models by their generalization gap (Table 1 and Figure 2 of the paper).
 
-    python -m recipes.paper.rank MODELS.json OUT
-
-MODELS.json lists the models of a grid, all trained to the same stopping criterion::
+The models are those of a grid, all trained to the same stopping criterion::
 
     [{"hyper_parameters": {"learning rate": 0.1, "dropout rate": 0.5}, "generalization_gap": 0.31,
       "measures": {"sharpness (p = 2)": 0.02, "adaptive sharpness (p = 2)": 0.4}}, ...]
-
-Writes OUT/rank.md and OUT/rank.json, the table, and OUT/rank.png, a scatter plot for each measure.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +20,7 @@ from matplotlib import pyplot as plt
 from scipy.stats import kendalltau
 
 from fairseq_asam.files import write_json
-from recipes.reporter import markdown_table, shown, write_figure, write_text
+from recipes.reporter import format_number, markdown_table, write_figure, write_text
 
 
 def kendall(gaps: Sequence[float], values: Sequence[float]) -> float:
@@ -57,9 +51,12 @@ def rank_statistics(models: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         hyper-parameter, and their mean Psi as ``average``.
 
     Raises:
-        ValueError: There are fewer than two models, their keys differ, or a number is not finite.
+        ValueError: A number is not finite.
     """
-    _validate(models)
+    for number, model in enumerate(models):
+        for value in (model["generalization_gap"], *model["measures"].values()):
+            if not math.isfinite(value):
+                raise ValueError(f"model {number} of the list has the value {value}, which cannot be ranked")
     statistics = {}
     for measure in models[0]["measures"]:
         by_parameter = {name: granulated(models, measure, name) for name in models[0]["hyper_parameters"]}
@@ -81,7 +78,8 @@ def table(statistics: dict[str, dict[str, Any]]) -> str:
         "Ψ (avg.)": [each["average"] for each in of_each],
     }
     return markdown_table(
-        ["", *statistics], [[name, *(shown(v, digits=3) for v in values)] for name, values in rows.items()]
+        ["", *statistics],
+        [[name, *(format_number(v, digits=3) for v in values)] for name, values in rows.items()],
     )
 
 
@@ -110,47 +108,7 @@ def write(out: Path, models: list[dict[str, Any]], statistics: dict[str, dict[st
     write_figure(out / "rank.png", draw(models, statistics))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m recipes.paper.rank",
-        description="Rank correlation of measures of sharpness with the generalization gap.",
-    )
-    parser.add_argument("models", type=Path, metavar="MODELS.json", help="the models and what was measured")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for rank.md, rank.json and rank.png")
-    args = parser.parse_args()
-    try:
-        models = json.loads(args.models.read_text("utf-8"))
-        statistics = rank_statistics(models)
-    except (OSError, ValueError) as error:
-        sys.exit(f"rank: {error}")
-    text = table(statistics)
-    write(args.out, models, statistics, text)
-    print(f"{len(models)} models\n\n{text}", end="")
-
-
 def _tau(models: list[dict[str, Any]], measure: str) -> float:
     return kendall(
         [model["generalization_gap"] for model in models], [model["measures"][measure] for model in models]
     )
-
-
-def _validate(models: Any) -> None:
-    if not isinstance(models, list) or len(models) < 2:
-        raise ValueError("there is nothing to rank: give a JSON list of two models or more")
-    for number, model in enumerate(models):
-        for key in ("hyper_parameters", "generalization_gap", "measures"):
-            if key not in model:
-                raise ValueError(f"model {number} of the list has no '{key}'")
-        for key in ("hyper_parameters", "measures"):
-            if model[key].keys() != models[0][key].keys():
-                raise ValueError(
-                    f"model {number} of the list has the {key} {', '.join(model[key])}, but the first has "
-                    f"{', '.join(models[0][key])}"
-                )
-        for value in (model["generalization_gap"], *model["measures"].values()):
-            if not (isinstance(value, (int, float)) and math.isfinite(value)):
-                raise ValueError(f"model {number} of the list has the value {value}, which cannot be ranked")
-
-
-if __name__ == "__main__":
-    main()

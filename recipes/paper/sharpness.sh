@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sharpness as a measure (Section 3 of the ASAM paper): Figures 1 and 3, Table 1 and Figure 2, and the sharpness and
-# the loss surface of the models of the quickstart.
+# Sharpness as a measure (Section 3 of the ASAM paper): Figures 1 and 3, Table 1 and Figure 2, and the sharpness of
+# the models of the quickstart.
 #
 #   recipes/paper/sharpness.sh
 #
@@ -29,7 +29,3 @@ for optimizer in adam sam asam; do
         --gen-subset train --batches 40 --rho 0.05 0.1 0.2 0.5 1 --json "$out/sharpness-$optimizer.json" |
         tee "$out/sharpness-$optimizer.md"
 done
-
-echo
-python -m recipes.paper.surface "$data" "$out/surface.png" --gen-subset train --batches 8 \
-    --path "$runs/adam/checkpoint_best.pt" "$runs/asam/checkpoint_best.pt"

@@ -74,7 +74,7 @@ def main() -> None:
     for model in models(args):
         file = args.out / file_name(model)
         if not file.exists():
-            write_json(file, made(model, args, train, test, classes))
+            write_json(file, train_and_measure(model, args, train, test, classes))
 
 
 def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -171,12 +171,12 @@ def file_name(model: dict[str, float]) -> str:
     return "-".join(f"{option}-{value:g}" for option, value in model.items()) + ".json"
 
 
-def made(
+def train_and_measure(
     model: dict[str, float], args: argparse.Namespace, train: Images, test: Images, classes: int
 ) -> dict[str, Any]:
     """Train *model*, measure it if it reached the stopping criterion, and return what was found."""
     begin = time.perf_counter()
-    network, epochs, reached = trained(model, args, train, classes)
+    network, epochs, reached = train_network(model, args, train, classes)
     found: dict[str, Any] = {
         "hyper_parameters": {name: model[option] for name, option in HYPER_PARAMETERS.items()},
         "reached": reached,
@@ -192,7 +192,7 @@ def made(
     return {**found, "settings": {name: getattr(args, name) for name in SETTINGS}}
 
 
-def trained(
+def train_network(
     model: dict[str, float], args: argparse.Namespace, train: Images, classes: int
 ) -> tuple[nn.Module, float, bool]:
     """Return the network, the number of epochs of its training, and whether it reached the criterion.
@@ -228,8 +228,8 @@ def measures(network: nn.Module, args: argparse.Namespace, train: Images) -> dic
     """Return the value of each of :data:`MEASURES` on the first --images training images."""
     some = [each[: args.images] for each in train]
     weights = sum(parameter.numel() for parameter in network.parameters())
-    searched = regions(args.rho, args.adaptive_rho, weights)
-    found = measure(lambda: mean_loss(network, *some), network, searched, args.steps)
+    of_measures = regions(args.rho, args.adaptive_rho, weights)
+    found = measure(lambda: mean_loss(network, *some), network, of_measures, args.steps)
     return {name: sharpness.value for name, sharpness in zip(MEASURES, found)}
 
 

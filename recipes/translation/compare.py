@@ -15,7 +15,7 @@ from pathlib import Path
 from sacrebleu.significance import PairedTest
 
 from fairseq_asam.files import write_json
-from recipes.reporter import markdown_table, shown, write_text
+from recipes.reporter import format_number, markdown_table, write_text
 from recipes.translation.score import METRICS, read_lines
 from recipes.translation.train_log import read_epochs, training_seconds
 
@@ -102,11 +102,11 @@ def as_markdown(results: dict) -> str:
                 system["name"],
                 str(system["epochs"]),
                 f"{minutes}:{seconds:02}",
-                shown(system["time_ratio"]),
+                format_number(system["time_ratio"]),
                 f"{system['best_valid_loss']:.3f} ({system['best_epoch']})",
                 f"{bleu['score']:.2f} ({bleu['mean']:.2f} ± {bleu['ci95']:.2f})",
-                shown(bleu["p_value"], digits=3),
-                shown(chrf["score"]),
+                format_number(bleu["p_value"], digits=3),
+                format_number(chrf["score"]),
             ]
         )
     signatures = "".join(f"- `{signature}`\n" for signature in results["signatures"].values())

@@ -32,7 +32,7 @@ def experiment_parser(description: str) -> argparse.ArgumentParser:
         "--rho", type=float, nargs="+", help="values of rho to search (default: the set-up's)"
     )
     parser.add_argument(
-        "--searched",
+        "--earlier-searches",
         type=Path,
         nargs="+",
         default=[],

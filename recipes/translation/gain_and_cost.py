@@ -2,7 +2,7 @@
 
     python -m recipes.translation.gain_and_cost SETUP [--forms NAME ...] [--seeds 1 2 3] [--search-only]
                                                 [--rho 0.1 0.2 ...] [--epochs N [--search-epochs N]]
-                                                [--searched FILE ...] [--jobs N] [fairseq-train flags]
+                                                [--earlier-searches FILE ...] [--jobs N] [fairseq-train flags]
 
 FORMS lists them: SAM and ASAM with two passes for each update, Adam's metric, and forms with fewer passes.
 Some have a search over rho of their own, by validation BLEU of the first seed; the others have the rho of SAM
@@ -82,8 +82,8 @@ def main() -> None:
     args = comparison_arguments(parser)
     forms = {name: FORMS[name] for name in args.forms}
 
-    searched = {name: form.rho_of or form.optimizer for name, form in forms.items()}
-    optimizers = dict.fromkeys(searched.values())
+    rho_from = {name: form.rho_of or form.optimizer for name, form in forms.items()}
+    optimizers = dict.fromkeys(rho_from.values())
     points = rho_search.search(args, optimizers, args.seeds[0], args.search_epochs)
     everything = [point for found in points.values() for point in found]
     write_json(args.out / "gain_and_cost_search.json", everything)
@@ -93,7 +93,7 @@ def main() -> None:
 
     systems = {"Adam": [experiment_run(args, "adam", args.epochs, seed) for seed in args.seeds]}
     for name, form in forms.items():
-        rho = rho_search.best(points[searched[name]])
+        rho = rho_search.best(points[rho_from[name]])
         systems[name] = [experiment_run(args, form.optimizer, args.epochs, seed, rho) for seed in args.seeds]
     passes = {name: forms[name].passes if name in forms else 1.0 for name in systems}
     averaged = {

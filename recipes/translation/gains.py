@@ -73,7 +73,7 @@ def read(files: Sequence[Path]) -> list[dict]:
     systems: dict[str, dict] = {}
     for file in files:
         for row in json.loads(file.read_text("utf-8"))["systems"]:
-            name = shown(row["system"])
+            name = name_in_tables(row["system"])
             if systems.setdefault(name, {**row, "system": name})["runs"] != row["runs"]:
                 sys.exit(
                     f"gains.py: '{file}' has other runs of '{name}' than '{files[0]}': draw one at a time."
@@ -81,7 +81,7 @@ def read(files: Sequence[Path]) -> list[dict]:
     return list(systems.values())
 
 
-def shown(system: str) -> str:
+def name_in_tables(system: str) -> str:
     """Return the name of a *system* as a reader looks for it: "SAM, momentum" for "momentum, SAM".
 
     table5.py says "Adam+SAM", as the paper does, and gain_and_cost.py "SAM".

@@ -1,7 +1,7 @@
 """Searches rho on the validation BLEU of one run for each value, and draws what it found.
 
     python -m recipes.translation.rho_search SETUP [--optimizers sam asam] [--rho 0.05 0.1 ...] [--seed 1]
-                                             [--searched FILE ...] [--jobs N] [fairseq-train flags]
+                                             [--earlier-searches FILE ...] [--jobs N] [fairseq-train flags]
 
 SETUP is one of recipes/setups.py. Writes rho_search.json and rho_search.png to OUT (default:
 runs/translation/SETUP), beside a folder for each run. The test set stays untouched. Run again, it does only
@@ -58,7 +58,7 @@ def search(
 ) -> dict[str, list[dict]]:
     """Complete a run of each of *optimizers* for each value of rho, and return their points by optimizer.
 
-    Points that one of the files `args.searched` has are taken from there.
+    Points that one of the files `args.earlier_searches` has are taken from there.
 
     Args:
         args: Those of the experiment.
@@ -70,7 +70,7 @@ def search(
         SystemExit: One of *optimizers* has no rho, or a file has no points. No run has begun then.
     """
     of_setup = SETUPS[args.setup].rho
-    known = {key: point for file in args.searched for key, point in searched(file).items()}
+    known = {key: point for file in args.earlier_searches for key, point in points_of(file).items()}
     wanted = []
     for optimizer in optimizers:
         name = optimizer.partition(" ")[0]
@@ -87,7 +87,7 @@ def search(
     return points
 
 
-def searched(file: Path) -> dict[tuple[str, int, int, float | None], dict]:
+def points_of(file: Path) -> dict[tuple[str, int, int, float | None], dict]:
     """Return the points of an earlier search by optimizer, epochs, seed and rho.
 
     Raises:
@@ -97,7 +97,7 @@ def searched(file: Path) -> dict[tuple[str, int, int, float | None], dict]:
         points = json.loads(file.read_text("utf-8"))
         return {tuple(point[key] for key in TRAINED): point for point in points}
     except (OSError, ValueError, TypeError, KeyError):
-        sys.exit(f"--searched is '{file}', which is no rho_search.json: name the file of an earlier search.")
+        sys.exit(f"--earlier-searches is '{file}', which is no rho_search.json: name the file of a search.")
 
 
 def validation_point(run: Run) -> dict:
@@ -146,8 +146,8 @@ def draw(points: list[dict]) -> Figure:
             filling = {} if point["seed"] == seeds[0] else {"markerfacecolor": "none"}
             style = {"fmt": "o", "markersize": 4, "alpha": 0.5, "color": f"C{number}", **filling}
             axes.errorbar(x, point["BLEU"], point["ci95"], **style)
-        searched = sorted((point["rho"], point["BLEU"]) for point in own if point["seed"] == seeds[0])
-        axes.plot(*zip(*searched), color=f"C{number}", label=optimizer)
+        by_rho = sorted((point["rho"], point["BLEU"]) for point in own if point["seed"] == seeds[0])
+        axes.plot(*zip(*by_rho), color=f"C{number}", label=optimizer)
     values = sorted({point["rho"] for point in points if point["rho"] is not None})
     axes.set(xscale="log", xlabel="$\\rho$", ylabel="validation BLEU")
     axes.set_title("Search for $\\rho$ (hollow: other seeds)")

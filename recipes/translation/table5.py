@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fairseq_asam.files import write_json
-from recipes.reporter import markdown_table, mean_and_sd, shown, write_figure, write_text
+from recipes.reporter import format_number, markdown_table, mean_and_sd, write_figure, write_text
 from recipes.runner import Run
 from recipes.translation import curves
 from recipes.translation.compare import training_figures
@@ -150,7 +150,7 @@ def as_markdown(results: dict) -> str:
         tested = [cell for metric in METRICS for cell in difference(against and against[metric])]
         means = [spread(row, key) for key in ("valid BLEU", "test BLEU", "test chrF2")]
         scores.append([name, *means[:2], *tested[:3], means[2], *tested[3:]])
-        paper = [shown(score) for score in PAPER.get(name, (None, None))]
+        paper = [format_number(score) for score in PAPER.get(name, (None, None))]
         of_tokens.append(
             [name, *(spread(row, f"{split} BLEU of tokens") for split in ("valid", "test")), *paper]
         )
@@ -213,13 +213,13 @@ def between(interval: Sequence[float] | None) -> str:
 
 def spread(row: dict, key: str, digits: int = 2) -> str:
     """Return mean ± standard deviation of a figure."""
-    return shown(row["mean"][key], row["sd"][key], digits)
+    return format_number(row["mean"][key], row["sd"][key], digits)
 
 
 def time_ratio(results: dict, row: dict) -> str:
     """Return the training time of *row* divided by the baseline's."""
     seconds = results["systems"][0]["training_seconds"]
-    return shown(row["training_seconds"] / seconds if seconds else None)
+    return format_number(row["training_seconds"] / seconds if seconds else None)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from matplotlib.figure import Figure
 from scipy import stats
 
-from recipes.reporter import markdown_table, mean_and_sd, shown
+from recipes.reporter import format_number, markdown_table, mean_and_sd
 
 METRICS = ("BLEU", "chrF2")
 #: By corpus, system and seed, what record.py wrote of a run.
@@ -142,7 +142,7 @@ def systems_table(rows: Sequence[dict]) -> str:
         line = [row["system"], ", ".join(map(str, row["seeds"]))]
         for column in ("best BLEU", "averaged BLEU", "averaged chrF2"):
             of_adam = row["system"] == "adam"
-            line.append(shown(row[column]["mean"], row[column]["sd"]))
+            line.append(format_number(row[column]["mean"], row[column]["sd"]))
             line.append("" if of_adam else interval_text(row[column]["against Adam"]))
         cells.append(line)
     against = "against Adam, alike"

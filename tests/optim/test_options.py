@@ -24,11 +24,11 @@ def rows() -> list[str]:
         if option.name.startswith("_"):
             continue
         flag = f"`--{option.name.replace('_', '-')}`"
-        default = shown(option.default)
+        default = as_text(option.default)
         if option.name not in of_sam:
             flag += " (`asam` only)"
         elif option.default != of_sam[option.name].default:
-            default = f"{default} (`asam`), {shown(of_sam[option.name].default)} (`sam`)"
+            default = f"{default} (`asam`), {as_text(of_sam[option.name].default)} (`sam`)"
         meaning = re.sub(r" \(default: [^)]*\)$", "", option.metadata["help"])
         meaning = re.sub(r"--[a-z-]+", r"`\g<0>`", meaning).replace("epsilon", "ε")
         if isinstance(option.type, type) and issubclass(option.type, enum.Enum):
@@ -37,7 +37,7 @@ def rows() -> list[str]:
     return lines
 
 
-def shown(default) -> str:
+def as_text(default) -> str:
     if default is None:
         return ""
     if isinstance(default, bool):

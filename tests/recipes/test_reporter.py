@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 from matplotlib.figure import Figure
 
-from recipes.reporter import best_rho, markdown_table, mean_and_sd, shown, write_figure, write_text
+from recipes.reporter import (
+    best_rho,
+    format_number,
+    markdown_table,
+    mean_and_sd,
+    table_of,
+    write_figure,
+    write_text,
+)
 
 
 def test_the_mean_and_the_sample_standard_deviation():
@@ -15,10 +23,10 @@ def test_the_mean_and_the_sample_standard_deviation():
 
 
 def test_numbers_as_a_table_shows_them():
-    assert shown(12.346, 0.678) == "12.35 ± 0.68"
-    assert shown(0.5, digits=3) == "0.500"
-    assert shown(0.0, 0.0) == "0.00 ± 0.00"
-    assert shown(None) == ""
+    assert format_number(12.346, 0.678) == "12.35 ± 0.68"
+    assert format_number(0.5, digits=3) == "0.500"
+    assert format_number(0.0, 0.0) == "0.00 ± 0.00"
+    assert format_number(None) == ""
 
 
 def test_a_table_in_markdown():
@@ -43,3 +51,9 @@ def test_files_are_written_whole_with_their_folders(tmp_path):
     write_figure(tmp_path / "c" / "d.png", Figure())
     assert (tmp_path / "c" / "d.png").read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.rglob("*.*"))) == 2
+
+
+def test_a_table_of_rows_has_the_format_of_each_column():
+    rows = [{"optimizer": "asam", "ratio": 1.987, "sent": {"bytes": 24}}]
+    table = table_of(rows, ("", "`{optimizer}`"), ("time", "{ratio:.2f}"), ("sent", "{sent[bytes]}"))
+    assert table == "| | time | sent |\n|:--|--:|--:|\n| `asam` | 1.99 | 24 |\n"

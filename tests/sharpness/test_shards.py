@@ -182,8 +182,11 @@ FEWER = (0, 3, 6, 8)
 ADAM = functools.partial(torch.optim.Adam, lr=0.02, foreach=False)
 
 
-def trained(model, options, share, shares, updates, accumulate=1):
-    """The sharpness of each update, and the last gradient and weights."""
+def trained(model, options, share, shares, updates, accumulate=1, reduce_last=False):
+    """The sharpness of each update, and the last gradient and weights.
+
+    With *reduce_last*, gradients are whole, and are added up, until the last micro-batch of a pass.
+    """
     optimizer = ADAM(model.parameters())
     direction = DIRECTIONS[options.get("direction", "gradient")](optimizer)
     in_adams_metric = options.get("normalization") == "adam"
@@ -196,12 +199,15 @@ def trained(model, options, share, shares, updates, accumulate=1):
         for part in range(accumulate):
             x = tokens(step).chunk(accumulate)[part].chunk(shares)[share]
 
-            def evaluate(x=x):
+            def evaluate(x=x, is_last=part == accumulate - 1):
+                if reduce_last:
+                    model.set_requires_gradient_sync(is_last)
+                    model.set_reshard_after_backward(is_last)
                 loss = loss_of(model, x) / accumulate
                 loss.backward()
                 return loss
 
-            (two_passes.at_w if direction.needs_pass_at_w else two_passes.only_at_w_plus_epsilon)(evaluate)
+            (two_passes.at_w if direction.needs_pass_at_w else two_passes.one_pass)(evaluate)
         if direction.needs_pass_at_w:
             two_passes.at_w_plus_epsilon()
             seen.append(float(two_passes.sharpness))
@@ -232,17 +238,20 @@ def trainings(processes, updates):
     def on_one_process(number, accumulate):
         return trained(network(), REGIONS[number], 0, 1, updates, accumulate)
 
-    for (name, (shard, shares)), (number, options), accumulate in itertools.product(
-        SHARDINGS[processes].items(), enumerate(REGIONS), (1, 2)
+    for (name, (shard, shares)), (number, options), (accumulate, *reduce_last) in itertools.product(
+        SHARDINGS[processes].items(), enumerate(REGIONS), ((1,), (2,), (2, True))
     ):
         if (accumulate == 2 and number) or (processes == 4 and number not in FEWER):
             continue
+        if reduce_last and name != "fully_shard":
+            continue
+        how = (updates, accumulate, *reduce_last)
         share = dist.get_rank() * shares // processes
-        _, gradients, weights = trained(shard(network()), options, share, shares, updates, accumulate)
+        _, gradients, weights = trained(shard(network()), options, share, shares, *how)
         _, expected_gradients, expected = on_one_process(number, accumulate)
         of_weights = max((weights[n] - w).abs().max().item() for n, w in expected.items())
         of_gradients = max((gradients[n] - g).abs().max().item() for n, g in expected_gradients.items())
-        differences[name, tuple(options.values()), accumulate] = (of_weights, of_gradients)
+        differences[name, tuple(options.values()), how] = (of_weights, of_gradients)
     return differences
 
 
@@ -281,7 +290,7 @@ def test_updates_are_those_of_one_process_with_the_whole_batch(processes, update
         for key, (of_weights, of_gradients) in on_one.items():
             assert of_weights < 1e-12 and of_gradients < 1e-11, key
         regions = len(REGIONS) if processes == 2 else len(FEWER)
-        assert len(on_one) == len(SHARDINGS[processes]) * (regions + 1)
+        assert len(on_one) == len(SHARDINGS[processes]) * (regions + 1) + 1
 
 
 def after_a_forward_pass_alone(processes):

@@ -614,7 +614,7 @@ def test_a_pass_without_gradients_says_so():
         two_passes.at_w_plus_epsilon()
 
 
-def test_a_marked_loss_tells_of_a_gradient_at_w_that_is_not_finite():
+def test_the_loss_is_nan_after_a_gradient_at_w_that_is_not_finite():
     """With masks of its own, the second pass might be finite."""
     for factor in (1.0, math.inf):
         model = plain_network()
@@ -622,7 +622,7 @@ def test_a_marked_loss_tells_of_a_gradient_at_w_that_is_not_finite():
 
         def evaluate(model=model, two_passes=two_passes, factors=factors):
             loss = model(batch()).square().mean() * next(factors)
-            two_passes.marked(loss).backward()
+            two_passes.nan_after_overflow(loss).backward()
             return loss
 
         two_passes(evaluate)
@@ -640,7 +640,7 @@ def test_with_a_gradient_scaler():
 
         def evaluate(inputs, model=model, scaler=scaler, two_passes=two_passes):
             loss = model(inputs).square().mean()
-            scaler.scale(two_passes.marked(loss)).backward()
+            scaler.scale(two_passes.nan_after_overflow(loss)).backward()
             return loss
 
         for step in range(4):
@@ -729,16 +729,16 @@ def test_one_pass_needs_a_direction_that_needs_no_gradient_at_w():
     two_passes = two_passes_of(model)
     two_passes(forward_and_backward(model, batch(1)))
     with pytest.raises(RuntimeError, match="the gradient at w, which needs a pass at w"):
-        two_passes.only_at_w_plus_epsilon(forward_and_backward(model, batch(2)))
+        two_passes.one_pass(forward_and_backward(model, batch(2)))
 
 
 def test_one_pass_refuses_weights_that_have_been_replaced():
     model = plain_network()
     two_passes = TwoPasses(Perturbation(model.named_parameters(), 0.5, direction=Random()), [model])
-    two_passes.only_at_w_plus_epsilon(forward_and_backward(model, batch()))
+    two_passes.one_pass(forward_and_backward(model, batch()))
     model[-1] = nn.Linear(8, 3).double()
     with pytest.raises(RuntimeError, match="not those of the perturbation"):
-        two_passes.only_at_w_plus_epsilon(forward_and_backward(model, batch()))
+        two_passes.one_pass(forward_and_backward(model, batch()))
 
 
 def test_one_pass_refuses_to_lose_what_it_changed_in_the_weights():
@@ -746,7 +746,7 @@ def test_one_pass_refuses_to_lose_what_it_changed_in_the_weights():
     two_passes = TwoPasses(Perturbation(model.named_parameters(), 0.5, direction=Random()), [model])
     before = [weight.clone() for weight in model.parameters()]
     with pytest.raises(RuntimeError, match=r"changed weights.*the change is lost"):
-        two_passes.only_at_w_plus_epsilon(forward_and_backward(model, torch.arange(10)))
+        two_passes.one_pass(forward_and_backward(model, torch.arange(10)))
     assert all(map(torch.equal, model.parameters(), before))
 
 

@@ -306,7 +306,7 @@ def test_one_pass_at_w_plus_epsilon_gets_the_batch_too():
     model = nn.Linear(5, 3).double()
     direction = Random()
     two_passes = TwoPasses(Perturbation(model.named_parameters(), 0.0, direction=direction), [model])
-    two_passes.only_at_w_plus_epsilon(of, model, BATCHES[0])
+    two_passes.one_pass(of, model, BATCHES[0])
     plain = gradients(model)
     model.zero_grad()
     of(model, BATCHES[0])

@@ -5,9 +5,8 @@ import signal
 import pytest
 import torch
 
-from recipes.faults.faults import Training
-from recipes.faults.injection import Fault, Kind, Place
 from tests.commands import BACKENDS, FOR_INFERENCE_TOO, assert_same_state, checkpoint
+from tests.faults import KILL, PERTURBED, Fault, train
 from tests.training import on_workers, trainer_and_batches
 
 from .test_workers import assert_close, trained, weights
@@ -74,37 +73,34 @@ def test_each_worker_has_the_state_of_its_part(corpus):
 
 
 @pytest.fixture
-def training(corpus, tmp_path):
-    """Make a run of two workers, or so many, in a folder of the test's own."""
+def run(corpus, tmp_path):
+    """Run fairseq-train into a folder of the test's own, and return its last checkpoint."""
 
-    def make(name, *flags, workers=2):
+    def run_into(name, *flags, workers=2, fault=None, statuses=(0, 0)):
         sharding = SHARDED[:2] if workers == 2 else []
-        return Training(tmp_path / name, corpus / "bin", *sharding, *flags, workers=workers)
+        flags = [*sharding, *flags, "--max-tokens", "500", "--save-interval-updates", "3"]
+        ended = train(tmp_path / name, corpus / "bin", *flags, workers=workers, fault=fault)
+        assert ended == list(statuses[:workers])
+        return checkpoint(tmp_path / name)
 
-    return make
-
-
-def test_stopped_or_killed_and_resumed_is_uninterrupted(training):
-    uninterrupted = training("uninterrupted", "--max-update", "15")
-    assert uninterrupted.run().statuses == [0, 0]
-    assert training("pieces", "--max-update", "4").run().statuses == [0, 0]
-    resumed = training("pieces", "--max-update", "15")
-    killed = resumed.run(Fault(Kind.KILL, Place.PERTURBED, visit=12, workers=(1,)))
-    assert (killed.statuses, killed.place) == ([1, -signal.SIGKILL], Place.PERTURBED)
-    assert resumed.run().statuses == [0, 0]
-    assert_same_state(*(checkpoint(run.folder) for run in (uninterrupted, resumed)))
+    return run_into
 
 
-def test_a_run_goes_on_with_and_without_sharding(training):
+def test_stopped_or_killed_and_resumed_is_uninterrupted(run):
+    uninterrupted = run("uninterrupted", "--max-update", "15")
+    run("pieces", "--max-update", "4")
+    killed = Fault(KILL, PERTURBED, 6, worker=1)
+    run("pieces", "--max-update", "15", fault=killed, statuses=(1, -signal.SIGKILL))
+    assert_same_state(uninterrupted, run("pieces", "--max-update", "15"))
+
+
+def test_a_run_goes_on_with_and_without_sharding(run):
     """The state in the checkpoint is whole; of a run with --ascent-interval it loses the components."""
-    assert training("run", "--ascent-interval", "3", "--max-update", "3", workers=1).run().statuses == [0]
-    assert training("run", "--max-update", "5").run().statuses == [0, 0]
-    one = training("run", "--max-update", "7", workers=1)
-    saved = checkpoint(one.folder)
+    run("run", "--ascent-interval", "3", "--max-update", "3", workers=1)
+    saved = run("run", "--max-update", "5")
     states = saved["last_optimizer_state"]["state"].values()
     # Two workers step weights that only inference uses too, with zeros.
     assert {state["step"] for state in states} == ({5, 2} if FOR_INFERENCE_TOO else {5})
     assert not any("ascent_component" in state for state in states)
     assert len(states) == len(saved["last_optimizer_state"]["param_groups"][0]["params"])
-    assert one.run().statuses == [0]
-    assert one.updates() == 7
+    assert run("run", "--max-update", "7", workers=1)["optimizer_history"][-1]["num_updates"] == 7

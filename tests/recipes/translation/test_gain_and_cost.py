@@ -17,9 +17,9 @@ def test_forms_stand_beside_adam_with_their_cost(corpus: Path, tmp_path: Path):
     setting += ("--cpu", "--warmup-updates", "5", "--max-tokens", "150")
     succeeded(script("gain_and_cost", *setting, "--search-only"))
     points = json.loads((tmp_path / "gain_and_cost_search.json").read_text())
-    searched = [FORMS[name].optimizer for name in names[:3]]
+    optimizers = [FORMS[name].optimizer for name in names[:3]]
     assert [(point["optimizer"], point["rho"], point["epochs"]) for point in points] == [
-        (each, rho, 1) for each in searched for rho in (0.1, 0.2)
+        (each, rho, 1) for each in optimizers for rho in (0.1, 0.2)
     ]
     assert not list(tmp_path.glob("*/test.hyp"))
 

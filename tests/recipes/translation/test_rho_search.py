@@ -37,7 +37,7 @@ def test_values_searched_before_are_not_run_again(corpus: Path, tmp_path: Path):
     earlier.write_text(json.dumps([points[0], {**points[0], "seed": 2, "BLEU": 30.0}]))
     other.write_text(json.dumps(points[1:]))
     search = ("rho_search", "help_8000", "--data", corpus, "--out", out, "--optimizers", "sam")
-    printed = succeeded(script(*search, "--rho", "0.1", "0.2", "--searched", earlier, other)).stdout
+    printed = succeeded(script(*search, "--rho", "0.1", "0.2", "--earlier-searches", earlier, other)).stdout
     assert printed == "sam: the best rho is 0.2\n"
     assert json.loads((out / "rho_search.json").read_text()) == points[:2]
     assert {file.name for file in out.iterdir()} == {"rho_search.json", "rho_search.png"}
@@ -48,9 +48,9 @@ def test_what_is_no_earlier_search_is_refused(text: str | None, corpus: Path, tm
     earlier, out = tmp_path / "earlier.json", tmp_path / "out"
     if text is not None:
         earlier.write_text(text)
-    arguments = ("help_8000", "--data", corpus, "--out", out, "--searched", earlier)
+    arguments = ("help_8000", "--data", corpus, "--out", out, "--earlier-searches", earlier)
     message = refusal("rho_search", *arguments)
-    named = f"--searched is '{earlier}', which is no rho_search.json: name the file of an earlier search."
+    named = f"--earlier-searches is '{earlier}', which is no rho_search.json: name the file of a search."
     assert message == named
     assert not out.exists()
 
