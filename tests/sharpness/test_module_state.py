@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import weakref
 
 import pytest
 import torch
@@ -315,6 +316,17 @@ def test_frozen_weights_that_stand_still_are_copied_in_the_first_update_alone(mo
     copied.clear()
     two_passes(forward_and_backward(model, batch(2)))
     assert not copied
+
+
+def test_frozen_weights_that_have_been_replaced_are_let_go():
+    """Not at once, but no more of them are kept than there are weights."""
+    model, made = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 3)).double(), []
+    two_passes = two_passes_of(model)
+    for _ in range(5):
+        model[1] = nn.Linear(3, 3).double().requires_grad_(False)
+        made.append(weakref.ref(model[1].weight))
+        two_passes(forward_and_backward(model, batch()))
+    assert made[0]() is None
 
 
 @pytest.mark.parametrize("observer", ["MinMaxObserver", "PerChannelMinMaxObserver", "HistogramObserver"])
