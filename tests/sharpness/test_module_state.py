@@ -463,6 +463,23 @@ UNUSUAL = {
 }
 
 
+def test_a_buffer_of_one_number_may_have_any_stride():
+    """As one number that was expanded to a vector of one. It is restored as others are."""
+    model = Queue(in_place=False)
+    model.queue = torch.tensor(0.0).double().expand(1)
+
+    def count(inputs):
+        model.queue.add_(1.0)
+        loss = model.linear(inputs).mul(model.queue).square().mean()
+        loss.backward()
+        return loss
+
+    two_passes = two_passes_of(model)
+    for step in range(3):
+        two_passes(count, batch(step))
+        assert model.queue.stride() == (0,) and model.queue.item() == step + 1
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested", "ignore:torch.quantize")
 @pytest.mark.parametrize("is_buffer", [True, False], ids=["buffer", "frozen weight"])
 @pytest.mark.parametrize("kind", UNUSUAL)
