@@ -96,6 +96,13 @@ def test_biases_are_normalized_only_if_asked():
         np.testing.assert_allclose(flat(epsilon.values()), 0.1 * np.array(t), rtol=1e-12)
 
 
+def test_a_shared_parameter_is_perturbed_once_and_called_by_its_first_name():
+    (weight,) = parameters_of({"w": ([-3.0], [2.0])}).values()
+    for names, t in ((("fc.weight", "tied.bias"), 3.1), (("tied.bias", "fc.weight"), 1.0)):
+        with Perturbation([(name, weight) for name in names], rho=0.1, eta=ETA, p=INF):
+            assert weight.item() == pytest.approx(-3.0 + 0.1 * t, rel=1e-12)
+
+
 class InterruptAt(TorchDispatchMode):
     """Raises at the n-th tensor operation, once."""
 
