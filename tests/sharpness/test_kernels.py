@@ -121,6 +121,7 @@ def test_weights_may_change_place_and_form_between_steps(normalization, device):
     """What is kept from a step to the next never stands for weights or gradients that are no more."""
     torch.manual_seed(4)
     model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3), "linear": nn.Linear(5, 6), "big": nn.Linear(900, 700)})
+    model["square"] = nn.Linear(9, 9)
 
     def epsilon(perturbation):
         before = snapshot(model)
@@ -133,6 +134,9 @@ def test_weights_may_change_place_and_form_between_steps(normalization, device):
         for w in model.parameters():
             w.data = w.detach().clone()
 
+    def transposed_in_its_place():
+        model["square"].weight.data = model["square"].weight.data.t()
+
     def gradients_of_another_form():
         model["conv"].weight.grad = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
         model["linear"].weight.grad = torch.randn(5, 6).t()
@@ -144,6 +148,7 @@ def test_weights_may_change_place_and_form_between_steps(normalization, device):
     for change in (
         lambda: None,
         new_storage,
+        transposed_in_its_place,
         gradients_of_another_form,
         no_gradient,
         lambda: None,
@@ -267,7 +272,7 @@ def test_epsilon_is_added_to_the_masters_and_rounded_once(normalization, p, dtyp
 
 
 def overlapping(kind, size):
-    """Two weights and a bias. The second weight shares memory with both others."""
+    """Two weights and a bias. The first weight shares memory with both others."""
     buffer = torch.randn(2 * size, dtype=torch.float64)
     first = buffer[:size].view(2, -1)
     second = {
@@ -276,12 +281,15 @@ def overlapping(kind, size):
         "columns": buffer.view(2, -1)[:, : size // 2],
         "transposed": first.t(),
         "of another storage": torch.from_numpy(buffer.numpy()[1 : size + 1]),
+        "the last number": torch.from_numpy(buffer.numpy()[size - 1 : 2 * size - 1]),
     }[kind]
     return buffer, {"a.weight": first, "b.weight": second, "b.bias": buffer[3 : 3 + size // 2]}
 
 
 @pytest.mark.parametrize("size", [16, 40000])
-@pytest.mark.parametrize("kind", ["the same", "a part", "columns", "transposed", "of another storage"])
+@pytest.mark.parametrize(
+    "kind", ["the same", "a part", "columns", "transposed", "of another storage", "the last number"]
+)
 @pytest.mark.parametrize(
     "p, normalization", [(2.0, "element-wise"), (2.0, "layer-wise"), (INF, "element-wise")]
 )

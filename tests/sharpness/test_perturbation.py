@@ -203,6 +203,7 @@ def test_weights_come_back_when_interrupted_anywhere(exception):
     model, inputs = small_model(), torch.randn(6, 2, 8)
     with InterruptAt(-1, exception) as counter:
         passes(model, Perturbation(model.named_parameters(), 0.7, normalization="filter-wise"), inputs)
+    expected = [w.grad for w in model.parameters()]
     assert counter.count > 50
     before = snapshot(model)
     for n in range(1, counter.count + 1):
@@ -210,8 +211,9 @@ def test_weights_come_back_when_interrupted_anywhere(exception):
         with pytest.raises(type(exception)), InterruptAt(n, exception):
             passes(model, perturbation, inputs)
         assert_unchanged(model, before)
-    passes(model, perturbation, inputs)  # and it can be used again
-    assert_unchanged(model, before)
+        passes(model, perturbation, inputs)  # and it can be used again
+        assert_unchanged(model, before)
+        assert all(map(torch.equal, [w.grad for w in model.parameters()], expected))
 
 
 def test_weights_come_back_when_interrupted_between_two_lines():
