@@ -271,6 +271,25 @@ def test_epsilon_is_added_to_the_masters_and_rounded_once(normalization, p, dtyp
         assert torch.equal(w, masters[name].to(dtype))
 
 
+@pytest.mark.parametrize("normalization", ["element-wise", "none"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_without_masters_is_rounded_once(normalization, dtype, device):
+    torch.manual_seed(0)
+    parameters = {f"{size}.weight": nn.Parameter(torch.randn(size).to(dtype)) for size in (300, 20000)}
+    for w in parameters.values():
+        w.grad = torch.randn_like(w)
+    options = dict(rho=20.0, eta=ETA, p=2.0, normalization=normalization)
+    with pytest.warns(UserWarning, match="half-precision weights absorb most of epsilon"):
+        perturbation = Perturbation(parameters.items(), **options)
+    exact = {name: w.detach().double().numpy() for name, w in parameters.items()}
+    gradients = {name: w.grad.double().numpy() for name, w in parameters.items()}
+    epsilon = plain_epsilon.epsilon(exact, gradients, **options)
+    with perturbation:
+        for name, w in parameters.items():
+            rounded = torch.from_numpy(exact[name] + epsilon[name]).to(dtype)
+            assert (w == rounded).float().mean() > 0.99
+
+
 def overlapping(kind, size):
     """Two weights and a bias. The first weight shares memory with both others."""
     buffer = torch.randn(2 * size, dtype=torch.float64)

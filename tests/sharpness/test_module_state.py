@@ -175,6 +175,20 @@ class Bounded(Layer):
         return self.norm(self.linear(self.words(words)))
 
 
+class Turning(Layer):
+    """A flag that every pass turns, on top of *layer*, and on which the output depends."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("flag", torch.tensor(1.0).double())
+
+    def forward(self, x):
+        hidden = self.layer(x) * (1 + self.flag)
+        self.flag.copy_(1 - self.flag)
+        return hidden
+
+
 CHANGING = {
     "a buffer that is None at first": Memory,
     "a buffer that is None in every second pass": lambda: Memory(forgets=True),
@@ -186,6 +200,8 @@ CHANGING = {
     "frozen weights moved through .data": lambda: MomentumEncoder("through .data"),
     "frozen weights in new memory": lambda: MomentumEncoder("in new memory"),
     "weights bounded in each pass": Bounded,
+    "a flag that goes up and down": lambda: Turning(nn.Linear(5, 3).double()),
+    "a flag beside weights bounded in each pass": lambda: Turning(Bounded()),
 }
 for how in ("in place", "through .data"):
     for flag in ("buffer", "buffer that is None", "attribute", "buffer of the parent"):
@@ -327,6 +343,18 @@ def test_frozen_weights_that_have_been_replaced_are_let_go():
         made.append(weakref.ref(model[1].weight))
         two_passes(forward_and_backward(model, batch()))
     assert made[0]() is None
+
+
+def test_copies_of_frozen_weights_take_no_more_memory_than_those_of_perturbed_ones(monkeypatch):
+    model = nn.Sequential(
+        nn.Linear(5, 4), *(nn.Linear(4, 4, bias=False).requires_grad_(False) for _ in range(9))
+    )
+    two_passes, copied, clone = two_passes_of(model.double()), [], torch.Tensor.clone
+    monkeypatch.setattr(
+        torch.Tensor, "clone", lambda t, **options: copied.append(t.nbytes) or clone(t, **options)
+    )
+    two_passes(forward_and_backward(model, batch()))
+    assert 0 < sum(copied) <= sum(weight.nbytes for weight in model[0].parameters())
 
 
 @pytest.mark.parametrize("observer", ["MinMaxObserver", "PerChannelMinMaxObserver", "HistogramObserver"])
