@@ -175,6 +175,20 @@ class Bounded(Layer):
         return self.norm(self.linear(self.words(words)))
 
 
+class OfLengthOne(Layer):
+    """A trained weight that every forward pass scales, in a module with a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3).double())
+        self.register_buffer("length", torch.tensor(1.0).double())
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.scale.mul_(self.length / self.scale.norm())
+        return self.linear(x) * self.scale
+
+
 class Turning(Layer):
     """A flag that every pass turns, on top of *layer*, and on which the output depends."""
 
@@ -201,7 +215,7 @@ CHANGING = {
     "frozen weights in new memory": lambda: MomentumEncoder("in new memory"),
     "weights bounded in each pass": Bounded,
     "a flag that goes up and down": lambda: Turning(nn.Linear(5, 3).double()),
-    "a flag beside weights bounded in each pass": lambda: Turning(Bounded()),
+    "a flag beside weights scaled in each pass": lambda: Turning(OfLengthOne()),
 }
 for how in ("in place", "through .data"):
     for flag in ("buffer", "buffer that is None", "attribute", "buffer of the parent"):
