@@ -209,6 +209,19 @@ def test_a_part_of_what_other_tasks_have_in_a_batch():
     part = random_part({"de": {}, "en": speech}, 0.5, padding=None)
     assert part["de"] == {} and part["en"]["net_input"]["source"].shape == (1, 4)
     assert random_part(speech, 0.01, padding=None)["nsentences"] == 1
+    by_layer = {"nsentences": 2, "alignment of each layer": [torch.tensor([0, 1]), torch.tensor([2, 3])]}
+    first, second = random_part(by_layer, 0.5, padding=None)["alignment of each layer"]
+    assert len(first) == 1 and torch.equal(second, first + 2)
+
+
+def test_other_sentences_are_drawn_with_each_seed_and_no_mask_is_another():
+    sample, drawn = {"id": torch.arange(9), "nsentences": 9}, set()
+    for seed in range(10):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        drawn.add(tuple(random_part(sample, 0.4, padding=1)["id"].tolist()))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert len(drawn) > 1
 
 
 LENGTHS = torch.tensor([5, 3, 3, 2])
@@ -234,6 +247,23 @@ def test_the_targets_of_further_tasks_are_cut_by_their_own_lengths():
     assert part["ntokens"] == part["target_lengths"].sum() == (part["target"] != 1).sum()
 
 
+def test_targets_without_a_decoder_are_cut_by_their_own_lengths():
+    """As those of CTC alone."""
+    sample = {"id": torch.arange(4), "nsentences": 4, "target": TOKENS, "target_lengths": LENGTHS}
+    sample["net_input"] = {"src_tokens": torch.zeros(4, 9, 2), "src_lengths": torch.tensor([9, 9, 9, 9])}
+    assert part_without_the_longest(sample)["target"].shape == (2, 3)
+
+
+def test_tokens_are_counted_in_the_target_if_the_source_has_as_many():
+    sample = {"id": torch.arange(4), "nsentences": 4, "ntokens": 13, "target": TOKENS}
+    sample["net_input"] = {"src_tokens": TOKENS.flip(0), "src_lengths": LENGTHS.flip(0)}
+    sample["net_input"]["prev_output_tokens"] = TOKENS
+    for seed in range(10):
+        torch.manual_seed(seed)
+        part = random_part(copy.deepcopy(sample), 0.5, padding=1)
+        assert part["ntokens"] == (part["target"] != 1).sum()
+
+
 def test_nothing_is_cut_beside_what_may_belong_to_it():
     """A task may have a field of its own for each token: all stay as wide as they are."""
     sample = {"id": torch.arange(4), "nsentences": 4, "ntokens": 13, "target": TOKENS}
@@ -243,6 +273,12 @@ def test_nothing_is_cut_beside_what_may_belong_to_it():
     part = part_without_the_longest(sample)
     assert part["net_input"]["src_tokens"].shape == part["target"].shape == (2, 5)
     assert part["net_input"]["parts_of_speech"].shape == (2, 5)
+
+
+def test_nothing_is_cut_where_the_padding_is_at_neither_end():
+    sample = {"id": torch.arange(4), "nsentences": 4}
+    sample["net_input"] = {"src_tokens": TOKENS.roll(1, dims=1), "src_lengths": LENGTHS}
+    assert part_without_the_longest(sample)["net_input"]["src_tokens"].shape == (2, 5)
 
 
 @pytest.mark.parametrize(
