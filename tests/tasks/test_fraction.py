@@ -11,7 +11,7 @@ import torch
 from fairseq import utils
 from fairseq.logging import metrics
 
-from fairseq_asam.tasks.fraction import random_part
+from fairseq_asam.tasks.fraction import extrapolate_, random_part
 from tests.commands import FOR_INFERENCE_TOO, PLUGIN, SIZES, recipe
 from tests.training import FLOAT64_THROUGHOUT, configuration, trainer_and_batches
 
@@ -186,6 +186,13 @@ def test_the_loss_that_is_logged_is_that_of_the_part(task, speech, monkeypatch):
     assert stats["loss"] == pytest.approx(float(of_part["loss"].avg), abs=2e-3)
 
 
+def test_sums_that_are_logged_are_extrapolated_and_counts_are_those_of_the_whole():
+    part = {"loss": torch.tensor(2.0), "ntokens": 3, "n_correct": 2, "has_nan": True, "unit": "bits"}
+    extrapolate_(part, {"loss": torch.tensor(5.0), "ntokens": 7}, 2.5)
+    assert part == {"loss": 5.0, "ntokens": 7, "n_correct": 5.0, "has_nan": True, "unit": "bits"}
+    assert part["has_nan"] is True
+
+
 def test_a_refusal_is_a_sentence(fairseq, monolingual, tmp_path):
     flags = ["--task", "language_modeling", *TEXT["language_modeling"], "--optimizer", "asam"]
     flags += ["--ascent-fraction", "0.5", "--pad-to-fixed-bsz", "--batch-size", "500"]
@@ -254,6 +261,17 @@ def test_targets_without_a_decoder_are_cut_by_their_own_lengths():
     assert part_without_the_longest(sample)["target"].shape == (2, 3)
 
 
+@pytest.mark.parametrize("target", [torch.arange(4), torch.arange(4.0).view(4, 1, 1)])
+def test_targets_may_be_no_tokens(target):
+    """As the class of a sentence is, or a score."""
+    sample = {"id": torch.arange(4), "nsentences": 4, "ntokens": 13, "target": target}
+    sample["net_input"] = {"src_tokens": TOKENS, "src_lengths": LENGTHS}
+    part = part_without_the_longest(sample)
+    assert torch.equal(part["target"].flatten().long(), part["id"])
+    assert part["net_input"]["src_tokens"].shape == (2, 3)
+    assert part["ntokens"] == part["net_input"]["src_lengths"].sum()
+
+
 def test_tokens_are_counted_in_the_target_if_the_source_has_as_many():
     sample = {"id": torch.arange(4), "nsentences": 4, "ntokens": 13, "target": TOKENS}
     sample["net_input"] = {"src_tokens": TOKENS.flip(0), "src_lengths": LENGTHS.flip(0)}
@@ -268,7 +286,9 @@ def test_nothing_is_cut_beside_what_may_belong_to_it():
     """A task may have a field of its own for each token: all stay as wide as they are."""
     sample = {"id": torch.arange(4), "nsentences": 4, "ntokens": 13, "target": TOKENS}
     sample["net_input"] = {"src_tokens": TOKENS, "src_lengths": LENGTHS}
-    assert part_without_the_longest(sample)["net_input"]["src_tokens"].shape == (2, 3)
+    sample["net_input"]["tgt_speaker"] = torch.zeros(4, 5)  # a vector for each sentence, by chance as wide
+    part = part_without_the_longest(sample)["net_input"]
+    assert part["src_tokens"].shape == (2, 3) and part["tgt_speaker"].shape == (2, 5)
     sample["net_input"]["parts_of_speech"] = TOKENS
     part = part_without_the_longest(sample)
     assert part["net_input"]["src_tokens"].shape == part["target"].shape == (2, 5)
