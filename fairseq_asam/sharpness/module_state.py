@@ -168,7 +168,6 @@ class ModuleState:
         for watched in self._watched:
             if watched.copy is not None:
                 _put(watched.weight, watched.copy)
-                watched.stamp = _stamp(watched.weight)
 
     def end_pass_at_w(self) -> None:
         """Find out which weights the pass at w has changed.

@@ -22,9 +22,9 @@ def random_part(sample: dict[str, Any], fraction: float, padding: int | None) ->
 
     It is the batch that the dataset would have made of these sentences: padded to the longest of them, with
     its own ``ntokens``. Every tensor must have a row for each of the n sentences, and a list of length n
-    counts as a list with an item for each. If the batch consists of batches, as in multilingual tasks, a part
-    of each is drawn. fairseq seeds its generator with the number of the update. A copy of it draws here, so
-    that the passes get the same random numbers as without a part.
+    counts as a list with an item for each, unless these are tensors with n rows. If the batch consists of
+    batches, as in multilingual tasks, a part of each is drawn. fairseq seeds its generator with the number of
+    the update. A copy of it draws here, so that the passes get the same random numbers as without a part.
 
     Args:
         sample: the batch.

@@ -122,8 +122,6 @@ class SharpnessAwareTask(FairseqTask):
                 earlier.note(earlier.logging_output)
             update.waiting = []
             raise
-        if is_last:
-            update.waiting = []
         return loss, sample_size, this.logging_output
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Module) -> None:

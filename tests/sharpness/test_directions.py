@@ -132,7 +132,7 @@ def test_in_a_loop_of_one_s_own_epsilon_has_length_rho():
 
 
 def test_a_weight_without_a_moment_is_left_alone():
-    """As one that has been unfrozen."""
+    """As one that has been unfrozen, or that the optimizer steps by a rule without a moment."""
     model = setting()
     model[2].weight.requires_grad_(False)
     optimizer = adam(model.parameters())
@@ -143,6 +143,10 @@ def test_a_weight_without_a_moment_is_left_alone():
     with Perturbation(model.named_parameters(), RHO, direction=Momentum(optimizer)):
         moved = [not torch.equal(w, b) for w, b in zip(model.parameters(), before)]
     assert moved == [True, True, False, True]
+    del optimizer.state[model[0].weight]["exp_avg"]
+    with Perturbation(model.named_parameters(), RHO, direction=Momentum(optimizer)):
+        moved = [not torch.equal(w, b) for w, b in zip(model.parameters(), before)]
+    assert moved == [False, True, False, True]
 
 
 def random_epsilons(count: int, **options) -> list[torch.Tensor]:
@@ -172,6 +176,13 @@ def test_random_epsilons_have_length_rho_and_are_drawn_anew():
     seventh, again, second = random_epsilons(3, seed=1, number=number)
     assert torch.equal(seventh, again) and torch.equal(seventh, epsilons[7])
     assert torch.equal(second, epsilons[2])
+
+
+def test_random_numbers_for_weights_in_half_precision_are_not_rounded():
+    weight = nn.Parameter(torch.ones(9))
+    half = nn.Parameter(torch.ones(9).bfloat16())
+    drawn, for_half = (Random(seed=1).vectors({w: "w"})[w] for w in (weight, half))
+    assert torch.equal(drawn, for_half)
 
 
 def test_random_leaves_the_generator_of_torch_alone():
@@ -269,7 +280,12 @@ def test_adam_s_metric_of_an_adam_that_keeps_something_else_is_refused(kept):
 
 def test_bad_input_is_refused():
     model = setting()
-    for base in (torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.RMSprop(model.parameters())):
+    some = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "momentum": 0.9}]
+    for base in (
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        torch.optim.SGD(some, lr=0.1),
+        torch.optim.RMSprop(model.parameters()),
+    ):
         with pytest.raises(ValueError, match=f"^{type(base).__name__} keeps no first moment"):
             SharpnessAware(base, model, rho=0.1, direction="momentum")
     with pytest.raises(ValueError, match=f"direction is 'up', but it must be one of {', '.join(DIRECTIONS)}"):

@@ -121,6 +121,7 @@ def test_weights_may_change_place_and_form_between_steps(normalization, device):
     """What is kept from a step to the next never stands for weights or gradients that are no more."""
     torch.manual_seed(4)
     model = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3), "linear": nn.Linear(5, 6), "big": nn.Linear(900, 700)})
+    model["square"] = nn.Linear(9, 9)
 
     def epsilon(perturbation):
         before = snapshot(model)
@@ -133,6 +134,9 @@ def test_weights_may_change_place_and_form_between_steps(normalization, device):
         for w in model.parameters():
             w.data = w.detach().clone()
 
+    def transposed_in_its_place():
+        model["square"].weight.data = model["square"].weight.data.t()
+
     def gradients_of_another_form():
         model["conv"].weight.grad = torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last)
         model["linear"].weight.grad = torch.randn(5, 6).t()
@@ -144,6 +148,7 @@ def test_weights_may_change_place_and_form_between_steps(normalization, device):
     for change in (
         lambda: None,
         new_storage,
+        transposed_in_its_place,
         gradients_of_another_form,
         no_gradient,
         lambda: None,
@@ -266,8 +271,27 @@ def test_epsilon_is_added_to_the_masters_and_rounded_once(normalization, p, dtyp
         assert torch.equal(w, masters[name].to(dtype))
 
 
+@pytest.mark.parametrize("normalization", ["element-wise", "none"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_without_masters_is_rounded_once(normalization, dtype, device):
+    torch.manual_seed(0)
+    parameters = {f"{size}.weight": nn.Parameter(torch.randn(size).to(dtype)) for size in (300, 20000)}
+    for w in parameters.values():
+        w.grad = torch.randn_like(w)
+    options = dict(rho=20.0, eta=ETA, p=2.0, normalization=normalization)
+    with pytest.warns(UserWarning, match="half-precision weights absorb most of epsilon"):
+        perturbation = Perturbation(parameters.items(), **options)
+    exact = {name: w.detach().double().numpy() for name, w in parameters.items()}
+    gradients = {name: w.grad.double().numpy() for name, w in parameters.items()}
+    epsilon = plain_epsilon.epsilon(exact, gradients, **options)
+    with perturbation:
+        for name, w in parameters.items():
+            rounded = torch.from_numpy(exact[name] + epsilon[name]).to(dtype)
+            assert (w == rounded).float().mean() > 0.99
+
+
 def overlapping(kind, size):
-    """Two weights and a bias. The second weight shares memory with both others."""
+    """Two weights and a bias. The first weight shares memory with both others."""
     buffer = torch.randn(2 * size, dtype=torch.float64)
     first = buffer[:size].view(2, -1)
     second = {
@@ -276,12 +300,15 @@ def overlapping(kind, size):
         "columns": buffer.view(2, -1)[:, : size // 2],
         "transposed": first.t(),
         "of another storage": torch.from_numpy(buffer.numpy()[1 : size + 1]),
+        "the last number": torch.from_numpy(buffer.numpy()[size - 1 : 2 * size - 1]),
     }[kind]
     return buffer, {"a.weight": first, "b.weight": second, "b.bias": buffer[3 : 3 + size // 2]}
 
 
 @pytest.mark.parametrize("size", [16, 40000])
-@pytest.mark.parametrize("kind", ["the same", "a part", "columns", "transposed", "of another storage"])
+@pytest.mark.parametrize(
+    "kind", ["the same", "a part", "columns", "transposed", "of another storage", "the last number"]
+)
 @pytest.mark.parametrize(
     "p, normalization", [(2.0, "element-wise"), (2.0, "layer-wise"), (INF, "element-wise")]
 )

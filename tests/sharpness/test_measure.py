@@ -390,6 +390,21 @@ def test_a_loss_that_is_not_finite_is_counted_and_never_the_maximum():
             [found] = measure(log_barrier, [("w", w)], [region], steps=5, restarts=3, seed=seed)
         assert 0.0 < found.value < INF and found.non_finite > 1
 
+    def nan_but_at_w():
+        return w.sum() + torch.where((w == 0.5).all(), 0.0, math.nan)
+
+    with pytest.warns(UserWarning, match="6 of 6 points seen"):  # no ascent begins where the loss is NaN
+        [found] = measure(nan_but_at_w, [("w", w)], [region], steps=3, restarts=4)
+    assert found.value == INF and found.non_finite == 6
+
+    def without_a_gradient_far_off():  # where no ascent goes on, as its next point would be NaN
+        assert w.isfinite().all()
+        return w.sum() if w[0] < 1 else w.sum() + (w - w.detach()).abs().sqrt().sum()
+
+    with pytest.warns(UserWarning, match="a gradient that is not finite"):
+        [found] = measure(without_a_gradient_far_off, [("w", w)], [region], steps=5, restarts=3)
+    assert 0.0 < found.value < INF
+
     def cliff():
         return w[1] + torch.where(w[0] < 1, w[0], INF)
 
@@ -401,6 +416,17 @@ def test_a_loss_that_is_not_finite_is_counted_and_never_the_maximum():
         measure(lambda: w.sum() * math.nan, [("w", w)], [region])
     with pytest.raises(ValueError, match="its gradient is not finite"):
         measure(lambda: (w - w.detach()).abs().sqrt().sum(), [("w", w)], [region])
+
+
+def test_one_step_takes_one_gradient_however_many_regions_there_are():
+    w, with_gradient = nn.Parameter(torch.ones(2)), []
+
+    def loss():
+        with_gradient.append(torch.is_grad_enabled())
+        return w.square().sum()
+
+    measure(loss, [("w", w)], [Region(0.1), Region(0.2)])
+    assert with_gradient == [True, False, False]
 
 
 def test_bad_values_are_refused():

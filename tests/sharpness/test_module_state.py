@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import weakref
 
 import pytest
 import torch
@@ -174,6 +175,34 @@ class Bounded(Layer):
         return self.norm(self.linear(self.words(words)))
 
 
+class OfLengthOne(Layer):
+    """A trained weight that every forward pass scales, in a module with a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3).double())
+        self.register_buffer("length", torch.tensor(1.0).double())
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.scale.mul_(self.length / self.scale.norm())
+        return self.linear(x) * self.scale
+
+
+class Turning(Layer):
+    """A flag that every pass turns, on top of *layer*, and on which the output depends."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("flag", torch.tensor(1.0).double())
+
+    def forward(self, x):
+        hidden = self.layer(x) * (1 + self.flag)
+        self.flag.copy_(1 - self.flag)
+        return hidden
+
+
 CHANGING = {
     "a buffer that is None at first": Memory,
     "a buffer that is None in every second pass": lambda: Memory(forgets=True),
@@ -185,6 +214,8 @@ CHANGING = {
     "frozen weights moved through .data": lambda: MomentumEncoder("through .data"),
     "frozen weights in new memory": lambda: MomentumEncoder("in new memory"),
     "weights bounded in each pass": Bounded,
+    "a flag that goes up and down": lambda: Turning(nn.Linear(5, 3).double()),
+    "a flag beside weights scaled in each pass": lambda: Turning(OfLengthOne()),
 }
 for how in ("in place", "through .data"):
     for flag in ("buffer", "buffer that is None", "attribute", "buffer of the parent"):
@@ -315,6 +346,29 @@ def test_frozen_weights_that_stand_still_are_copied_in_the_first_update_alone(mo
     copied.clear()
     two_passes(forward_and_backward(model, batch(2)))
     assert not copied
+
+
+def test_frozen_weights_that_have_been_replaced_are_let_go():
+    """Not at once, but no more of them are kept than there are weights."""
+    model, made = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 3)).double(), []
+    two_passes = two_passes_of(model)
+    for _ in range(5):
+        model[1] = nn.Linear(3, 3).double().requires_grad_(False)
+        made.append(weakref.ref(model[1].weight))
+        two_passes(forward_and_backward(model, batch()))
+    assert made[0]() is None
+
+
+def test_copies_of_frozen_weights_take_no_more_memory_than_those_of_perturbed_ones(monkeypatch):
+    model = nn.Sequential(
+        nn.Linear(5, 4), *(nn.Linear(4, 4, bias=False).requires_grad_(False) for _ in range(9))
+    )
+    two_passes, copied, clone = two_passes_of(model.double()), [], torch.Tensor.clone
+    monkeypatch.setattr(
+        torch.Tensor, "clone", lambda t, **options: copied.append(t.nbytes) or clone(t, **options)
+    )
+    two_passes(forward_and_backward(model, batch()))
+    assert 0 < sum(copied) <= sum(weight.nbytes for weight in model[0].parameters())
 
 
 @pytest.mark.parametrize("observer", ["MinMaxObserver", "PerChannelMinMaxObserver", "HistogramObserver"])
@@ -449,6 +503,23 @@ UNUSUAL = {
     "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
     "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
 }
+
+
+def test_a_buffer_of_one_number_may_have_any_stride():
+    """As one number that was expanded to a vector of one. It is restored as others are."""
+    model = Queue(in_place=False)
+    model.queue = torch.tensor(0.0).double().expand(1)
+
+    def count(inputs):
+        model.queue.add_(1.0)
+        loss = model.linear(inputs).mul(model.queue).square().mean()
+        loss.backward()
+        return loss
+
+    two_passes = two_passes_of(model)
+    for step in range(3):
+        two_passes(count, batch(step))
+        assert model.queue.stride() == (0,) and model.queue.item() == step + 1
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested", "ignore:torch.quantize")

@@ -457,6 +457,20 @@ def test_maximizing_is_minimizing_the_negated_loss():
         optimizer.step(negated)
 
 
+def test_a_group_need_not_say_that_it_minimizes():
+    class Plain(torch.optim.Optimizer):
+        def step(self):
+            for group in self.param_groups:
+                for weight in group["params"]:
+                    weight.data -= weight.grad
+
+    model, _, closure = regression()
+    base = Plain([{"params": [model.weight], "maximize": False}, {"params": [model.bias]}], {})
+    before = weights(model)
+    SharpnessAware(base, model, rho=0.5).step(closure)
+    assert not torch.equal(weights(model), before)
+
+
 def test_weights_unfrozen_later_are_perturbed():
     model, optimizer, backward = regression()
     model.weight.requires_grad_(False)

@@ -2,8 +2,10 @@
 
 import contextlib
 import gc
+import inspect
 import itertools
 import math
+import sys
 import weakref
 
 import numpy as np
@@ -92,6 +94,13 @@ def test_biases_are_normalized_only_if_asked():
     for normalize_bias, t in ((False, [1.0, 5.1, 1.0]), (True, [3.1, 5.1, 3.1])):
         epsilon = epsilon_of(parameters_of(tensors), rho=0.1, eta=ETA, p=INF, normalize_bias=normalize_bias)
         np.testing.assert_allclose(flat(epsilon.values()), 0.1 * np.array(t), rtol=1e-12)
+
+
+def test_a_shared_parameter_is_perturbed_once_and_called_by_its_first_name():
+    (weight,) = parameters_of({"w": ([-3.0], [2.0])}).values()
+    for names, t in ((("fc.weight", "tied.bias"), 3.1), (("tied.bias", "fc.weight"), 1.0)):
+        with Perturbation([(name, weight) for name in names], rho=0.1, eta=ETA, p=INF):
+            assert weight.item() == pytest.approx(-3.0 + 0.1 * t, rel=1e-12)
 
 
 class InterruptAt(TorchDispatchMode):
@@ -194,6 +203,7 @@ def test_weights_come_back_when_interrupted_anywhere(exception):
     model, inputs = small_model(), torch.randn(6, 2, 8)
     with InterruptAt(-1, exception) as counter:
         passes(model, Perturbation(model.named_parameters(), 0.7, normalization="filter-wise"), inputs)
+    expected = [w.grad for w in model.parameters()]
     assert counter.count > 50
     before = snapshot(model)
     for n in range(1, counter.count + 1):
@@ -201,8 +211,38 @@ def test_weights_come_back_when_interrupted_anywhere(exception):
         with pytest.raises(type(exception)), InterruptAt(n, exception):
             passes(model, perturbation, inputs)
         assert_unchanged(model, before)
-    passes(model, perturbation, inputs)  # and it can be used again
-    assert_unchanged(model, before)
+        passes(model, perturbation, inputs)  # and it can be used again
+        assert_unchanged(model, before)
+        assert all(map(torch.equal, [w.grad for w in model.parameters()], expected))
+
+
+def test_weights_come_back_when_interrupted_between_two_lines():
+    """As by a KeyboardInterrupt, also when a block's copies are remembered and its weights are not yet."""
+    model, tracing = small_model(), sys.gettrace()
+    model(torch.randn(6, 2, 8)).square().mean().backward()
+    before = snapshot(model)
+    functions = Perturbation._move, inspect.unwrap(Perturbation._perturb), Perturbation._remember
+    codes = {function.__code__ for function in functions}
+    for number in itertools.count(1):
+        lines = itertools.count(1)
+
+        def trace(frame, event, argument, lines=lines, number=number):
+            if frame.f_code not in codes:
+                return None
+            if event == "line" and next(lines) == number:
+                raise KeyboardInterrupt
+            return trace
+
+        perturbation = Perturbation(model.named_parameters(), 0.7, normalization="filter-wise")
+        try:
+            sys.settrace(trace)
+            with perturbation:
+                break
+        except KeyboardInterrupt:
+            assert_unchanged(model, before)
+        finally:
+            sys.settrace(tracing)
+    assert number > 20
 
 
 def test_gradients_missing_in_either_pass():
@@ -226,6 +266,15 @@ def test_a_zero_gradient_perturbs_nothing():
         with perturbation:
             assert parameters["w"].tolist() == [1.0, -2.0]
         assert perturbation.norm == 0.0
+
+
+def test_a_gradient_below_the_range_of_float32_perturbs_nothing():
+    """Its norm has no finite reciprocal, or is rounded to 0."""
+    for p in (2.0, 1.5, INF):
+        weight = nn.Parameter(torch.tensor([1.0, -2.0]))
+        weight.grad = torch.tensor([1e-40, 2e-40])
+        with Perturbation([("weight", weight)], 0.5, p=p):
+            assert weight.tolist() == [1.0, -2.0]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -490,6 +539,15 @@ def test_an_expanded_weight_is_refused_unless_it_is_frozen():
         Perturbation([("scale", weight)], 0.1)
     other = torch.nn.Parameter(torch.ones(3))
     Perturbation([("scale", weight.requires_grad_(False)), ("other", other)], 0.1)
+
+
+def test_a_weight_of_one_number_may_have_any_stride():
+    """As one number that was expanded to a vector of one."""
+    weight = nn.Parameter(torch.tensor(2.0).expand(1))
+    weight.grad = torch.ones(1)
+    with Perturbation([("weight", weight)], 0.5, normalization="none"):
+        assert weight.stride() == (0,) and weight.item() == 2.5
+    assert weight.item() == 2.0
 
 
 def test_the_default_device_of_torch_is_not_asked():

@@ -20,6 +20,8 @@ from fairseq_asam.sharpness.directions import Random
 
 from . import plain_epsilon
 
+DEFAULT_RNG = np.random.default_rng
+
 
 class OwnStatistics(nn.BatchNorm1d):
     """Updates its running statistics itself, as synchronized batch normalizations do."""
@@ -263,18 +265,31 @@ def test_a_weight_and_a_criterion_in_no_module(known, earlier):
     )
 
 
+class Hiding(nn.Module):
+    """Multiplies by weights in a list, which torch does not see, nor do the variables of the function."""
+
+    def __init__(self):
+        super().__init__()
+        self.network, self.factors = plain_network(), []
+
+    def forward(self, x):
+        return math.prod(self.factors, start=self.network(x))
+
+
 def test_a_weight_that_the_graph_of_the_loss_alone_shows():
-    """Also when another one takes its place."""
-    model, hidden = plain_network(), [nn.Parameter(torch.tensor(2.0).double())]
+    """Also when it joins a loss that was known, when another one takes its place or when there are more."""
+    model = Hiding()
     two_passes = two_passes_of(model)
-    for _ in range(2):
-        assert_gradients_are_those_at_w_plus_epsilon(
-            two_passes,
-            lambda: (model(batch()) * hidden[0]).square().mean(),
-            dict(model.named_parameters()),
-            hidden,
-        )
-        hidden[0] = nn.Parameter(torch.tensor(3.0).double())
+    for factors in ([], [2.0], [3.0], [3.0, 2.0]):
+        model.factors = [nn.Parameter(torch.tensor(factor).double()) for factor in factors]
+        for earlier in (False, True):
+            assert_gradients_are_those_at_w_plus_epsilon(
+                two_passes,
+                lambda: model(batch()).square().mean(),
+                dict(model.named_parameters()),
+                model.factors,
+                earlier,
+            )
 
 
 def test_a_hidden_weight_whose_gradient_cannot_be_told_apart_is_refused():
@@ -442,7 +457,8 @@ def in_backward_by_hand(model, optimizer):
 def test_a_step_within_a_pass_is_refused(where):
     model = plain_network()
     before = {name: w.detach().clone() for name, w in model.named_parameters()}
-    then = where(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    beside = nn.Parameter(torch.ones(1))  # a weight that no pass knows
+    then = where(model, torch.optim.SGD([beside, *model.parameters()], lr=0.1))
 
     def evaluate():
         loss = model(batch()).square().mean()
@@ -563,7 +579,7 @@ class FailsAt:
 @pytest.mark.parametrize("call", [1, 2])
 @pytest.mark.parametrize("known", [True, False])
 def test_after_an_exception_the_model_is_at_w_and_the_next_update_is_as_ever(call, known):
-    model, default_rng = network("batch normalization"), np.random.default_rng
+    model = network("batch normalization")
     two_passes = two_passes_of(model, known=known)
     weights = {name: w.detach().clone() for name, w in model.named_parameters()}
     after_one_pass = copy.deepcopy(model)
@@ -573,7 +589,7 @@ def test_after_an_exception_the_model_is_at_w_and_the_next_update_is_as_ever(cal
     with pytest.raises(MemoryError):
         two_passes(FailsAt(model, batch(), call))
     assert_same({name: w.detach() for name, w in model.named_parameters()}, weights)
-    assert np.random.default_rng is default_rng and not _global_forward_pre_hooks
+    assert np.random.default_rng is DEFAULT_RNG and not _global_forward_pre_hooks
     if call == 1:
         assert_same(gradients(model), earlier)
     else:
@@ -704,11 +720,12 @@ def test_gradients_that_are_parts_of_one_vector_stay_so():
 
 
 @pytest.mark.parametrize("then", ["another pass at w", "the pass at w + epsilon"])
-def test_gradients_cleared_between_the_passes_are_refused(then):
+@pytest.mark.parametrize("cleared", ["all", "those of one layer"])
+def test_gradients_cleared_between_the_passes_are_refused(then, cleared):
     model = plain_network()
     two_passes = two_passes_of(model)
     two_passes.at_w(forward_and_backward(model, batch(1)))
-    model.zero_grad()
+    (model if cleared == "all" else model[2]).zero_grad()
     with pytest.raises(RuntimeError, match="have been cleared since, and epsilon is made of them"):
         if then == "another pass at w":
             two_passes.at_w(forward_and_backward(model, batch(2)))
@@ -722,6 +739,14 @@ def test_a_buffer_in_the_memory_of_a_weight_is_refused(features):
     layer.register_buffer("alias", layer.weight.data)
     with pytest.raises(ValueError, match=r"the buffer alias shares memory.*clone\(\)"):
         two_passes_of(layer)
+
+
+def test_an_empty_buffer_shares_no_memory_with_an_empty_weight():
+    model = plain_network()
+    model.nothing = nn.Parameter(torch.empty(0).double())
+    model.register_buffer("none", torch.empty(0))
+    two_passes_of(model)(forward_and_backward(model, batch()))
+    assert model[0].weight.grad.any()
 
 
 def test_one_pass_needs_a_direction_that_needs_no_gradient_at_w():

@@ -51,19 +51,19 @@ def defaults(model, at_w):
 
 def own_counters(model, at_w):
     """Reset by the loop, which the function writes too; and a number that is equal in each turn."""
-    count, total, losses = 0, 0.0, []
+    count, total, seen, losses = 0, 0.0, True, []
 
     def evaluate(inputs):
-        nonlocal count, total
+        nonlocal count, total, seen
         loss = of(model, inputs) * factor
-        count, total = count + 1, total + loss.item()
+        count, total, seen = count + 1, total + loss.item(), True
         losses.append(loss)
         return loss
 
     for inputs in BATCHES:
         factor = float(len(BATCHES)) / 3
         at_w(evaluate, inputs)
-        count, total = 0, 0.0
+        count, total, seen = 0, 0.0, False
         losses.clear()
 
 
@@ -78,6 +78,27 @@ def counter_of_a_helper(model, at_w):
         counts()
         assert count
         return of(model, inputs)
+
+    for inputs in BATCHES:
+        at_w(evaluate, inputs)
+
+
+def loss_that_a_callback_keeps(model, at_w):
+    last = of(model, BATCHES[0])
+    model.zero_grad()
+
+    def keep(loss):
+        nonlocal last
+        last = loss
+
+    callbacks = [keep]
+
+    def evaluate(inputs):
+        assert last.isfinite()
+        loss = of(model, inputs)
+        for callback in callbacks:
+            callback(loss)
+        return loss
 
     for inputs in BATCHES:
         at_w(evaluate, inputs)
@@ -120,6 +141,7 @@ def attribute_of_its_own(model, at_w):
         defaults,
         own_counters,
         counter_of_a_helper,
+        loss_that_a_callback_keeps,
         tensor_of_its_own,
         attribute_of_its_own,
     ],
@@ -200,6 +222,15 @@ def module_s_globals(model, at_w):
         at_w(reads_globals, model)
 
 
+def a_global_in_a_lambda(model, at_w):
+    for globals()["inputs"] in BATCHES:
+        at_w(reads_a_global_in_a_lambda, model)
+
+
+def reads_a_global_in_a_lambda(model):
+    return (lambda: of(model, inputs))()
+
+
 def reads_globals(model):
     return reads_more(model)
 
@@ -257,6 +288,12 @@ def attribute_in_a_closure(model, at_w):
         at_w(lambda: of(model, trainer.inputs))
 
 
+def attribute_in_a_lambda_in_a_closure(model, at_w):
+    trainer = Trainer(model)
+    for trainer.inputs in BATCHES:
+        at_w(lambda: (lambda: of(model, trainer.inputs))())
+
+
 def attribute_of_a_callable(model, at_w):
     trainer = Trainer(model)
     for trainer.inputs in BATCHES:
@@ -275,11 +312,13 @@ def attribute_of_a_callable(model, at_w):
         comprehension,
         deleted,
         module_s_globals,
+        a_global_in_a_lambda,
         overwritten,
         argument_overwritten,
         dictionary_filled_anew,
         attribute,
         attribute_in_a_closure,
+        attribute_in_a_lambda_in_a_closure,
         attribute_of_a_callable,
     ],
 )
@@ -548,6 +587,7 @@ def test_what_was_computed_from_the_weights_before_the_pass_is_refused(retain_gr
     two_passes_of(model)(evaluate, features.detach())
 
 
+@pytest.mark.filterwarnings("error")  # torch warns of asking a loss for its gradient
 def test_losses_of_earlier_updates_may_stay_in_what_the_function_reads():
     model, kept = nn.Linear(5, 3).double(), {"scale": 1.0}
     two_passes, losses = two_passes_of(model), []

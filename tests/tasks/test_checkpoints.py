@@ -1,6 +1,7 @@
 """Which checkpoints load with the plugin, and what it leaves of fairseq as it is."""
 
 import argparse
+import io
 import os
 import pickle
 import shutil
@@ -16,7 +17,7 @@ from fairseq.data import Dictionary
 from fairseq.models.transformer import TransformerConfig, TransformerModelBase
 from omegaconf import open_dict
 
-import fairseq_asam.tasks  # noqa: F401  what these tests are about
+from fairseq_asam.tasks.checkpoints import copied_whole_or_not_at_all
 from tests.commands import assert_same_state, checkpoint, recipe
 from tests.training import configuration, trainer_and_batches
 
@@ -78,15 +79,20 @@ def batches_of(epoch, trainer, resumed):
     ],
 )
 def test_a_resumed_epoch_has_the_batches_of_an_uninterrupted_run(corpus, flags, rebuild):
-    """*rebuild*: as in tasks of speech, which make batches anew in each epoch."""
+    """*rebuild*: as in tasks of speech, which make batches anew in each epoch.
+
+    Uninterrupted, they are the batches of Adam, but for a curriculum, after which fairseq goes on with the
+    order of its first epoch.
+    """
     found = []
-    for resumed in (False, True):
-        trainer, _ = trainer_and_batches(configuration(corpus / "bin", "--optimizer", "asam", *flags))
+    for optimizer, resumed in (("asam", False), ("asam", True), ("adam", False)):
+        trainer, _ = trainer_and_batches(configuration(corpus / "bin", "--optimizer", optimizer, *flags))
         trainer.task.dataset_to_epoch_iter.clear()
         with open_dict(trainer.task.cfg):
             trainer.task.cfg.rebuild_batches = rebuild
         found.append(batches_of(3, trainer, resumed))
     assert found[0] == found[1]
+    assert found[0] == found[2] or "--curriculum" in flags
 
 
 def save(path, **entries):
@@ -152,22 +158,36 @@ def test_loading_stays_safe(tmp_path, place):
     assert (tmp_path / "ran").exists()  # it would have run
 
 
-def test_an_attempt_to_save_begins_where_the_file_does(tmp_path, monkeypatch):
-    """fairseq tries again if the disk is full for a moment."""
+@pytest.mark.parametrize("failures", [2, 3])
+def test_an_attempt_to_save_begins_where_the_file_does(tmp_path, monkeypatch, failures):
+    """fairseq tries three times, for the disk may be full for a moment."""
     save_whole, attempts = torch.save, []
 
-    def save_at_the_second_attempt(state, file):
+    def save_after_failures(state, file):
         attempts.append(file.tell())
-        if len(attempts) == 1:
-            file.write(b"the beginning of a file")
+        if len(attempts) <= failures:
+            file.write(b"the beginning of a file" * 1000)
             raise OSError("No space left on device")
         save_whole(state, file)
 
-    monkeypatch.setattr(torch, "save", save_at_the_second_attempt)
+    monkeypatch.setattr(torch, "save", save_after_failures)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    torch_persistent_save({"a": 1}, str(tmp_path / "saved.pt"))
-    assert attempts == [0, 0]
-    assert torch.load(tmp_path / "saved.pt") == {"a": 1}
+    if failures == 3:
+        with pytest.raises(OSError, match="No space left"):
+            torch_persistent_save({"a": 1}, str(tmp_path / "saved.pt"))
+    else:
+        torch_persistent_save({"a": 1}, str(tmp_path / "saved.pt"))
+        assert torch.load(tmp_path / "saved.pt") == {"a": 1}
+        assert b"the beginning of a file" not in (tmp_path / "saved.pt").read_bytes()
+    assert attempts == [0, 0, 0]
+
+
+def test_what_cannot_be_rewound_is_saved_to_all_the_same():
+    reading, writing = os.pipe()
+    with open(writing, "wb") as file:
+        checkpoint_utils._torch_persistent_save({"a": 1}, file)
+    with open(reading, "rb") as file:
+        assert torch.load(io.BytesIO(file.read())) == {"a": 1}
 
 
 def save_in(folder, trainer):
@@ -207,6 +227,21 @@ def test_a_copy_that_failed_without_an_exception_replaces_nothing(trainer, tmp_p
     with pytest.raises(AssertionError, match="Failed to copy"):
         save_in(tmp_path, trainer)
     assert (tmp_path / "checkpoint_last.pt").read_text() == "the last one"
+
+
+def test_a_copy_that_may_not_overwrite_does_not(tmp_path):
+    """As iopath's copy, unless it is told to."""
+
+    def as_iopath(source, destination, overwrite=False):
+        if os.path.exists(destination) and not overwrite:
+            return False
+        return bool(shutil.copyfile(source, destination))
+
+    copy, new, there = copied_whole_or_not_at_all(as_iopath), tmp_path / "new", tmp_path / "there"
+    new.write_text("new")
+    there.write_text("there before")
+    assert not copy(str(new), str(there)) and there.read_text() == "there before"
+    assert copy(str(new), str(there), overwrite=True) and there.read_text() == "new"
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -11,7 +11,7 @@ import torch
 from fairseq import utils
 from fairseq.logging import metrics
 
-from fairseq_asam.tasks.fraction import random_part
+from fairseq_asam.tasks.fraction import extrapolate_, random_part
 from tests.commands import FOR_INFERENCE_TOO, PLUGIN, SIZES, recipe
 from tests.training import FLOAT64_THROUGHOUT, configuration, trainer_and_batches
 
@@ -186,6 +186,13 @@ def test_the_loss_that_is_logged_is_that_of_the_part(task, speech, monkeypatch):
     assert stats["loss"] == pytest.approx(float(of_part["loss"].avg), abs=2e-3)
 
 
+def test_sums_that_are_logged_are_extrapolated_and_counts_are_those_of_the_whole():
+    part = {"loss": torch.tensor(2.0), "ntokens": 3, "n_correct": 2, "has_nan": True, "unit": "bits"}
+    extrapolate_(part, {"loss": torch.tensor(5.0), "ntokens": 7}, 2.5)
+    assert part == {"loss": 5.0, "ntokens": 7, "n_correct": 5.0, "has_nan": True, "unit": "bits"}
+    assert part["has_nan"] is True
+
+
 def test_a_refusal_is_a_sentence(fairseq, monolingual, tmp_path):
     flags = ["--task", "language_modeling", *TEXT["language_modeling"], "--optimizer", "asam"]
     flags += ["--ascent-fraction", "0.5", "--pad-to-fixed-bsz", "--batch-size", "500"]
@@ -209,6 +216,19 @@ def test_a_part_of_what_other_tasks_have_in_a_batch():
     part = random_part({"de": {}, "en": speech}, 0.5, padding=None)
     assert part["de"] == {} and part["en"]["net_input"]["source"].shape == (1, 4)
     assert random_part(speech, 0.01, padding=None)["nsentences"] == 1
+    by_layer = {"nsentences": 2, "alignment of each layer": [torch.tensor([0, 1]), torch.tensor([2, 3])]}
+    first, second = random_part(by_layer, 0.5, padding=None)["alignment of each layer"]
+    assert len(first) == 1 and torch.equal(second, first + 2)
+
+
+def test_other_sentences_are_drawn_with_each_seed_and_no_mask_is_another():
+    sample, drawn = {"id": torch.arange(9), "nsentences": 9}, set()
+    for seed in range(10):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        drawn.add(tuple(random_part(sample, 0.4, padding=1)["id"].tolist()))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert len(drawn) > 1
 
 
 LENGTHS = torch.tensor([5, 3, 3, 2])
@@ -234,15 +254,50 @@ def test_the_targets_of_further_tasks_are_cut_by_their_own_lengths():
     assert part["ntokens"] == part["target_lengths"].sum() == (part["target"] != 1).sum()
 
 
+def test_targets_without_a_decoder_are_cut_by_their_own_lengths():
+    """As those of CTC alone."""
+    sample = {"id": torch.arange(4), "nsentences": 4, "target": TOKENS, "target_lengths": LENGTHS}
+    sample["net_input"] = {"src_tokens": torch.zeros(4, 9, 2), "src_lengths": torch.tensor([9, 9, 9, 9])}
+    assert part_without_the_longest(sample)["target"].shape == (2, 3)
+
+
+def test_targets_may_be_no_tokens():
+    """As the class of a sentence is."""
+    sample = {"id": torch.arange(4), "nsentences": 4, "ntokens": 13, "target": torch.arange(4)}
+    sample["net_input"] = {"src_tokens": TOKENS, "src_lengths": LENGTHS}
+    part = part_without_the_longest(sample)
+    assert torch.equal(part["target"], part["id"])
+    assert part["net_input"]["src_tokens"].shape == (2, 3)
+    assert part["ntokens"] == part["net_input"]["src_lengths"].sum()
+
+
+def test_tokens_are_counted_in_the_target_if_the_source_has_as_many():
+    sample = {"id": torch.arange(4), "nsentences": 4, "ntokens": 13, "target": TOKENS}
+    sample["net_input"] = {"src_tokens": TOKENS.flip(0), "src_lengths": LENGTHS.flip(0)}
+    sample["net_input"]["prev_output_tokens"] = TOKENS
+    for seed in range(10):
+        torch.manual_seed(seed)
+        part = random_part(copy.deepcopy(sample), 0.5, padding=1)
+        assert part["ntokens"] == (part["target"] != 1).sum()
+
+
 def test_nothing_is_cut_beside_what_may_belong_to_it():
     """A task may have a field of its own for each token: all stay as wide as they are."""
     sample = {"id": torch.arange(4), "nsentences": 4, "ntokens": 13, "target": TOKENS}
     sample["net_input"] = {"src_tokens": TOKENS, "src_lengths": LENGTHS}
-    assert part_without_the_longest(sample)["net_input"]["src_tokens"].shape == (2, 3)
+    sample["net_input"]["tgt_speaker"] = torch.zeros(4, 5)  # a vector for each sentence, by chance as wide
+    part = part_without_the_longest(sample)["net_input"]
+    assert part["src_tokens"].shape == (2, 3) and part["tgt_speaker"].shape == (2, 5)
     sample["net_input"]["parts_of_speech"] = TOKENS
     part = part_without_the_longest(sample)
     assert part["net_input"]["src_tokens"].shape == part["target"].shape == (2, 5)
     assert part["net_input"]["parts_of_speech"].shape == (2, 5)
+
+
+def test_nothing_is_cut_where_the_padding_is_at_neither_end():
+    sample = {"id": torch.arange(4), "nsentences": 4}
+    sample["net_input"] = {"src_tokens": TOKENS.roll(1, dims=1), "src_lengths": LENGTHS}
+    assert part_without_the_longest(sample)["net_input"]["src_tokens"].shape == (2, 5)
 
 
 @pytest.mark.parametrize(
