@@ -184,6 +184,10 @@ class ModuleState:
                 watched.settled = True
                 if weight.requires_grad or not changed:
                     watched.copy = None
+            # The pass may unfreeze weights, as a switch of adapters does.
+            watched.restored = weight.requires_grad and weight in self._moving.perturbed
+            if watched.restored:
+                watched.copy = None
             moved_before = moves.setdefault(weight, False)
             if changed:
                 moves[weight] = watched.changed = True

@@ -139,7 +139,7 @@ class SharpnessAware(torch.optim.Optimizer):
             return getattr(self.base, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    defaults = property(lambda self: self.base.defaults)
+    defaults = property(lambda self: getattr(self.base, "defaults", {}))
     param_groups = property(lambda self: self.base.param_groups)
     state = property(lambda self: self.base.state)
     perturbation = property(lambda self: self._passes.perturbation)
@@ -267,7 +267,7 @@ class SharpnessAware(torch.optim.Optimizer):
         return maximize.pop()
 
     def _refuse_rho_of_groups(self) -> None:
-        if "rho" not in self.base.defaults and any("rho" in group for group in self.base.param_groups):
+        if "rho" not in self.defaults and any("rho" in group for group in self.base.param_groups):
             raise ValueError(
                 "a parameter group has a rho, but one epsilon of one rho is for all weights: set "
                 "optimizer.rho, and delete it from the group"

@@ -67,8 +67,8 @@ class TwoPasses:
             micro-batches are added up. ``None`` before the first update.
 
     Raises:
-        ValueError: the modules have weights in shards, and *perturbation* has weights that no module has; or
-            a buffer shares memory with a weight of the perturbation.
+        ValueError: weights are in shards, and *perturbation* has weights that none of the modules has; or a
+            buffer shares memory with a weight of the perturbation.
     """
 
     _passes: list[_Pass]
@@ -99,7 +99,7 @@ class TwoPasses:
         )
         self._in_shards = any(map(is_sharded, [*perturbation.parameters, *self._of_modules]))
         self._moving = Moving(perturbation.parameters)
-        if any(map(is_sharded, self._of_modules)) and not self._of_modules.keys() >= self._moving.perturbed:
+        if self.modules and self._in_shards and not self._of_modules.keys() >= self._moving.perturbed:
             raise ValueError(
                 "the perturbation has weights that no module has; a forward pass without a backward leaves "
                 "such whole weights: call reshard() on the modules before named_parameters()"
@@ -172,7 +172,7 @@ class TwoPasses:
             self._before.end_pass_at_w()
             self._refuse_graphs(self._variables.end_run(run, self._before.restores))
             self._versions = self._versions_of_weights()
-            self._with_gradients = [weight for weight in self._trained if weight.grad is not None]
+            self._with_gradients = [w for w in self.perturbation.parameters if w.grad is not None]
             self._passes.append(_Pass(functools.partial(second, *arguments), random_state, loss, run))
         except BaseException:
             self._put_gradients_back()
@@ -187,9 +187,9 @@ class TwoPasses:
 
         Raises:
             TypeError: a pass returned no loss.
-            RuntimeError: no pass at w was made, or none gave a weight of the perturbation a gradient; a
-                variable or an argument of a pass has changed since; or a pass changed a weight that the
-                passes at w did not change and that nothing restores.
+            RuntimeError: no pass at w was made, or none gave a weight of the perturbation a gradient; such a
+                weight has been frozen since; a variable or an argument of a pass has changed since; or a pass
+                changed a weight that the passes at w did not change and that nothing restores.
         """
         if not self._passes:
             raise RuntimeError("there was no pass at w since the last update: call at_w() first")
@@ -231,16 +231,22 @@ class TwoPasses:
 
         Raises:
             TypeError: *evaluate* returned no loss.
-            RuntimeError: the direction is the gradient at w; weights of the perturbation have been replaced
-                in the modules; or the pass changed perturbed weights, and the change would be lost.
+            RuntimeError: the direction is the gradient at w; weights are in shards and there are no modules;
+                weights of the perturbation have been replaced in the modules; or the pass changed perturbed
+                weights, and the change would be lost.
         """
         if self.perturbation.direction.needs_pass_at_w:
             raise RuntimeError(
                 "the perturbation's direction is the gradient at w, which needs a pass at w: call this "
                 "object itself, or give Perturbation another direction"
             )
-        self._refuse_replaced_weights({p: None for module in self.modules for p in module.parameters()})
+        if self._in_shards and not self.modules:
+            raise RuntimeError(
+                "an earlier forward pass may have left whole weights of w beside the shards, and the pass "
+                "would use them: give TwoPasses the model among the modules"
+            )
         self._reshard_modules()
+        self._refuse_replaced_weights({p: None for module in self.modules for p in module.parameters()})
         try:
             with self.perturbation:
                 versions = self.perturbation.versions()
@@ -412,6 +418,12 @@ class TwoPasses:
                 "gradients of a pass at w have been cleared since, and epsilon is made of them: clear "
                 "gradients before the first at_w() of an update or after at_w_plus_epsilon(), or call "
                 "reset() to drop the pass at w"
+            )
+        if not all(weight.requires_grad for weight in self._with_gradients):
+            raise RuntimeError(
+                "weights that got a gradient in a pass at w have been frozen since, as by a switch of "
+                "adapters, and epsilon would leave them out: let weights require a gradient until the update "
+                "has ended"
             )
 
     def _versions_of_weights(self) -> list[int]:

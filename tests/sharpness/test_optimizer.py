@@ -176,6 +176,21 @@ def test_modes_of_a_schedule_free_base():
     assert not hasattr(optimizer, "train") and not hasattr(optimizer, "eval")
 
 
+def test_a_base_without_defaults():
+    class Wrapper:
+        """Has what a step needs alone, as wrappers of optimizers do."""
+
+        def __init__(self, base):
+            self.param_groups, self.state, self.step = base.param_groups, base.state, base.step
+            self.zero_grad = base.zero_grad
+
+    model, optimizer = setting(lambda p: Wrapper(adam(p)), rho=0.1)
+    same, other = setting(adam, rho=0.1)
+    train(model, optimizer, range(3))
+    train(same, other, range(3))
+    assert torch.equal(weights(model), weights(same))
+
+
 @pytest.mark.parametrize("wrapped", ["model", "last layer"])
 def test_all_weights_of_the_loss_get_the_gradient_at_w_plus_epsilon(wrapped):
     """Those that the base has and the module lacks, and those that neither has."""

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fairseq_asam import DIRECTIONS, NORMALIZATIONS, Perturbation, Region, SharpnessAware, TwoPasses, measure
 from fairseq_asam.sharpness import cpu
+from fairseq_asam.sharpness.directions import Random
 from fairseq_asam.sharpness.moments import adam_diagonals
 from tests.processes import in_processes
 
@@ -539,3 +540,28 @@ def test_a_graph_that_saved_shards_at_another_point_is_refused(one_process):
         at_w_plus_epsilon = loss_of(model, inputs)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         at_w_plus_epsilon.backward()
+
+
+def test_one_pass_after_a_forward_pass_alone(one_process):
+    """It leaves whole weights of w in the outermost module."""
+
+    def gradient(forward_before, modules=None):
+        model = fsdp(network())
+        perturbation = Perturbation(model.named_parameters(), rho=0.5, direction=Random())
+        two_passes = TwoPasses(perturbation, [model] if modules is None else modules)
+        if forward_before:
+            loss_of(model, tokens(0))
+
+        def evaluate():
+            loss = loss_of(model, tokens(0))
+            loss.backward()
+            return loss
+
+        two_passes.only_at_w_plus_epsilon(evaluate)
+        return [full(weight.grad) for weight in model.parameters()]
+
+    torch.testing.assert_close(gradient(forward_before=True), gradient(forward_before=False), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="give TwoPasses the model among the modules"):
+        gradient(forward_before=True, modules=[])
+    with pytest.raises(ValueError, match="the perturbation has weights that no module has"):
+        gradient(forward_before=True, modules=[nn.MSELoss()])

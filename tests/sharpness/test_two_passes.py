@@ -231,6 +231,72 @@ def test_a_parametrization_registered_after_construction():
     )
 
 
+class Adapters(nn.Module):
+    """A frozen layer with two adapters. Only those of one of them require a gradient at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(5, 3)
+        self.adapters = nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)])
+        self.double().base.requires_grad_(False)
+        self.switch_to(0)
+
+    def switch_to(self, number):
+        for each, adapter in enumerate(self.adapters):
+            adapter.requires_grad_(each == number)
+        self.number = number
+
+    def forward(self, x):
+        return self.base(x) + self.adapters[self.number](x).tanh()
+
+
+def losses_of_adapters():
+    torch.manual_seed(0)
+    model = Adapters()
+
+    def loss_of(number):
+        model.switch_to(number)
+        return model(batch()).square().mean()
+
+    return model, loss_of
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_adapter_that_the_function_switches_to_is_perturbed(known):
+    model, loss_of = losses_of_adapters()
+    two_passes = two_passes_of(model, known=known)
+    for number in (0, 1, 0, 1):
+        model.zero_grad()
+        model.switch_to(number)
+        perturbed = dict(model.adapters[number].named_parameters())
+        expected = at_w_plus_epsilon(lambda number=number: loss_of(number), perturbed, [])
+        model.switch_to(1 - number)
+
+        def evaluate(number):
+            loss = loss_of(number)
+            loss.backward()
+            return loss
+
+        two_passes(evaluate, number)
+        for weight, gradient in zip(perturbed.values(), expected):
+            torch.testing.assert_close(weight.grad, gradient, rtol=1e-11, atol=1e-13)
+
+
+def test_weights_that_are_frozen_after_they_got_a_gradient_are_refused():
+    model, loss_of = losses_of_adapters()
+    two_passes = two_passes_of(model)
+
+    def evaluate(number):
+        loss = loss_of(number)
+        loss.backward()
+        return loss
+
+    for number in (0, 1):
+        two_passes.at_w(evaluate, number)
+    with pytest.raises(RuntimeError, match=r"have been frozen since.*epsilon would leave them out"):
+        two_passes.at_w_plus_epsilon()
+
+
 def test_a_part_of_the_weights_perturbed_without_modules():
     model = plain_network()
     two_passes = TwoPasses(Perturbation(first_layer(model).items(), rho=0.5))
