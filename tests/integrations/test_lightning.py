@@ -314,13 +314,12 @@ def test_a_gradient_scaler_changes_nothing_and_skips_an_update_that_overflows():
 
     def run(bad, batches):
         module = Overflowing()
-        module.bad, scaled = bad, gradients_of_outputs(module.net)
+        module.bad, gradients = bad, gradients_of_outputs(module.net)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         precision = Scaled("16-mixed", "cpu", scaler)
         options = {"plugins": [precision], "gradient_clip_val": 0.5, "limit_train_batches": batches}
         fit(module, SharpnessAwareCallback(0.3), **options)
-        assert len(scaled) == 2 * batches
-        assert min(scaled) > 1 / 4  # that of the mean over 4 examples is below
+        assert len(gradients) == 2 * batches and min(gradients) > 1
         return module.net
 
     updates = [[batch] for batch in batches_of()]
