@@ -242,6 +242,15 @@ def image_step_cost() -> str:
     return markdown_table(["", *models], rows)
 
 
+def huggingface_step_cost() -> str:
+    """The time of an update of HuggingFace's Trainer, divided by the stock one's."""
+    rows = [
+        [row["trainer"], shown(row["ratio"]), f"{shown(row['low'])} to {shown(row['high'])}"]
+        for row in read("benchmark/huggingface_step_cost.json")["trainers"]
+    ]
+    return markdown_table(["", "time / stock's", "quartiles"], rows)
+
+
 def perturbations(file: str) -> str:
     """The milliseconds of perturbing and restoring the weights, over several calls."""
     calls: dict[str, list[dict]] = {}
@@ -333,6 +342,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step-cost": step_cost,
     "gpu-step-cost": gpu_step_cost,
     "image-step-cost": image_step_cost,
+    "huggingface-step-cost": huggingface_step_cost,
     "perturbation": functools.partial(perturbations, "benchmark/perturbation.json"),
     "gpu-perturbation": functools.partial(perturbations, "benchmark/gpu/perturbation.json"),
     "profile": profile,

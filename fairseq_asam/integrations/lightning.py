@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -20,9 +21,6 @@ from fairseq_asam import TwoPasses
 from fairseq_asam.sharpness.late_start import first_ascent
 
 from .settings import Settings, refuse_sharpness_aware
-
-# Strategies that keep gradients, or the shapes of weights, to themselves.
-_REFUSED = ("DeepSpeedStrategy", "FSDPStrategy")
 
 
 class SharpnessAwareCallback(Callback):
@@ -61,11 +59,10 @@ class SharpnessAwareCallback(Callback):
                 f"{type(pl_module).__name__} has automatic_optimization=False, so that no callback can make "
                 "its passes: make them in training_step with TwoPasses, or set it to True"
             )
-        strategy = type(trainer.strategy).__name__
-        if strategy in _REFUSED:
+        if isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy)):
             raise ValueError(
-                f"the strategy is {strategy}, which keeps gradients or weights to itself: use ddp, or "
-                "ModelParallelStrategy (FSDP2)"
+                f"the strategy is {type(trainer.strategy).__name__}, which keeps gradients or weights to "
+                "itself: use ddp, or ModelParallelStrategy (FSDP2)"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

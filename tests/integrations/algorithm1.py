@@ -122,6 +122,17 @@ def examples(count=24):
     return inputs, torch.randint(3, (count,), generator=generator)
 
 
+def gradients_of_outputs(model):
+    """The largest number in the gradient of the outputs of *model*, of each backward pass from now on."""
+    found = []
+
+    def add_hook(model, inputs, outputs):
+        outputs.register_hook(lambda gradient: found.append(gradient.abs().max().item()))
+
+    model.register_forward_hook(add_hook)
+    return found
+
+
 def assert_close(model, other, tolerance=1e-12):
     for (name, w), v in zip(model.named_parameters(), other.parameters()):
         torch.testing.assert_close(w, v, rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")

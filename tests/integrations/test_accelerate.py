@@ -127,14 +127,16 @@ def test_two_processes_are_algorithm_1_with_the_batches_of_both():
 def test_a_gradient_that_overflows_in_either_pass_skips_the_update(bad):
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    passes = []
+    passes, gradients = [], []
 
     def loss(outputs, labels):
         passes.append(None)
+        outputs.register_hook(lambda gradient: gradients.append(gradient.abs().max().item()))
         return F.cross_entropy(outputs, labels) * (float("inf") if len(passes) == bad else 1.0)
 
     model, _ = train(accelerator, batches_of()[:2], epochs=1, loss=loss)
     assert_close(model, reference([[batch] for batch in batches_of()[:1]])[0])
+    assert len(gradients) == 4 and min(gradients) > 1  # they are scaled
 
 
 def test_a_step_with_a_closure_is_refused_where_micro_batches_are_dropped():

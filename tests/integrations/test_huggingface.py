@@ -12,11 +12,28 @@ import torch.nn.functional as F
 from torch import nn
 
 from fairseq_asam import SharpnessAware
-from tests.integrations.algorithm1 import Net, algorithm_1, assert_close, assert_far, examples
+from tests.integrations.algorithm1 import (
+    Net,
+    algorithm_1,
+    assert_close,
+    assert_far,
+    examples,
+    gradients_of_outputs,
+)
 from tests.processes import started
 
 pytest.importorskip("transformers")
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from transformers import (
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from fairseq_asam.integrations.huggingface import (
     SharpnessAwareSeq2SeqTrainer,
@@ -181,6 +198,35 @@ def test_the_options_of_the_trainer_do_what_they_do_there(options, tmp_path):
     assert_close(model, plain)
 
 
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}], ids=str)
+def test_a_t5_with_tied_weights_is_trained_by_algorithm_1(options, tmp_path):
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(vocab_size=20, decoder_start_token_id=0, **sizes)).double()
+    plain, stock = copy.deepcopy(model), copy.deepcopy(model)
+    data = [
+        {"input_ids": torch.randint(2, 20, (5,)), "labels": torch.arange(2, length)}
+        for length in (7, 5, 6, 9, 8, 7, 5, 4)
+    ]
+    batches = []
+
+    def collate(items):
+        source, target = ([item[name] for item in items] for name in ("input_ids", "labels"))
+        target = nn.utils.rnn.pad_sequence(target, batch_first=True, padding_value=-100)
+        batches.append({"input_ids": torch.stack(source), "labels": target})
+        return dict(batches[-1])
+
+    def loss(model, batch, update):
+        return F.cross_entropy(model(**batch).logits.flatten(0, 1), batch["labels"].flatten())
+
+    training = arguments(tmp_path, lr_scheduler_type="constant", **options)
+    SharpnessAwareTrainer(model, training, collate, data, rho=0.3).train()
+    algorithm_1(plain, adamw(plain), [[batch] for batch in batches], loss, rho=0.3, clip=clipped_to(1.0))
+    assert_close(model, plain)
+    Trainer(stock, training, collate, data).train()
+    assert_far(model, stock)
+
+
 def test_both_passes_draw_the_same_masks_and_the_next_update_others(tmp_path):
     model = Classifier(dropout=0.4)
     options = {"gradient_accumulation_steps": 2, "max_steps": 2}
@@ -273,7 +319,7 @@ def test_a_gradient_scaler_changes_nothing_and_skips_an_update_that_overflows(tm
 
     def run(bad, scale):
         model = Overflowing()
-        model.bad = bad
+        model.bad, gradients = bad, gradients_of_outputs(model.second)
         options = {"lr_scheduler_type": "constant", "max_grad_norm": 0.0}
         trainer = trainer_of(SharpnessAwareTrainer, model, tmp_path, options, rho=0.3)
         if scale:
@@ -286,6 +332,7 @@ def test_a_gradient_scaler_changes_nothing_and_skips_an_update_that_overflows(tm
 
         trainer.add_callback(See)
         trainer.train()
+        assert len(gradients) == 2 * 4 and (min(gradients) > 1) == bool(scale)
         return seen
 
     for w, v in zip(run(None, None)[-1], run(None, 1024.0)[-1]):
@@ -322,10 +369,11 @@ def test_lora_trains_its_own_weights_alone(tmp_path):
 
 
 IN_TWO_PROCESSES = [
-    ({}, 1),
-    ({}, 2),
-    ({"ascent_scope": "micro-batch"}, 2),
-    ({"direction": "random"}, 2),
+    (Classifier, {}, 1),
+    (Classifier, {}, 2),
+    (Counting, {}, 2),
+    (Classifier, {"ascent_scope": "micro-batch"}, 2),
+    (Classifier, {"direction": "random"}, 2),
 ]
 
 
@@ -334,8 +382,8 @@ def train_in_one_of_them(rank, count, port, folder):
     names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
     results = []
-    for settings, accumulated in IN_TWO_PROCESSES:
-        model = Classifier()
+    for kind, settings, accumulated in IN_TWO_PROCESSES:
+        model = kind()
         options = {"gradient_accumulation_steps": accumulated, "lr_scheduler_type": "constant", "seed": 7}
         trainer = trainer_of(SharpnessAwareTrainer, model, folder, options, rho=0.3, **settings)
         trainer.train()
@@ -351,12 +399,12 @@ def of_two_processes(tmp_path_factory):
     return list(zip(*(torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2))))
 
 
-@pytest.mark.parametrize("number", range(len(IN_TWO_PROCESSES)), ids=lambda n: str(IN_TWO_PROCESSES[n]))
+@pytest.mark.parametrize("number", range(len(IN_TWO_PROCESSES)), ids=lambda n: str(IN_TWO_PROCESSES[n][1:]))
 def test_two_processes_are_algorithm_1_with_the_batches_of_both(number, of_two_processes):
-    settings, accumulated = IN_TWO_PROCESSES[number]
+    kind, settings, accumulated = IN_TWO_PROCESSES[number]
     (model, first, seen), (other, second, _) = of_two_processes[number]
     assert_close(model, other, 0.0)
-    plain = Classifier()
+    plain = kind()
     # An epoch has three batches for each process.
     turns = [slice(start + i, start + min(i + accumulated, 3)) for start in (0, 3, 6, 9) for i in (0, 1, 2)]
     turns = [turn for turn in turns if turn.start % 3 % accumulated == 0][:4]
@@ -480,6 +528,16 @@ def test_an_optimizer_that_will_not_do_is_refused_when_the_trainer_is_made(make,
     with pytest.raises(ValueError, match=message):
         optimizers = (make(model), None)
         trainer_of(SharpnessAwareTrainer, model, tmp_path, optimizers=optimizers, rho=0.3, **settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(DistributedType.DEEPSPEED, "DEEPSPEED, which keeps"), (DistributedType.FSDP, "set fsdp_version to 2")],
+)
+def test_what_divides_a_model_is_refused_when_the_trainer_is_made(kind, message, monkeypatch, tmp_path):
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+    with pytest.raises(ValueError, match=message):
+        trainer_of(SharpnessAwareTrainer, Classifier(), tmp_path, rho=0.3)
 
 
 def test_rho_is_asked_for(tmp_path):

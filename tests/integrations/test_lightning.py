@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 
 import pytest
 import torch
@@ -12,12 +13,21 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fairseq_asam import Perturbation, SharpnessAware, TwoPasses
-from tests.integrations.algorithm1 import Net, algorithm_1, assert_close, assert_far, examples
+from tests.integrations.algorithm1 import (
+    Net,
+    algorithm_1,
+    assert_close,
+    assert_far,
+    examples,
+    gradients_of_outputs,
+)
+from tests.processes import started
 
 pytest.importorskip("lightning")
 import lightning
 import torchmetrics
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 
 from fairseq_asam.integrations.lightning import SharpnessAwareCallback
 
@@ -71,7 +81,7 @@ def batches_of():
     return list(zip(inputs.split(4), labels.split(4)))
 
 
-def fit(module, *callbacks, epochs=1, ckpt_path=None, folder=None, **options):
+def fit(module, *callbacks, epochs=1, ckpt_path=None, data=None, **options):
     options = {"logger": False, "enable_checkpointing": False, **options}
     trainer = lightning.Trainer(
         accelerator="cpu",
@@ -81,7 +91,7 @@ def fit(module, *callbacks, epochs=1, ckpt_path=None, folder=None, **options):
         enable_model_summary=False,
         **options,
     )
-    loader = DataLoader(TensorDataset(*examples()), batch_size=4)
+    loader = DataLoader(TensorDataset(*(data or examples())), batch_size=4)
     torch.manual_seed(3)
     trainer.fit(module, loader, ckpt_path=ckpt_path)
     return trainer
@@ -208,6 +218,39 @@ def test_a_resumed_run_is_the_whole_one_bit_for_bit(settings, tmp_path):
     assert all(map(torch.equal, whole.parameters(), second.parameters()))
 
 
+IN_TWO_PROCESSES = [({}, 1), ({}, 3), ({"ascent_scope": "micro-batch"}, 3), ({"direction": "random"}, 3)]
+
+
+def train_in_one_of_two(rank, count, port):
+    names = {"NODE_RANK": 0, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    data, weights = [each[rank::count] for each in examples()], []
+    for settings, accumulated in IN_TWO_PROCESSES:
+        module = Module()
+        options = {"strategy": "ddp", "devices": count, "use_distributed_sampler": False, "data": data}
+        options["accumulate_grad_batches"] = accumulated
+        trainer = fit(module, SharpnessAwareCallback(0.3, **settings), **options)
+        assert trainer.world_size == 2
+        weights.append({name: w.tolist() for name, w in module.net.state_dict().items()})
+    return weights
+
+
+def test_two_processes_are_algorithm_1_with_the_batches_of_both():
+    both = started(2, train_in_one_of_two)
+    assert both[0] == both[1]
+    inputs, labels = examples()
+    first, second = (list(zip(inputs[rank::2].split(4), labels[rank::2].split(4))) for rank in range(2))
+
+    def loss_of(model, batch, update):
+        return F.cross_entropy(model(batch[0]), batch[1]) / len(update)
+
+    for (settings, accumulated), weights in zip(IN_TWO_PROCESSES, both[0]):
+        turns = [slice(i, i + accumulated) for i in range(0, 3, accumulated)]
+        net, _ = reference([first[turn] + second[turn] for turn in turns], loss_of, **settings)
+        for name, w in net.state_dict().items():
+            torch.testing.assert_close(torch.tensor(weights[name], dtype=w.dtype), w, rtol=0, atol=1e-12)
+
+
 class Skipping(Module):
     """Returns no loss for some batches."""
 
@@ -271,11 +314,12 @@ def test_a_gradient_scaler_changes_nothing_and_skips_an_update_that_overflows():
 
     def run(bad, batches):
         module = Overflowing()
-        module.bad = bad
+        module.bad, gradients = bad, gradients_of_outputs(module.net)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         precision = Scaled("16-mixed", "cpu", scaler)
         options = {"plugins": [precision], "gradient_clip_val": 0.5, "limit_train_batches": batches}
         fit(module, SharpnessAwareCallback(0.3), **options)
+        assert len(gradients) == 2 * batches and min(gradients) > 1
         return module.net
 
     updates = [[batch] for batch in batches_of()]
@@ -375,9 +419,9 @@ def test_bad_values_are_refused_when_the_callback_is_made():
         SharpnessAwareCallback(0.1, direction="up")
 
 
-@pytest.mark.parametrize("name", ["DeepSpeedStrategy", "FSDPStrategy"])
-def test_strategies_that_keep_gradients_to_themselves_are_refused(name):
+@pytest.mark.parametrize("kind", [DeepSpeedStrategy, FSDPStrategy])
+def test_strategies_that_keep_gradients_to_themselves_are_refused(kind):
     trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer.strategy.__class__ = type(name, (type(trainer.strategy),), {})
-    with pytest.raises(ValueError, match=f"the strategy is {name}, which keeps .*: use ddp"):
+    trainer.strategy.__class__ = type("Own", (kind,), {})
+    with pytest.raises(ValueError, match=r"the strategy is Own, which keeps .*: use ddp"):
         SharpnessAwareCallback(0.3).setup(trainer, Module(), "fit")
