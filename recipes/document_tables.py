@@ -244,11 +244,12 @@ def image_step_cost() -> str:
 
 def huggingface_step_cost() -> str:
     """The time of an update of HuggingFace's Trainer, divided by the stock one's."""
-    rows = [
-        [row["trainer"], shown(row["ratio"]), f"{shown(row['low'])} to {shown(row['high'])}"]
-        for row in read("benchmark/huggingface_step_cost.json")["trainers"]
-    ]
-    return markdown_table(["", "time / stock's", "quartiles"], rows)
+    return table_of(
+        read("benchmark/huggingface_step_cost.json")["trainers"],
+        ("", "{trainer}"),
+        ("time / stock's", "{ratio:.2f}"),
+        ("quartiles", "{low:.2f} to {high:.2f}"),
+    )
 
 
 def perturbations(file: str) -> str:
