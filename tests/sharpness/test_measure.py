@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.parametrize import cached, register_parametrization
 
 from fairseq_asam import NORMALIZATIONS, Region, SharpnessAware, measure
+from fairseq_asam.sharpness.measure import _Ball
 
 from . import plain_epsilon
 
@@ -450,3 +451,14 @@ def test_a_loss_of_another_kind_is_refused(wrong):
     model = nn.Linear(4, 2)
     with pytest.raises(TypeError, match="must return a tensor, or pairs in a list or by yield"):
         measure(lambda: wrong(model(torch.ones(4, 4)).square().sum()), model, [Region(0.1)])
+
+
+def test_random_starts_are_uniform_in_the_region():
+    """Then the share of the volume within a point's radius, (r / rho)^d, is uniform over 0 to 1."""
+    weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    ball = _Ball({weight: "w"}, Region(rho=0.2, normalization="none"))
+    generator = torch.Generator().manual_seed(0)
+    points = [ball.random_point(generator)[0] for _ in range(2000)]
+    shares = (torch.stack(points).norm(dim=1) / 0.2) ** 3
+    quarters = torch.quantile(shares, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+    torch.testing.assert_close(quarters, torch.tensor([0.25, 0.5, 0.75]).double(), rtol=0, atol=0.05)

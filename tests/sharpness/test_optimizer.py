@@ -570,3 +570,13 @@ def test_a_rho_in_a_parameter_group_is_refused_but_that_of_adadelta():
     step(torch.optim.Adadelta(model.parameters(), rho=0.9))
     with pytest.raises(ValueError, match=r"a parameter group has a rho.*set optimizer\.rho"):
         step(torch.optim.SGD([{"params": model.parameters(), "rho": 0.3}], lr=0.1))
+
+
+def test_a_hook_before_loading_changes_a_copy_of_the_state_dict():
+    w = nn.Parameter(torch.ones(3))
+    optimizer = SharpnessAware(torch.optim.SGD([w], lr=0.1), [("w", w)], rho=0.1)
+    optimizer.register_load_state_dict_pre_hook(lambda optimizer, state_dict: state_dict.clear())
+    saved = optimizer.state_dict()
+    with pytest.raises(KeyError):  # the base gets what the hook has left
+        optimizer.load_state_dict(saved)
+    assert saved == optimizer.state_dict()

@@ -556,3 +556,13 @@ def test_the_default_device_of_torch_is_not_asked():
     with torch.device("meta"), Perturbation([("weight", weight)], 1.0):
         moved = weight.detach().clone()
     torch.testing.assert_close(moved, torch.full_like(moved, 1.01 * 0.01 + 1.0))
+
+
+@pytest.mark.parametrize("p", [1.5, 3.0])
+def test_gradients_of_zero_perturb_nothing_whatever_the_norm(p):
+    w = nn.Parameter(torch.ones(3))
+    w.grad = torch.zeros(3)
+    perturbation = Perturbation([("w", w)], rho=0.5, p=p)
+    with perturbation:
+        assert w.tolist() == [1.0, 1.0, 1.0]
+    assert perturbation.norm == 0.0

@@ -600,3 +600,38 @@ def test_losses_of_earlier_updates_may_stay_in_what_the_function_reads():
     for inputs in BATCHES:
         kept["loss"] = two_passes(evaluate, inputs)
         assert two_passes.sharpness > 0
+
+
+def test_a_function_may_take_the_batch_out_of_a_list_that_it_is_given():
+    model = plain_network()
+    two_passes_of(model)(lambda held: of(model, held.pop()), [batch()])
+    assert_close(gradients(model), by_hand(model, [batch()], [batch()]))
+
+
+def test_what_the_last_run_of_the_function_has_changed_is_its_own():
+    model, state = plain_network(), types.SimpleNamespace(runs=0)
+    two_passes = two_passes_of(model)
+
+    def evaluate(inputs):
+        if inputs is BATCHES[-1]:
+            setattr(state, "runs", state.runs + 1)  # noqa: B010 (its code does not name what it writes)
+        return of(model, inputs)
+
+    for inputs in BATCHES:
+        two_passes.at_w(evaluate, inputs)
+    state.runs = 0
+    two_passes.at_w_plus_epsilon()
+    assert_close(gradients(model), by_hand(model, BATCHES, BATCHES))
+
+
+def test_a_function_may_write_to_a_file(tmp_path):
+    model = plain_network()
+    with open(tmp_path / "log", "w") as log:
+
+        def evaluate(inputs):
+            loss = of(model, inputs)
+            print(loss.item(), file=log)
+            return loss
+
+        two_passes_of(model)(evaluate, batch())
+    assert len((tmp_path / "log").read_text().splitlines()) == 2
