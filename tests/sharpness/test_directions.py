@@ -278,6 +278,26 @@ def test_adam_s_metric_of_an_adam_that_keeps_something_else_is_refused(kept):
     assert all(torch.equal(w, b) for w, b in zip(model.parameters(), before))
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+def test_momentum_points_where_the_optimizer_goes(maximize):
+    w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    base = torch.optim.SGD([w], lr=0.1, momentum=0.9, maximize=maximize)
+    optimizer = SharpnessAware(base, [("w", w)], rho=0.5, normalization="none", direction="momentum")
+    seen = []
+
+    def closure():
+        optimizer.zero_grad()
+        seen.append(w.detach().clone())
+        loss = w @ torch.tensor([3.0, 4.0], dtype=torch.float64)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    stepped = w.detach().clone()
+    optimizer.step(closure)
+    torch.testing.assert_close(seen[1], stepped + 0.5 * stepped / stepped.norm())
+
+
 def test_bad_input_is_refused():
     model = setting()
     some = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "momentum": 0.9}]

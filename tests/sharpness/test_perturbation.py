@@ -566,3 +566,11 @@ def test_gradients_of_zero_perturb_nothing_whatever_the_norm(p):
     with perturbation:
         assert w.tolist() == [1.0, 1.0, 1.0]
     assert perturbation.norm == 0.0
+
+
+def test_t_is_that_of_the_master_and_not_of_the_rounded_weight():
+    master = torch.tensor([1.003])
+    w = nn.Parameter(master.bfloat16())  # 1.0
+    w.grad = torch.ones_like(w)
+    with Perturbation([("w", w)], rho=0.5, eta=0.0, masters={w: master}) as perturbation:
+        assert perturbation.norm.item() == pytest.approx(1.003, rel=1e-6)

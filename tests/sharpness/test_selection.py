@@ -47,6 +47,24 @@ def test_only_the_selected_weights_move(selection, names):
     assert moved <= set(names.split()) and moved & {"layer_norm.weight"}
 
 
+class NormedAttention(nn.Linear):
+    """No normalization layer, although its name begins like that of one."""
+
+
+class LearnedNorm(nn.LayerNorm):
+    """A normalization layer with a part that is none."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.gate = nn.Linear(size, size)
+
+
+def test_a_normalization_layer_is_known_by_the_end_of_its_name_and_its_parts_are_not_meant():
+    model = nn.Sequential(NormedAttention(4, 4), LearnedNorm(4))
+    names = [name for name, _ in selected_parameters(model, "normalization-layers")]
+    assert names == ["1.weight", "1.bias"]
+
+
 def test_an_unknown_selection_lists_those_that_exist():
     with pytest.raises(ValueError, match=r"'some'.*all, normalization-layers, all-but-embeddings"):
         list(selected_parameters(Translator(), "some"))

@@ -300,6 +300,33 @@ def attribute_of_a_callable(model, at_w):
         at_w(trainer)
 
 
+def function_made_anew(model, at_w):
+    def evaluate():
+        return of(model, inputs())
+
+    def that_returns(each):
+        return lambda: each
+
+    for each in BATCHES:
+        inputs = that_returns(each)
+        at_w(evaluate)
+
+
+class WithProperty(Trainer):
+    @property
+    def half(self):
+        return 0.5 * self.inputs
+
+    def of_batch(self):
+        return of(self.model, self.half)
+
+
+def attribute_behind_a_property(model, at_w):
+    trainer = WithProperty(model)
+    for trainer.inputs in BATCHES:
+        at_w(trainer.evaluate)
+
+
 @pytest.mark.parametrize(
     "loop",
     [
@@ -320,6 +347,8 @@ def attribute_of_a_callable(model, at_w):
         attribute_in_a_closure,
         attribute_in_a_lambda_in_a_closure,
         attribute_of_a_callable,
+        attribute_behind_a_property,
+        function_made_anew,
     ],
 )
 def test_a_function_that_would_run_over_another_batch_is_refused_before_any_weight_moves(loop):
