@@ -11,6 +11,7 @@ from fairseq_asam.sharpness.late_start import first_ascent, validate_start
     "ascent_from, updates, expected",
     [
         (0, 10, 0),
+        (0, math.inf, 0),
         (0.5, 30, 15),
         (0.55, 30, 16),
         (0.99, 1000, 990),

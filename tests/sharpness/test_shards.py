@@ -464,13 +464,13 @@ def bad_use(processes):
             said[case] += " BUT WEIGHTS MOVED"
 
     for p in (2.0, 3.0):
-        for case in ("other gradients", "no gradient"):
+        for case in ("other gradients", "no gradient", "no gradient on one"):
             model = fsdp(network())
             perturbation = Perturbation(model.named_parameters(), 0.1, p=p, normalization="layer-wise")
             loss_of(model, tokens(0)).backward()
             with perturbation:  # the processes agree in a first update
                 pass
-            if case == "no gradient":
+            if case == "no gradient" or (case == "no gradient on one" and dist.get_rank() == 1):
                 model.zero_grad()
             elif dist.get_rank() == 1:
                 model.conv.weight.grad = None
@@ -496,8 +496,10 @@ def bad_use(processes):
 
 
 def test_bad_use_is_told_on_every_process_and_nobody_waits():
-    for said in results(bad_use, 2):
+    for rank, said in enumerate(results(bad_use, 2)):
         for p in (2.0, 3.0):
+            of_one = "have gradients of different weights" if rank == 0 else "no parameter has a gradient"
+            assert of_one in said["no gradient on one", p]
             assert "have gradients of different weights" in said["other gradients", p]
             assert "no parameter has a gradient" in said["no gradient", p]
         assert "set_requires_gradient_sync(False)" in said["without synchronization"]

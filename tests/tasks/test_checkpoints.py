@@ -95,6 +95,17 @@ def test_a_resumed_epoch_has_the_batches_of_an_uninterrupted_run(corpus, flags, 
     assert found[0] == found[2] or "--curriculum" in flags
 
 
+def test_data_in_parts_have_the_batches_of_adam(corpus):
+    """Each epoch has a part of its own, also the first one of a run that resumes."""
+    found, data = [], f"{corpus}/bin:{corpus}/bin"
+    for optimizer in ("asam", "adam"):
+        flags = ["--optimizer", optimizer, "--update-ordered-indices-seed"]
+        trainer, _ = trainer_and_batches(configuration(data, *flags))
+        iterator = trainer.get_train_iterator(3, disable_iterator_cache=True)
+        found.append([batch["id"].tolist() for batch in iterator.next_epoch_itr(shuffle=False)])
+    assert found[0] == found[1]
+
+
 def save(path, **entries):
     """Save the least that fairseq takes for a checkpoint, with *entries*."""
     history = [{"num_updates": 1, "criterion_name": "", "lr_scheduler_state": {}}]

@@ -9,9 +9,13 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fairseq_asam.tasks.trainer import count_updates
 from tests.commands import PLUGIN, assert_same_state, checkpoint, recipe
+from tests.training import configuration, trainer_and_batches
+
+SHARE = ["--optimizer", "asam", "--ascent-from", "0.5", "--max-epoch", "3"]
 
 
 @pytest.fixture
@@ -86,6 +90,26 @@ def test_updates_are_counted(max_epoch, max_update, update_freq, skip, expected)
     )
     assert count_updates(optimization, 10) == expected
     assert count_updates(optimization, None) == (max_update or math.inf)
+
+
+def test_a_share_of_an_unknown_number_of_updates_is_refused(corpus):
+    """Epochs that take turns with parts of the data may have different numbers of batches."""
+    for data, flags in ((corpus / "bin", []), (f"{corpus}/bin:{corpus}/bin", ["--max-update", "9"])):
+        trainer_and_batches(configuration(data, *SHARE, *flags))
+    with pytest.raises(SystemExit, match=r"ascent_from is 0.5, a share .* but their number is unknown"):
+        trainer_and_batches(configuration(f"{corpus}/bin:{corpus}/bin", *SHARE))
+
+
+def test_a_program_may_make_batches_without_the_trainer(corpus):
+    """Of which the task then does not learn how many updates there are."""
+    cfg = configuration(corpus / "bin", "--optimizer", "asam")
+    trainer, batches = trainer_and_batches(cfg, torch.float32)
+    trainer.task.first_ascent = None
+    assert trainer.train_step([batches[0]])["sharpness"] > 0
+    trainer, batches = trainer_and_batches(configuration(corpus / "bin", *SHARE))
+    trainer.task.first_ascent = None
+    with pytest.raises(SystemExit, match="their number is unknown"):
+        trainer.train_step([batches[0]])
 
 
 def test_a_start_beyond_the_end_is_refused_before_training(fairseq, corpus, tmp_path):

@@ -196,6 +196,33 @@ def test_sharpness_is_the_difference_of_two_losses(corpus):
     assert stats["sharpness"] == pytest.approx(perturbed - at_w, abs=1e-4)
 
 
+def test_over_several_updates_sharpness_is_weighted_by_their_tokens(corpus):
+    """As the loss is."""
+    trainer, batches = setting(corpus, "--optimizer", "asam")
+    batches = sorted(batches, key=lambda batch: batch["ntokens"])
+    values, tokens = [], [batches[0]["ntokens"], batches[-1]["ntokens"]]
+    with metrics.aggregate() as interval:
+        for batch in (batches[0], batches[-1]):
+            with metrics.aggregate() as update:
+                trainer.train_step([copy.deepcopy(batch)])
+            values.append(float(update["sharpness"].avg))
+    assert tokens[0] < tokens[1]
+    mean = (values[0] * tokens[0] + values[1] * tokens[1]) / sum(tokens)
+    assert float(interval["sharpness"].avg) == pytest.approx(mean, rel=1e-6)
+
+
+def test_criterions_reduce_the_outputs_that_they_log_themselves(corpus, monkeypatch):
+    """Those of both passes, but of one at a time: some, as wav2vec's, log whatever they find."""
+    trainer, batches = setting(corpus, "--optimizer", "asam")
+    criterion, seen = type(trainer.get_criterion()), []
+    own = criterion.reduce_metrics
+    monkeypatch.setattr(
+        criterion, "reduce_metrics", staticmethod(lambda logs: seen.append(set(*logs)) or own(logs))
+    )
+    trainer.train_step([batches[0]])
+    assert len(seen) >= 2 and all(keys == seen[0] for keys in seen)
+
+
 @pytest.mark.parametrize("flags", [["--ascent-scope", "micro-batch"], ["--ascent-direction", "momentum"]])
 def test_a_model_that_steps_a_moving_average_does_so_at_w(corpus, flags):
     """As data2vec does, whenever a task tells it the number of the update."""
@@ -208,6 +235,27 @@ def test_a_model_that_steps_a_moving_average_does_so_at_w(corpus, flags):
         trainer.train_step([batches[i]])
     assert [n for n, _ in seen] == [0, 1, 2]
     assert all(torch.equal(w, seen_w) for w, (_, seen_w) in zip(at_w, seen))
+
+
+def test_a_model_is_told_of_updates_after_one_that_ran_out_of_memory(corpus):
+    """In its pass at w + epsilon, from which such models are kept."""
+    trainer, batches = setting(corpus, "--optimizer", "asam")
+    criterion, calls = trainer.get_criterion(), []
+    forward = criterion.forward
+
+    def out_of_memory_once(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return forward(*args, **kwargs)
+
+    criterion.forward = out_of_memory_once
+    model, told = trainer.get_model(), []
+    model.set_num_updates = told.append
+    for _ in range(2):
+        trainer.train_step([batches[0]])
+    assert told == [0, 0] and trainer.get_num_updates() == 1
+    assert "backward" not in vars(trainer.optimizer)
 
 
 @pytest.mark.parametrize("scope", ["update", "micro-batch"])
