@@ -9,6 +9,7 @@ from argparse import Namespace
 
 import pytest
 from fairseq import utils
+from fairseq.file_io import PathManager
 
 from fairseq_asam.tasks.patches import PATCHES
 from tests.commands import ROOT
@@ -21,6 +22,13 @@ def test_a_second_user_dir_replaces_nothing_again():
     for _ in range(2):
         utils.import_user_module(Namespace(user_dir=str(ROOT / "fairseq_asam")))
     assert [getattr(patch.owner, patch.name) for patch in PATCHES] == before
+
+
+def test_a_static_method_that_is_replaced_stays_one(tmp_path):
+    source, destination = tmp_path / "source", tmp_path / "destination"
+    source.write_text("text")
+    assert PathManager().copy(str(source), str(destination), overwrite=True)
+    assert destination.read_text() == "text"
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=NAMES)
