@@ -32,6 +32,10 @@ class Moving:
         self.room = sum(w.nbytes for w in self.perturbed if w.requires_grad and not is_lazy(w))
         self.moves: dict[Tensor, bool] = {}
 
+    def is_perturbed(self, weight: Tensor) -> bool:
+        """Return whether the perturbation would move and restore *weight* as it is now."""
+        return weight.requires_grad and weight in self.perturbed
+
     def keep(self, weights: Collection[Tensor]) -> None:
         """Forget all but *weights*."""
         if len(self.moves) > len(weights):
@@ -109,7 +113,7 @@ class ModuleState:
                     type(weight) in _PLAIN and weight.layout == torch.strided and not weight.is_inference()
                 )
                 if moving is not None and plain:
-                    restored = weight in moving.perturbed and weight.requires_grad
+                    restored = moving.is_perturbed(weight)
                     if has_buffers or not restored:
                         self._watch(weight, part, restored, moving)
                     else:
@@ -185,7 +189,7 @@ class ModuleState:
                 if weight.requires_grad or not changed:
                     watched.copy = None
             # The pass may unfreeze weights, as a switch of adapters does.
-            watched.restored = weight.requires_grad and weight in self._moving.perturbed
+            watched.restored = self._moving.is_perturbed(weight)
             if watched.restored:
                 watched.copy = None
             moved_before = moves.setdefault(weight, False)

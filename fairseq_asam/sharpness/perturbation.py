@@ -266,12 +266,12 @@ class Perturbation(Displacement):
                     "train its real and imaginary part as two parameters, or do not pass it"
                 )
         trained = {parameter: name for parameter, name in self._names.items() if parameter.requires_grad}
-        for parameter in trained:
+        for parameter, name in trained.items():
             # torch has no public sign of FSDP1. test_fsdp1_is_refused_and_told_of_fsdp2 fails if this goes.
             if "_fsdp_flattened" in parameter.__dict__:
                 raise ValueError(
-                    f"{trained[parameter]} is in shards of FullyShardedDataParallel (FSDP1), which hides the "
-                    "shapes of weights: use torch.distributed.fsdp.fully_shard (FSDP2)"
+                    f"{name} is in shards of FullyShardedDataParallel (FSDP1), which hides the shapes of "
+                    "weights: use torch.distributed.fsdp.fully_shard (FSDP2)"
                 )
         return trained
 

@@ -126,11 +126,13 @@ def gradients_of_outputs(model):
     """The largest number in the gradient of the outputs of *model*, of each backward pass from now on."""
     found = []
 
-    def add_hook(model, inputs, outputs):
-        outputs.register_hook(lambda gradient: found.append(gradient.abs().max().item()))
-
-    model.register_forward_hook(add_hook)
+    model.register_forward_hook(lambda model, inputs, outputs: note_gradient(outputs, found))
     return found
+
+
+def note_gradient(outputs, found):
+    """Append the largest number in the gradient of *outputs* to *found*, when a backward pass makes it."""
+    outputs.register_hook(lambda gradient: found.append(gradient.abs().max().item()))
 
 
 def assert_close(model, other, tolerance=1e-12):

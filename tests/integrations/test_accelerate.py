@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 
 from fairseq_asam import DIRECTIONS, Perturbation, SharpnessAware
 from fairseq_asam.integrations.accelerate import AccumulatingTwoPasses
-from tests.integrations.algorithm1 import Net, algorithm_1, assert_close, assert_far, examples
+from tests.integrations.algorithm1 import Net, algorithm_1, assert_close, assert_far, examples, note_gradient
 from tests.processes import started
 
 
@@ -131,7 +131,7 @@ def test_a_gradient_that_overflows_in_either_pass_skips_the_update(bad):
 
     def loss(outputs, labels):
         passes.append(None)
-        outputs.register_hook(lambda gradient: gradients.append(gradient.abs().max().item()))
+        note_gradient(outputs, gradients)
         return F.cross_entropy(outputs, labels) * (float("inf") if len(passes) == bad else 1.0)
 
     model, _ = train(accelerator, batches_of()[:2], epochs=1, loss=loss)
