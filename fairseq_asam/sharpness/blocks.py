@@ -84,8 +84,8 @@ class Blocks:
         tensors = [local(w) for w in weights] if self._sharded else weights
         if self._masters:
             tensors = tensors + [self._masters[w] for w in weights if w in self._masters]
-        plan_for = [(eta, p, *settings), [id(w) for w in weights], [t.data_ptr() for t in tensors]]
-        plan_for += [t.shape for t in tensors], [t.stride() for t in tensors]
+        plan_for = [(eta, p, *settings), [*map(id, weights)], [*map(Tensor.data_ptr, tensors)]]
+        plan_for += [t.shape for t in tensors], [*map(Tensor.stride, tensors)]
         if plan_for != self._planned_for:
             self._planned_for = None  # plan again next time if an exception interrupts this plan
             self._plan(weights, operator_of, eta, p)

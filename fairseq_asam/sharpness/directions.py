@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .moments import first_moments
-from .shards import is_sharded, local, local_gradient, part_of
+from .shards import are_whole, is_sharded, local, local_gradient, part_of
 
 #: Returns what an optimizer keeps for each weight.
 Read = Callable[[Any], Mapping[Tensor, Tensor]]
@@ -122,17 +122,16 @@ class Gradient(Direction):
             RuntimeError: none has a gradient.
             ValueError: a gradient is sparse, or is whole while its weight is in shards.
         """
-        vectors = {}
-        for weight, name in weights.items():
-            gradient = weight.grad
-            if gradient is None:
-                continue
-            if gradient.layout != torch.strided:
-                raise ValueError(
-                    f"the gradient of {name} is sparse, which sharpness-aware training does not support: use "
-                    "a dense gradient (for nn.Embedding, sparse=False)"
-                )
-            vectors[weight] = local_gradient(gradient, weight, name)
+        vectors = {weight: g for weight in weights if (g := weight.grad) is not None}
+        # Look at all of them at once, which is quicker: there are hundreds.
+        if {g.layout for g in vectors.values()} - {torch.strided}:
+            sparse = next(weights[w] for w, g in vectors.items() if g.layout != torch.strided)
+            raise ValueError(
+                f"the gradient of {sparse} is sparse, which sharpness-aware training does not support: use "
+                "a dense gradient (for nn.Embedding, sparse=False)"
+            )
+        if not are_whole([*vectors, *vectors.values()]):
+            vectors = {weight: local_gradient(g, weight, weights[weight]) for weight, g in vectors.items()}
         if not vectors:
             what = "no parameter has a gradient"
             if any(map(is_sharded, weights)):

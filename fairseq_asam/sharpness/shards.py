@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeGuard
 
 
-_WHOLE = Tensor, nn.Parameter
+_WHOLE = {Tensor, nn.Parameter}
 
 
 class Shards(NamedTuple):
@@ -61,6 +61,11 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     return kind not in _WHOLE and any(base.__name__ == "DTensor" for base in kind.__mro__)
 
 
+def are_whole(tensors: Iterable[Tensor]) -> bool:
+    """Return whether all *tensors* are of torch's own types, which have no shards."""
+    return _WHOLE.issuperset(map(type, tensors))
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return this process's part of *tensor*, in the same memory. A whole tensor is returned as it is."""
     return tensor.to_local() if is_sharded(tensor) else tensor
@@ -94,8 +99,6 @@ def local_gradient(gradient: Tensor, weight: Tensor, name: str) -> Tensor:
     Raises:
         ValueError: the gradient is whole and the weight in shards, or the other way round.
     """
-    if type(weight) in _WHOLE and type(gradient) in _WHOLE:  # both usually are: ask in the quickest way
-        return gradient
     if not is_sharded(weight) and not is_sharded(gradient):
         return gradient
     if is_sharded(weight) and is_sharded(gradient):
