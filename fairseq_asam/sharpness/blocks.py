@@ -114,13 +114,14 @@ class Blocks:
     def _plan(self, weights: list[Tensor], operator_of: OperatorOf, eta: float, p: float) -> None:
         """Cut *weights* into pieces, and put these into blocks."""
         self.redirected, self._blocks, self._piece_sizes, self._memory = {}, [], [], {}
-        self.places = [(w, None if is_sharded(w) else w.detach()) for w in weights]
+        self.places = []
         overlapping = _overlapping(weights)
         unshared = cpu.alone_in_their_storage(self._weights) - overlapping
         open_blocks: dict[object, Block] = {}
         indices = itertools.count()
         for parameter in weights:
             part, operator, shards = local(parameter).detach(), operator_of(parameter), shards_of(parameter)
+            self.places.append((parameter, None if is_sharded(parameter) else part))
             if shards_of(parameter, operator.norm_dims(parameter)) is not None:
                 operator = PRECOMPUTED
             master = [local(self._masters[parameter]).detach()] if parameter in self._masters else []

@@ -85,7 +85,7 @@ class Block:
             self.copy = memory.new_empty(self.size, dtype=self.weights[0].dtype)
         self.copies = in_form_of(self.weights, self.copy)
         contiguous = all(weight.is_contiguous() for weight in self.weights)
-        self._flat_weights = [weight.view(-1) for weight in self.weights] if contiguous else None
+        self._flat_weights = [w if w.dim() == 1 else w.view(-1) for w in self.weights] if contiguous else None
 
     def norms(self, gradients: list[Tensor], order: float, unit: Tensor | None) -> list[Tensor]:
         """Return norms whose common norm is ||T g||_order of the block; with *unit*, in multiples of it."""

@@ -265,7 +265,9 @@ class Perturbation(Displacement):
                     f"{name} has dtype {parameter.dtype}, but the paper defines epsilon for real weights: "
                     "train its real and imaginary part as two parameters, or do not pass it"
                 )
-        trained = {parameter: name for parameter, name in self._names.items() if parameter.requires_grad}
+        trained = self._names
+        if not all(parameter.requires_grad for parameter in trained):  # usually all do: make no copy
+            trained = {parameter: name for parameter, name in trained.items() if parameter.requires_grad}
         for parameter, name in trained.items():
             # torch has no public sign of FSDP1. test_fsdp1_is_refused_and_told_of_fsdp2 fails if this goes.
             if "_fsdp_flattened" in parameter.__dict__:

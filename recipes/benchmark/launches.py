@@ -4,8 +4,8 @@
 
 The weights are those of transformer_iwslt_de_en, shrunk to one number each, so that only overhead remains. No
 accelerator is needed: a CPU computes in the form for accelerators, by copies of the files of
-fairseq_asam/sharpness in which no device is a CPU. FOLDER is a checkout of another version. Both take turns,
-in another order each round.
+fairseq_asam/sharpness in which no device is a CPU. FOLDER is a checkout of another version. Both take turns
+of ten perturbations, in another order each round.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from recipes.benchmark.perturbation import RHO, transformer
 from recipes.options import at_least_1
 
 ROOT = Path(__file__).resolve().parents[2]
+#: Perturbations of a turn. The first ones find the cache cold after the turn of the other version.
+TURN = 10
 
 
 class Operations(TorchDispatchMode):
@@ -54,7 +56,7 @@ def main() -> None:
     parser.add_argument(
         "--beside", type=Path, metavar="FOLDER", help="checkout of another version, to compare with"
     )
-    parser.add_argument("--rounds", type=at_least_1, default=300, help="rounds to time (default: 300)")
+    parser.add_argument("--rounds", type=at_least_1, default=50, help="rounds to time (default: 50)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there too, as JSON")
     args = parser.parse_args()
     checkouts = {"this": ROOT, **({"beside": args.beside} if args.beside else {})}
@@ -108,16 +110,17 @@ def perturbation_of(core: ModuleType, weights: list[tuple[str, torch.Tensor]]) -
 
 
 def measure(perturbations: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-    """Return the processor's seconds to perturb and restore in each round. Ten rounds before warm up."""
+    """Return the processor's seconds of each perturbation and its undoing. One round before warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in perturbations}
     order = random.Random(0)
-    for _ in tqdm(range(10 + rounds), unit="round", disable=None):
+    for _ in tqdm(range(1 + rounds), unit="round", disable=None):
         for name in order.sample(list(perturbations), len(perturbations)):
-            begin = time.thread_time()
-            with perturbations[name]:
-                pass
-            seconds[name].append(time.thread_time() - begin)
-    return {name: times[10:] for name, times in seconds.items()}
+            for _ in range(TURN):
+                begin = time.thread_time()
+                with perturbations[name]:
+                    pass
+                seconds[name].append(time.thread_time() - begin)
+    return {name: times[TURN:] for name, times in seconds.items()}
 
 
 def ratios_of(rows: list[dict[str, Any]], seconds: dict[str, list[float]]) -> dict[str, float]:
