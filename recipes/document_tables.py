@@ -55,7 +55,7 @@ def by(key: str, rows: Sequence[dict]) -> dict[str, dict]:
 
 def first_screen() -> str:
     """Averaged weights against Adam's averaged weights, after 30 and after 60 epochs."""
-    systems = [systems_of(length) for length in ("help_8000", "help_8000_60_epochs")]
+    systems = [systems_of(length) for length in ("libreoffice_8000", "libreoffice_8000_60_epochs")]
     adam = [by("system", rows)["Adam, averaged"] for rows in systems]
     forms = [{form.name: form for form in gains.forms(rows)} for rows in systems]
     rows = [["Adam", "1.00", *(format_number(row["mean"]["test BLEU"]) for row in adam)]]
@@ -89,7 +89,7 @@ def translation_systems(length: str) -> str:
 
 def late_start() -> str:
     """Best validation loss with each seed: Adam, SAM, and SAM in the last tenth of the epochs."""
-    runs = read("translation/help_8000/late_start.json")["systems"]
+    runs = read("translation/libreoffice_8000/late_start.json")["systems"]
     kinds = {
         "Adam": "adam-30-epochs",
         "SAM, rho 0.1": "sam-30-epochs-rho-0.1",
@@ -103,7 +103,7 @@ def late_start() -> str:
 
 def rho_search() -> str:
     """Validation BLEU over rho, seed 1."""
-    points = read("translation/help_8000/gain_and_cost_search.json")
+    points = read("translation/libreoffice_8000/gain_and_cost_search.json")
     values = sorted({point["rho"] for point in points})
     bleu = {(point["optimizer"], point["rho"]): format_number(point["BLEU"]) for point in points}
     optimizers = dict.fromkeys(point["optimizer"] for point in points)
@@ -113,13 +113,13 @@ def rho_search() -> str:
 
 def dropped() -> str:
     """Validation BLEU of the forms that were dropped after seed 1."""
-    points = read("translation/help_8000/dropped.json")
+    points = read("translation/libreoffice_8000/dropped.json")
     return table_of(points, ("", "`{optimizer}`"), ("rho", "{rho:g}"), ("validation BLEU", "{BLEU:.2f}"))
 
 
 def adams_metric() -> str:
     """Adam's metric beside Adam: loss and BLEU on the validation set, with three seeds."""
-    runs = by("name", read("translation/help_8000/adams_metric.json")["systems"])
+    runs = by("name", read("translation/libreoffice_8000/adams_metric.json")["systems"])
     seeds = range(1, 4)
     rows = []
     for name in ("adam-30-epochs", "asam-30-epochs-rho-0.005-normalization-adam"):
@@ -133,7 +133,7 @@ def adams_metric() -> str:
 
 def confidence_of_models() -> str:
     """How sure some models of the search are, and how often they are right."""
-    models = by("run", read("translation/help_8000/confidence.json")["models"])
+    models = by("run", read("translation/libreoffice_8000/confidence.json")["models"])
     kinds = {
         "Adam": "adam-30-epochs",
         "SAM, rho 0.05": "sam-30-epochs-rho-0.05",
@@ -162,10 +162,10 @@ def flatness(length: str) -> str:
     return markdown_table(["", "validation BLEU", "sharpness", "adaptive sharpness"], rows)
 
 
-def help_large() -> str:
+def libreoffice_large() -> str:
     """The paper's model on a GPU, after ten minutes."""
     rows = []
-    for name, run in read("translation/help_large/momentum.json").items():
+    for name, run in read("translation/libreoffice_large/momentum.json").items():
         losses = {
             int(epoch["epoch"]): epoch["valid_loss"] for epoch in run["epochs"] if "valid_loss" in epoch
         }
@@ -328,17 +328,17 @@ def faults() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "first-screen": first_screen,
-    "translation-30-epochs": functools.partial(translation_systems, "help_8000"),
-    "translation-60-epochs": functools.partial(translation_systems, "help_8000_60_epochs"),
-    "translation-120-epochs": functools.partial(translation_systems, "help_8000_120_epochs"),
+    "translation-30-epochs": functools.partial(translation_systems, "libreoffice_8000"),
+    "translation-60-epochs": functools.partial(translation_systems, "libreoffice_8000_60_epochs"),
+    "translation-120-epochs": functools.partial(translation_systems, "libreoffice_8000_120_epochs"),
     "late-start": late_start,
     "rho-search": rho_search,
     "dropped": dropped,
     "adams-metric": adams_metric,
     "confidence": confidence_of_models,
-    "flatness-30-epochs": functools.partial(flatness, "help_8000"),
-    "flatness-60-epochs": functools.partial(flatness, "help_8000_60_epochs"),
-    "help-large": help_large,
+    "flatness-30-epochs": functools.partial(flatness, "libreoffice_8000"),
+    "flatness-60-epochs": functools.partial(flatness, "libreoffice_8000_60_epochs"),
+    "libreoffice-large": libreoffice_large,
     "launches": launches,
     "step-cost": step_cost,
     "gpu-step-cost": gpu_step_cost,

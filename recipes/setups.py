@@ -108,8 +108,8 @@ SETUPS = {
         rho={"sam": (0.05, 0.1, 0.2), "asam": (0.05, 0.1, 0.2)},
     ),
     # Few pairs and many epochs, so that Adam overfits.
-    "help_8000": Setup(
-        corpus="libreoffice_help data/help_8000 --training-pairs 8000",
+    "libreoffice_8000": Setup(
+        corpus="libreoffice_help data/libreoffice_8000 --training-pairs 8000",
         # With Adam, the validation BLEU is lower with 0.1 and 0.3, and with a vocabulary of 2,000.
         model=f"{SMALL_MODEL} --dropout 0.2",
         training=f"{SMALL_TRAINING} {BEST_BY_BLEU} {GREEDY} --eval-bleu-remove-bpe sentencepiece",
@@ -124,7 +124,7 @@ SETUPS = {
     ),
     # The paper's model, and its values of rho, on all pairs of the help, for a GPU. Its warm-up would be
     # longer than the training.
-    "help_large": Setup(
+    "libreoffice_large": Setup(
         corpus="libreoffice_help data/libreoffice_help",
         model="--arch transformer_iwslt_de_en --share-all-embeddings --dropout 0.3",
         training=f"{TRAINING} --warmup-updates 500 --fp16 {BEST_BY_BLEU} {GREEDY} --max-tokens-valid 16000 "
@@ -144,20 +144,20 @@ SETUPS = {
 #: Other languages than German, and all of its pairs, for recipes/translation/trial.py.
 TRIAL_LANGUAGES = ("fr", "cs", "ru", "es")
 SETUPS |= {
-    f"help_8000_{language}": replace(
-        SETUPS["help_8000"],
-        corpus=f"libreoffice_help data/help_8000_{language} --source-language {language} "
+    f"libreoffice_8000_{language}": replace(
+        SETUPS["libreoffice_8000"],
+        corpus=f"libreoffice_help data/libreoffice_8000_{language} --source-language {language} "
         "--training-pairs 8000",
     )
     for language in TRIAL_LANGUAGES
 }
-SETUPS["help_35561"] = replace(
-    SETUPS["help_8000"], corpus="libreoffice_help data/libreoffice_help", epochs=15
+SETUPS["libreoffice_35561"] = replace(
+    SETUPS["libreoffice_8000"], corpus="libreoffice_help data/libreoffice_help", epochs=15
 )
-#: The model of help_large in a quarter of the updates, with a rate to match: it ends within minutes. The
-#: trial adds --fp16 on a GPU.
-SETUPS["help_large_16000"] = replace(
-    SETUPS["help_large"],
+#: The model of libreoffice_large in a quarter of the updates, with a rate to match: it ends within minutes.
+#: The trial adds --fp16 on a GPU.
+SETUPS["libreoffice_large_16000"] = replace(
+    SETUPS["libreoffice_large"],
     training=f"{TRAINING} --lr 1e-3 --warmup-updates 800 --max-tokens 16000 --num-workers 1",
     epochs=40,
 )

@@ -3,9 +3,10 @@
     python -m recipes.translation.table5 SETUP [--seeds 1 2 3] [--epochs 50 [--search-epochs 20]] [--jobs N]
                                          [--rho 0.1 0.2 ...] [fairseq-train flags]
 
-SETUP is one of recipes/setups.py: `iwslt14` is the paper's experiment (Section 5.3), for a GPU; `help_8000`
-is one of the size of 2 cores. For SAM and ASAM, rho is the one with the highest validation BLEU among the
-runs of the first seed (rho_search.py). With `--search-epochs` these are shorter than the runs of the table.
+SETUP is one of recipes/setups.py: `iwslt14` is the paper's experiment (Section 5.3), for a GPU;
+`libreoffice_8000` is one of the size of 2 cores. For SAM and ASAM, rho is the one with the highest
+validation BLEU among the runs of the first seed (rho_search.py). With `--search-epochs` these are shorter
+than the runs of the table.
 SAM and ASAM take two passes, so there is Adam with twice the epochs as well. Each stands in the table a
 second time, with the weights of its last 5 epochs averaged. Only the runs in the table translate the test
 set. Writes table5.{json,md}, rho_search.{json,png} and curves.png, the means over the seeds, to OUT

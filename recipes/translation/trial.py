@@ -41,7 +41,7 @@ from recipes.translation.trial_tables import (
 )
 
 RESULTS = Path("recipes/results/translation/trial")
-GERMAN = Path("recipes/results/translation/help_8000/gain_and_cost.json")
+GERMAN = Path("recipes/results/translation/libreoffice_8000/gain_and_cost.json")
 #: What follows --optimizer.
 SYSTEMS = {
     "adam": "adam",
@@ -86,19 +86,19 @@ def languages(results: Path) -> Iterator[Planned]:
     for seeds in zip(*(SEEDS[language] for language in TRIAL_LANGUAGES)):
         for language, seed in zip(TRIAL_LANGUAGES, seeds):
             for system in COMPARED:
-                yield Planned(language, f"help_8000_{language}", system, seed)
+                yield Planned(language, f"libreoffice_8000_{language}", system, seed)
 
 
 def controls(results: Path) -> Iterator[Planned]:
     """Yield part 2: the controls in German, beside runs that an earlier experiment has made."""
     for seed in (1, 2, 3, 4, 5):
         for system in ("nadam", "random"):
-            yield Planned("de", "help_8000", system, seed)
+            yield Planned("de", "libreoffice_8000", system, seed)
 
 
 def decaying(system: str, peak: str, seed: int) -> Planned:
     flags = f"--lr-scheduler polynomial_decay --total-num-update UPDATES --lr {peak}"
-    return Planned(f"fr_decay_{peak}", "help_8000_fr", system, seed, flags)
+    return Planned(f"fr_decay_{peak}", "libreoffice_8000_fr", system, seed, flags)
 
 
 def peaks(results: Path) -> Iterator[Planned]:
@@ -120,7 +120,7 @@ def pairs(results: Path) -> Iterator[Planned]:
     """Yield part 4: all pairs of German."""
     for seed in (1, 2, 3):
         for system in COMPARED:
-            yield Planned("de_35561", "help_35561", system, seed)
+            yield Planned("de_35561", "libreoffice_35561", system, seed)
 
 
 def large(results: Path) -> Iterator[Planned]:
@@ -128,7 +128,7 @@ def large(results: Path) -> Iterator[Planned]:
     for seed in (1, 2):
         for system in ("adam", "momentum", "asam"):
             half_precision = "--fp16" if torch.cuda.is_available() else ""
-            yield Planned("de_large", "help_large_16000", system, seed, half_precision)
+            yield Planned("de_large", "libreoffice_large_16000", system, seed, half_precision)
 
 
 #: In the order in which they are made. Each is given the folder of results.

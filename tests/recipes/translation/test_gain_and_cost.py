@@ -12,7 +12,7 @@ from tests.recipes.translation.scripts import script, succeeded
 @pytest.mark.slow
 def test_forms_stand_beside_adam_with_their_cost(corpus: Path, tmp_path: Path):
     names = ["ASAM", "late start 0.75, ASAM", "momentum, SAM", "fraction 0.25"]
-    setting = ("help_8000", "--data", corpus, "--out", tmp_path, "--seeds", "1", "--forms", *names)
+    setting = ("libreoffice_8000", "--data", corpus, "--out", tmp_path, "--seeds", "1", "--forms", *names)
     setting += ("--epochs", "2", "--search-epochs", "1", "--rho", "0.1", "0.2", "--jobs", "2")
     setting += ("--cpu", "--warmup-updates", "5", "--max-tokens", "150")
     succeeded(script("gain_and_cost", *setting, "--search-only"))

@@ -51,7 +51,7 @@ def test_files_of_other_runs_are_refused(tmp_path):
 
 
 def test_the_picture_has_the_forms_in_rows(tmp_path):
-    folder = ROOT / "recipes" / "results" / "translation" / "help_8000"
+    folder = ROOT / "recipes" / "results" / "translation" / "libreoffice_8000"
     systems = gains.read([folder / "table5.json", folder / "gain_and_cost.json"])
     (axes,) = gains.draw(systems).axes
     labels = [label.get_text() for label in axes.get_yticklabels()]

@@ -36,7 +36,7 @@ def test_values_searched_before_are_not_run_again(corpus: Path, tmp_path: Path):
     ]
     earlier.write_text(json.dumps([points[0], {**points[0], "seed": 2, "BLEU": 30.0}]))
     other.write_text(json.dumps(points[1:]))
-    search = ("rho_search", "help_8000", "--data", corpus, "--out", out, "--optimizers", "sam")
+    search = ("rho_search", "libreoffice_8000", "--data", corpus, "--out", out, "--optimizers", "sam")
     printed = succeeded(script(*search, "--rho", "0.1", "0.2", "--earlier-searches", earlier, other)).stdout
     assert printed == "sam: the best rho is 0.2\n"
     assert json.loads((out / "rho_search.json").read_text()) == points[:2]
@@ -48,7 +48,7 @@ def test_what_is_no_earlier_search_is_refused(text: str | None, corpus: Path, tm
     earlier, out = tmp_path / "earlier.json", tmp_path / "out"
     if text is not None:
         earlier.write_text(text)
-    arguments = ("help_8000", "--data", corpus, "--out", out, "--earlier-searches", earlier)
+    arguments = ("libreoffice_8000", "--data", corpus, "--out", out, "--earlier-searches", earlier)
     message = refusal("rho_search", *arguments)
     named = f"--earlier-searches is '{earlier}', which is no rho_search.json: name the file of a search."
     assert message == named
@@ -57,7 +57,7 @@ def test_what_is_no_earlier_search_is_refused(text: str | None, corpus: Path, tm
 
 @pytest.mark.parametrize("name", ["rho_search", "table5", "gain_and_cost"])
 def test_bad_input_is_named_in_one_sentence(name: str, corpus: Path, tmp_path: Path):
-    arguments = ("help_8000", "--data", corpus, "--out", tmp_path)
+    arguments = ("libreoffice_8000", "--data", corpus, "--out", tmp_path)
     message = refusal(name, *arguments, "--epochs", "0")
     assert message.endswith("error: argument --epochs: must be a whole number from 1, not 0")
     assert refusal(name, *arguments, "--jobs", "0") == "--jobs is 0, but it must be at least 1."
@@ -66,7 +66,7 @@ def test_bad_input_is_named_in_one_sentence(name: str, corpus: Path, tmp_path: P
 
 @pytest.mark.parametrize("optimizer", ["adam", ""])
 def test_an_optimizer_without_rho_is_refused_before_any_run(optimizer: str, corpus: Path, tmp_path: Path):
-    arguments = ("help_8000", "--data", corpus, "--out", tmp_path, "--optimizers", "sam", optimizer)
+    arguments = ("libreoffice_8000", "--data", corpus, "--out", tmp_path, "--optimizers", "sam", optimizer)
     message = refusal("rho_search", *arguments)
     assert message == f"'{optimizer}' has no rho to search: begin with sam or asam."
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ from tests.recipes.translation.scripts import lines, refusal, script, succeeded
 
 @pytest.mark.slow
 def test_table_5_over_two_seeds(corpus: Path, tmp_path: Path):
-    table5 = ("help_8000", "--data", corpus, "--out", tmp_path, "--seeds", "1", "2", "--epochs", "2")
+    table5 = ("libreoffice_8000", "--data", corpus, "--out", tmp_path, "--seeds", "1", "2", "--epochs", "2")
     table5 += ("--rho", "0.1", "0.2", "--jobs", "2", "--cpu")
     printed = succeeded(script("table5", *table5)).stdout
     results = json.loads((tmp_path / "table5.json").read_text())
@@ -56,7 +56,9 @@ def test_table_5_over_two_seeds(corpus: Path, tmp_path: Path):
 
 
 def test_a_search_of_no_epochs_is_refused(corpus: Path, tmp_path: Path):
-    message = refusal("table5", "help_8000", "--data", corpus, "--out", tmp_path, "--search-epochs", "0")
+    message = refusal(
+        "table5", "libreoffice_8000", "--data", corpus, "--out", tmp_path, "--search-epochs", "0"
+    )
     assert message.endswith("error: argument --search-epochs: must be a whole number from 1, not 0")
     assert list(tmp_path.iterdir()) == []
 

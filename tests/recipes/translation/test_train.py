@@ -93,7 +93,7 @@ def test_other_options_for_the_same_folder_are_refused(corpus: Path, runs: list[
     with open(longer / "bin" / "test.de-en.en.idx", "ab") as index:
         index.write(b"0")
     for setup, optimizer, data, flags, difference in (
-        ("help_8000", "adam", corpus, (), "setup quickstart, not help_8000"),
+        ("libreoffice_8000", "adam", corpus, (), "setup quickstart, not libreoffice_8000"),
         ("quickstart", "sam", corpus, (), "optimizer adam, not sam"),
         ("quickstart", "adam", corpus, ("--seed", "2"), "seed 1, not 2"),
         ("quickstart", "adam", corpus, ("--lr", "0.02"), "flags ["),
