@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 
 @pytest.fixture(autouse=True)
@@ -12,3 +13,11 @@ def types_that_torch_loads():
     allowed = torch.serialization.get_safe_globals()
     yield
     torch.serialization.add_safe_globals(allowed)
+
+
+@pytest.fixture(autouse=True)
+def accelerator_of_its_own():
+    """A new state of accelerate, which has one in a process. HuggingFace's Trainer makes it too."""
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()

@@ -8,21 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 
 from fairseq_asam import DIRECTIONS, Perturbation, SharpnessAware
 from fairseq_asam.integrations.accelerate import AccumulatingTwoPasses
 from tests.integrations.algorithm1 import Net, algorithm_1, assert_close, assert_far, examples, note_gradient
 from tests.processes import started
-
-
-@pytest.fixture(autouse=True)
-def accelerator_of_its_own():
-    """accelerate has one state in a process."""
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def batches_of(process=0, processes=1):
