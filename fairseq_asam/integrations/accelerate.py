@@ -80,31 +80,32 @@ class AccumulatingTwoPasses(TwoPasses):
         if not self.perturbation.direction.needs_pass_at_w:
             return self.one_pass(evaluate, *arguments)
         if self.ascent_scope == "micro-batch":
-            alone = functools.partial(self._alone, evaluate)
-            return super().__call__(alone, *arguments, again=functools.partial(self._marked, again))
+            at_w = functools.partial(self._without_sync, evaluate)
+            again = functools.partial(self._with_nan_after_overflow, again)
+            return super().__call__(at_w, *arguments, again=again)
         is_last = self.accelerator.sync_gradients
         if is_last:
-            again = functools.partial(self._marked, again)
+            again = functools.partial(self._with_nan_after_overflow, again)
         elif not self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
-            again = functools.partial(self._alone, again)
-        at_w = self.at_w(evaluate, *arguments, again=again)
+            again = functools.partial(self._without_sync, again)
+        result = self.at_w(evaluate, *arguments, again=again)
         if is_last:
             self.at_w_plus_epsilon()
-        return at_w
+        return result
 
-    def _alone(self, evaluate: Evaluate, *arguments: Any) -> Any:
+    def _without_sync(self, evaluate: Evaluate, *arguments: Any) -> Any:
         """Make a pass whose gradient is not summed over processes yet."""
         with self.accelerator.no_sync(self.model):
             return evaluate(*arguments)
 
-    def _marked(self, evaluate: Evaluate, *arguments: Any) -> Any:
+    def _with_nan_after_overflow(self, evaluate: Evaluate, *arguments: Any) -> Any:
         """Make a pass in which a gradient scaler finds the gradient at w too, if that is not finite."""
         backward = self.accelerator.backward
 
-        def of_marked(loss: Tensor, **options: Any) -> None:
+        def backward_of_either(loss: Tensor, **options: Any) -> None:
             backward(self.nan_after_overflow(loss), **options)
 
-        self.accelerator.backward = of_marked
+        self.accelerator.backward = backward_of_either
         try:
             return evaluate(*arguments)
         finally:

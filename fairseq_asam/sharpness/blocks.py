@@ -131,10 +131,10 @@ class Blocks:
             else:
                 is_large = part.numel() > _BLOCK_SIZE
                 place = Placement(Block, _BLOCK_SIZE, can_be_cut and is_large, is_shared=True)
-            is_alone = not place.is_shared or parameter in overlapping
-            key = object() if is_alone else (part.device, part.dtype, operator, shards, len(master))
-            kept = [self._copy_on_cpu(parameter)] if is_alone and cpu.is_on_cpu(part) else []
-            if is_alone and place.kind is cpu.FastBlock and parameter in unshared:
+            shares_no_block = not place.is_shared or parameter in overlapping
+            key = object() if shares_no_block else (part.device, part.dtype, operator, shards, len(master))
+            kept = [self._copy_on_cpu(parameter)] if shares_no_block and cpu.is_on_cpu(part) else []
+            if shares_no_block and place.kind is cpu.FastBlock and parameter in unshared:
                 self.redirected[parameter] = kept[0].view(part.shape)
             self._piece_sizes.append(place.size if place.is_cut else None)
             for weight, *others in zip(*(_cut(t, self._piece_sizes[-1]) for t in (part, *master, *kept))):

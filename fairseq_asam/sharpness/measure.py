@@ -197,7 +197,7 @@ class _Search:
     def value(self) -> float:
         return math.inf if self.seen == self.non_finite else self.best - self.at_w
 
-    def see(self, displacement: Displacement, with_gradient: bool) -> float:
+    def see(self, displacement: Displacement, with_gradient: bool = True) -> float:
         """Return the loss after *displacement*; NaN if it or its gradient is not finite."""
         with displacement:
             loss = evaluate(self.loss, self.parameters if with_gradient else (), self.sharded)
@@ -229,14 +229,14 @@ class _Search:
                 here, loss_here, direction = ball.centre(), self.at_w, ball.steepest(gradients)
             else:
                 here = ball.random_point(generator)
-                loss_here = self.see(Displaced(self.parameters, ball.epsilon(here)), with_gradient=True)
+                loss_here = self.see(FixedPerturbation(self.parameters, ball.epsilon(here)))
                 if math.isnan(loss_here):
                     continue
                 direction = ball.steepest(_gradients(self.parameters))
             length = region.rho
             for _ in range(steps):
                 there = ball.project(list(torch._foreach_add(here, direction, alpha=length)))
-                loss_there = self.see(Displaced(self.parameters, ball.epsilon(there)), with_gradient=True)
+                loss_there = self.see(FixedPerturbation(self.parameters, ball.epsilon(there)))
                 if loss_there > loss_here:
                     here, loss_here, direction = there, loss_there, ball.steepest(_gradients(self.parameters))
                     length = min(2 * length, 2 * region.rho)
@@ -244,7 +244,7 @@ class _Search:
                     length /= 4
 
 
-class Displaced(Displacement):
+class FixedPerturbation(Displacement):
     """Moves the weights by a given epsilon, this process's part of it."""
 
     def __init__(self, weights: Iterable[Tensor], epsilon: list[Tensor]):

@@ -159,7 +159,14 @@ def main() -> None:
         metavar="NAME",
         help=f"of {', '.join(PARTS)} (default: all but large, which needs a GPU)",
     )
-    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), metavar="NAME")
+    parser.add_argument(
+        "--systems",
+        nargs="+",
+        choices=list(SYSTEMS),
+        default=list(SYSTEMS),
+        metavar="NAME",
+        help=f"of {', '.join(SYSTEMS)} (default: all of each part)",
+    )
     parser.add_argument("--data", type=Path, help="a corpus folder in place of those of the set-ups")
     parser.add_argument("--out", type=Path, default=Path("runs/translation/trial"), help="for the trainings")
     parser.add_argument("--results", type=Path, default=RESULTS, help="for what they found")
