@@ -63,7 +63,7 @@ def first_screen() -> str:
         averaged = [each[name].averaged for each in forms]
         cells = [f"{gain.difference:+.2f} ({table5.between(gain.interval)})" for gain in averaged]
         rows.append([name, format_number(forms[0][name].time), *cells])
-    return markdown_table(["", "training time", *(f"{row['epochs']} epochs" for row in adam)], rows)
+    return markdown_table(["", "time / Adam's", *(f"{row['epochs']} epochs" for row in adam)], rows)
 
 
 def translation_systems(length: str) -> str:

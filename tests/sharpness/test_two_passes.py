@@ -711,8 +711,9 @@ def test_the_loss_is_nan_after_a_gradient_at_w_that_is_not_finite():
         assert all(torch.isfinite(w.grad).all() == (factor == 1.0) for w in model.parameters())
 
 
-def test_with_a_gradient_scaler():
-    """Scaled and unscaled loops step alike; one that overflows is skipped."""
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_with_a_gradient_scaler(micro_batches):
+    """Scaled and unscaled loops accumulate, clip and step alike; an update that overflows is skipped."""
     weights = []
     for enabled in (False, True):
         model = plain_network()
@@ -721,15 +722,21 @@ def test_with_a_gradient_scaler():
         two_passes = two_passes_of(model)
 
         def evaluate(inputs, model=model, scaler=scaler, two_passes=two_passes):
-            loss = model(inputs).square().mean()
+            loss = model(inputs).square().mean() / micro_batches
             scaler.scale(two_passes.nan_after_overflow(loss)).backward()
             return loss
 
         for step in range(4):
-            inputs = batch(step) * (math.inf if enabled and step == 2 else 1.0)
             if not enabled and step == 2:
                 continue
-            two_passes(lambda inputs=inputs: evaluate(inputs))
+            for number in range(micro_batches):
+                overflows = enabled and step == 2 and number == 0
+                inputs = batch(step + number) * (math.inf if overflows else 1.0)
+                two_passes.at_w(evaluate, inputs)
+            two_passes.at_w_plus_epsilon()
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            assert norm > 0.01 or not norm.isfinite()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
