@@ -15,7 +15,7 @@ from typing import Any
 
 from recipes.image_classification import table
 from recipes.reporter import format_number, markdown_table, mean_and_sd, table_of
-from recipes.translation import compare, gain_and_cost, gains, table5
+from recipes.translation import compare, gain_and_cost, gains, table5, trial
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
@@ -31,6 +31,7 @@ def image_table(corner: str, found: dict) -> str:
 WHOLE: dict[str, Callable[[Any], str]] = {
     "translation/*/table5.md": table5.as_markdown,
     "translation/*/gain_and_cost.md": gain_and_cost.as_markdown,
+    "translation/trial/trial.md": lambda found: trial.as_markdown(**found),
     "quickstart/results.md": compare.as_markdown,
     "image_classification/table2*.md": functools.partial(image_table, "model"),
     "image_classification/table6*.md": functools.partial(image_table, "noise rate"),

@@ -191,6 +191,8 @@ def main() -> None:
 def make(args: argparse.Namespace, planned: Iterable[Planned], at_most: int) -> int:
     """Make the runs that have no file of results, or the first of them, and return how many."""
     missing = [each for each in planned if not result_file(args.results, each).exists()][:at_most]
+    if not missing:
+        return 0
     runs = [run_of(args, each) for each in missing]
     complete(runs, args.jobs, watch)
     for each, run in zip(missing, runs):
@@ -249,16 +251,17 @@ def write_tables(results: Path) -> None:
         found, "de_large", ("adam", "momentum", "asam"), (1, 2)
     )
     counts = {name: {"made": made[name], "planned": SIZES[name]} for name in planned}
-    write_json(results / "trial.json", {"runs": counts, "tests": tests, "tables": tables})
-    text = as_markdown(counts, tests, tables)
+    found_so_far = {"runs": counts, "tests": tests, "tables": tables}
+    write_json(results / "trial.json", found_so_far)
+    text = as_markdown(**found_so_far)
     write_text(results / "trial.md", text)
     write_figure(results / "trial.png", draw(tests))
     print(text, end="")
 
 
-def as_markdown(counts: dict, tests: dict, tables: dict) -> str:
-    """Return how many runs are made, the tests, and a table of each corpus that has runs."""
-    missing = {name: each["planned"] - each["made"] for name, each in counts.items()}
+def as_markdown(runs: dict, tests: dict, tables: dict) -> str:
+    """Return how many *runs* are made, the tests, and a table of each corpus that has runs."""
+    missing = {name: each["planned"] - each["made"] for name, each in runs.items()}
     sections = [
         f"{sum(missing.values())} runs of [the plan](plan.md) are missing: "
         f"{', '.join(f'{count} of the part {name}' for name, count in missing.items())}.\n",

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from matplotlib.figure import Figure
 from scipy import stats
 
+from data_prep.languages import NAMES
 from recipes.reporter import format_number, markdown_table, mean_and_sd
 
 METRICS = ("BLEU", "chrF2")
@@ -153,7 +154,7 @@ def systems_table(rows: Sequence[dict]) -> str:
 def draw(tests: dict[str, dict]) -> Figure:
     """Return a figure of the deciding differences: a row for each language, then the pooled ones."""
     figure = Figure(figsize=(5 * len(DECIDING) + 1, 4), layout="constrained")
-    panels = figure.subplots(1, len(DECIDING), sharey=True)
+    panels = figure.subplots(1, len(DECIDING), sharex=True, sharey=True)
     for axes, name in zip(panels, DECIDING):
         axes.axvline(0, color="grey", linewidth=1)
         for number, metric in enumerate(METRICS):
@@ -177,7 +178,7 @@ def draw(tests: dict[str, dict]) -> Figure:
                     label=metric if place == len(rows) - 1 else None,
                 )
         axes.axhline(len(test["languages"]) - 0.5, color="grey", linewidth=0.5)
-        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_yticks(range(len(rows)), [NAMES.get(name, name) for name in rows])
         axes.set(title=name, xlabel="difference in the test set, 95 % t interval")
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
