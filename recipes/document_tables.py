@@ -11,11 +11,14 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from data_prep.languages import NAMES
 from recipes.image_classification import table
 from recipes.reporter import format_number, markdown_table, mean_and_sd, table_of
-from recipes.translation import compare, gain_and_cost, gains, table5, trial
+from recipes.setups import TRIAL_LANGUAGES
+from recipes.translation import compare, gain_and_cost, gains, table5, trial, trial_tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
@@ -55,16 +58,21 @@ def by(key: str, rows: Sequence[dict]) -> dict[str, dict]:
 
 
 def first_screen() -> str:
-    """Averaged weights against Adam's averaged weights, after 30 and after 60 epochs."""
+    """Averaged weights against Adam's averaged weights: four languages, and German with 30 and 60 epochs."""
+    found = read("translation/trial/trial.json")
     systems = [systems_of(length) for length in ("libreoffice_8000", "libreoffice_8000_60_epochs")]
-    adam = [by("system", rows)["Adam, averaged"] for rows in systems]
-    forms = [{form.name: form for form in gains.forms(rows)} for rows in systems]
-    rows = [["Adam", "1.00", *(format_number(row["mean"]["test BLEU"]) for row in adam)]]
-    for name in ("SAM, momentum", "SAM", "ASAM", "Adam, twice the epochs"):
-        averaged = [each[name].averaged for each in forms]
-        cells = [f"{gain.difference:+.2f} ({table5.between(gain.interval)})" for gain in averaged]
-        rows.append([name, format_number(forms[0][name].time), *cells])
-    return markdown_table(["", "time / Adam's", *(f"{row['epochs']} epochs" for row in adam)], rows)
+    german = [by("system", rows)["Adam, averaged"] for rows in systems]
+    short, long = ({form.name: form for form in gains.forms(rows)} for rows in systems)
+    short = {form.name: form for form in gains.with_trial([*short.values()], found)}
+    tables = [found["tables"][trial_tables.name_of_table(language)] for language in TRIAL_LANGUAGES]
+    scores = [fmean(by("system", rows)["adam"]["averaged BLEU"]["mean"] for rows in tables)]
+    scores += [row["mean"]["test BLEU"] for row in german]
+    rows = [["Adam", "1.00", *map(format_number, scores)]]
+    for name in ("SAM, momentum", gains.RANDOM, "SAM", "ASAM", "Adam, twice the epochs"):
+        averaged = [short[name].in_trial, short[name].averaged, long[name].averaged if name in long else None]
+        rows.append([name, format_number(short[name].time), *map(gains.text, averaged)])
+    header = ["", "time / Adam's", "four languages, 30 epochs"]
+    return markdown_table([*header, *(f"German, {row['epochs']} epochs" for row in german)], rows)
 
 
 def translation_systems(length: str) -> str:
@@ -86,6 +94,27 @@ def translation_systems(length: str) -> str:
             ]
         )
     return markdown_table(header, rows)
+
+
+def trial_by_language() -> str:
+    """The differences of the trial in test BLEU, with averaged weights: each language, then all together."""
+    columns = {
+        "momentum - Adam": trial_tables.D1,
+        "momentum - random": trial_tables.D2,
+        "random - Adam": trial_tables.RANDOM,
+        "Adam averaged - not averaged": trial_tables.AVERAGING,
+    }
+    tests = read("translation/trial/trial.json")["tests"]
+    bleu = [tests[name]["BLEU"] for name in columns.values()]
+    rows = [
+        [NAMES[language], *(each["languages"][language] for each in bleu)] for language in TRIAL_LANGUAGES
+    ]
+    rows += [
+        [over, *(each[over] for each in bleu)] for over in ("over languages", "over languages and seeds")
+    ]
+    return markdown_table(
+        ["", *columns], ([name, *map(trial_tables.interval_text, row)] for name, *row in rows)
+    )
 
 
 def late_start() -> str:
@@ -332,6 +361,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "translation-30-epochs": functools.partial(translation_systems, "libreoffice_8000"),
     "translation-60-epochs": functools.partial(translation_systems, "libreoffice_8000_60_epochs"),
     "translation-120-epochs": functools.partial(translation_systems, "libreoffice_8000_120_epochs"),
+    "trial": trial_by_language,
     "late-start": late_start,
     "rho-search": rho_search,
     "dropped": dropped,

@@ -35,6 +35,7 @@ from recipes.translation.trial_tables import (
     METRICS,
     compare,
     draw,
+    name_of_table,
     system_rows,
     systems_table,
     tests_table,
@@ -238,10 +239,10 @@ def write_tables(results: Path) -> None:
     found.update(german_results())
     tests = {name: compare(found, SEEDS, pair) for name, pair in {**DECIDING, **BESIDE}.items()}
     tables = {
-        f"{language}, 8,000 pairs": system_rows(found, language, COMPARED, SEEDS[language])
+        name_of_table(language): system_rows(found, language, COMPARED, SEEDS[language])
         for language in TRIAL_LANGUAGES
     }
-    tables["de, 8,000 pairs"] = system_rows(found, "de", (*COMPARED, "nadam"), (1, 2, 3, 4, 5))
+    tables[name_of_table("de")] = system_rows(found, "de", (*COMPARED, "nadam"), (1, 2, 3, 4, 5))
     if peak := best_peak(results):
         tables[f"fr, 8,000 pairs, a learning rate that decays from {peak} to 0"] = system_rows(
             found, decaying("adam", peak, DECAY_SEEDS[0]).corpus, (*COMPARED, "sam", "asam"), DECAY_SEEDS

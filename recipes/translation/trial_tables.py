@@ -16,13 +16,15 @@ Found = Mapping[tuple[str, str, int], dict]
 #: A system and which of its weights: those of the best checkpoint, or the averaged ones.
 Scored = tuple[str, str]
 
+D1, D2 = "D1: momentum averaged - Adam averaged", "D2: momentum averaged - random averaged"
+AVERAGING, RANDOM = "Adam averaged - Adam", "random averaged - Adam averaged"
 DECIDING: dict[str, tuple[Scored, Scored]] = {
-    "D1: momentum averaged - Adam averaged": (("momentum", "averaged"), ("adam", "averaged")),
-    "D2: momentum averaged - random averaged": (("momentum", "averaged"), ("random", "averaged")),
+    D1: (("momentum", "averaged"), ("adam", "averaged")),
+    D2: (("momentum", "averaged"), ("random", "averaged")),
 }
 BESIDE: dict[str, tuple[Scored, Scored]] = {
-    "Adam averaged - Adam": (("adam", "averaged"), ("adam", "best")),
-    "random averaged - Adam averaged": (("random", "averaged"), ("adam", "averaged")),
+    AVERAGING: (("adam", "averaged"), ("adam", "best")),
+    RANDOM: (("random", "averaged"), ("adam", "averaged")),
     "momentum - Adam": (("momentum", "best"), ("adam", "best")),
 }
 #: Below so many seeds of each language, nothing is decided.
@@ -90,6 +92,11 @@ def verdict(result: dict, seeds: int) -> str | None:
     if min(lower) > 0 and result["chrF2"]["over languages and seeds"]["mean"] > 0:
         return "won"
     return "lost" if max(lower) <= 0 else "uncertain"
+
+
+def name_of_table(language: str) -> str:
+    """Return the name of the table of :func:`system_rows` of 8,000 pairs."""
+    return f"{language}, 8,000 pairs"
 
 
 def system_rows(found: Found, corpus: str, systems: Iterable[str], seeds: Sequence[int]) -> list[dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def test_a_form_is_compared_with_adam_and_its_average_with_adams_average(tmp_pat
     momentum, sam = gains.forms(gains.read([table5, other]))
     assert (momentum.name, momentum.time) == ("SAM, momentum", 1.1)
     assert (momentum.alone, momentum.averaged) == (gains.Gain(-1.0, [-1.0, -1.0]), None)
-    assert (sam.name, sam.time, sam.alone.difference) == ("SAM", 2.0, 2.0)
+    assert (sam.name, sam.time, sam.alone.mean) == ("SAM", 2.0, 2.0)
     # Differences 1, 1 and 4: a standard error of 1, and t of 4.3027 with two degrees of freedom.
     assert sam.alone.interval == pytest.approx([2 - 4.3027, 2 + 4.3027], abs=1e-3)
     assert sam.averaged == gains.Gain(0.5, [0.5, 0.5])
@@ -59,3 +60,21 @@ def test_the_picture_has_the_forms_in_rows(tmp_path):
     assert len(labels) == 6
     one_seed = [{**row, "runs": row["runs"][:1]} for row in systems]
     gains.draw(one_seed)
+
+
+def test_a_random_epsilon_and_the_gains_in_other_languages_come_from_the_trial():
+    folder = ROOT / "recipes" / "results" / "translation"
+    files = [folder / "libreoffice_8000" / f"{name}.json" for name in ("table5", "gain_and_cost")]
+    systems, trial = gains.read(files), json.loads((folder / "trial" / "trial.json").read_text())
+    found = {form.name: form for form in gains.with_trial(gains.forms(systems), trial)}
+    assert {name for name, form in found.items() if form.in_trial} == {"SAM, momentum", "SAM, random ε"}
+    runs = {file.stem: json.loads(file.read_text())["test"] for file in (folder / "trial" / "runs").iterdir()}
+    languages, differences = trial["tests"]["D1: momentum averaged - Adam averaged"]["BLEU"]["languages"], []
+    for language, seed in itertools.product(languages, range(1, 8)):
+        names = [f"{language}-{system}-{seed}" for system in ("momentum", "adam")]
+        if all(name in runs for name in names):
+            momentum, adam = (runs[name]["averaged"]["BLEU"] for name in names)
+            differences.append(momentum - adam)
+    assert found["SAM, momentum"].in_trial.mean == pytest.approx(sum(differences) / len(differences))
+    (axes,) = gains.draw(systems, trial).axes
+    assert [label.get_text() for label in axes.get_yticklabels()][::-1] == [*found]
