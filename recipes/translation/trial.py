@@ -30,9 +30,8 @@ from recipes.translation.experiment import AVERAGED, average_of
 from recipes.translation.record import record
 from recipes.translation.train import training, watch
 from recipes.translation.trial_tables import (
-    BESIDE,
-    DECIDING,
     METRICS,
+    TESTS,
     compare,
     draw,
     name_of_table,
@@ -237,7 +236,10 @@ def write_tables(results: Path) -> None:
         if (result := read_result(results, each))
     }
     found.update(german_results())
-    tests = {name: compare(found, SEEDS, pair) for name, pair in {**DECIDING, **BESIDE}.items()}
+    tests = {
+        name: {"difference": difference, **compare(found, SEEDS, pair)}
+        for name, (difference, *pair) in TESTS.items()
+    }
     tables = {
         name_of_table(language): system_rows(found, language, COMPARED, SEEDS[language])
         for language in TRIAL_LANGUAGES

@@ -16,17 +16,15 @@ Found = Mapping[tuple[str, str, int], dict]
 #: A system and which of its weights: those of the best checkpoint, or the averaged ones.
 Scored = tuple[str, str]
 
-D1, D2 = "D1: momentum averaged - Adam averaged", "D2: momentum averaged - random averaged"
-AVERAGING, RANDOM = "Adam averaged - Adam", "random averaged - Adam averaged"
-DECIDING: dict[str, tuple[Scored, Scored]] = {
-    D1: (("momentum", "averaged"), ("adam", "averaged")),
-    D2: (("momentum", "averaged"), ("random", "averaged")),
+#: The differences of the plan: what it calls each, or we do, and of which systems it is.
+TESTS: dict[str, tuple[str, Scored, Scored]] = {
+    "D1": ("momentum averaged - Adam averaged", ("momentum", "averaged"), ("adam", "averaged")),
+    "D2": ("momentum averaged - random averaged", ("momentum", "averaged"), ("random", "averaged")),
+    "averaging": ("Adam averaged - Adam", ("adam", "averaged"), ("adam", "best")),
+    "random": ("random averaged - Adam averaged", ("random", "averaged"), ("adam", "averaged")),
+    "momentum": ("momentum - Adam", ("momentum", "best"), ("adam", "best")),
 }
-BESIDE: dict[str, tuple[Scored, Scored]] = {
-    AVERAGING: (("adam", "averaged"), ("adam", "best")),
-    RANDOM: (("random", "averaged"), ("adam", "averaged")),
-    "momentum - Adam": (("momentum", "best"), ("adam", "best")),
-}
+DECIDING = ("D1", "D2")
 #: Below so many seeds of each language, nothing is decided.
 LEAST_SEEDS = 3
 
@@ -85,6 +83,10 @@ def compare(found: Found, seeds: Mapping[str, Sequence[int]], pair: tuple[Scored
     return {"seeds": len(rows), "verdict": verdict(result, len(rows)), **result}
 
 
+def title(name: str, test: dict) -> str:
+    return f"{name}: {test['difference']}" if name in DECIDING else test["difference"]
+
+
 def verdict(result: dict, seeds: int) -> str | None:
     if seeds < LEAST_SEEDS:
         return None
@@ -137,7 +139,7 @@ def tests_table(tests: dict[str, dict]) -> str:
             decided = (test["verdict"] or "") if metric == "BLEU" and name in DECIDING else ""
             over = [test[metric][key] for key in ("over languages", "over languages and seeds")]
             cells = [interval_text(each) for each in (*test[metric]["languages"].values(), *over)]
-            rows.append([name, metric, str(test["seeds"]), *cells, decided])
+            rows.append([title(name, test), metric, str(test["seeds"]), *cells, decided])
     languages = next(iter(tests.values()))["BLEU"]["languages"]
     header = ["", "", "seeds of all", *languages, "over languages", "over languages and seeds", "verdict"]
     return markdown_table(header, rows)
@@ -186,7 +188,7 @@ def draw(tests: dict[str, dict]) -> Figure:
                 )
         axes.axhline(len(test["languages"]) - 0.5, color="grey", linewidth=0.5)
         axes.set_yticks(range(len(rows)), [NAMES.get(name, name) for name in rows])
-        axes.set(title=name, xlabel="difference in the test set, 95 % t interval")
+        axes.set(title=title(name, tests[name]), xlabel="difference in the test set, 95 % t interval")
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()

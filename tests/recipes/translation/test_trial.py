@@ -12,10 +12,10 @@ from scipy import stats
 
 from fairseq_asam.files import write_json
 from recipes.translation.trial import PARTS, PEAKS, SEEDS, SIZES, Planned, best_peak
-from recipes.translation.trial_tables import DECIDING, compare
+from recipes.translation.trial_tables import TESTS, compare
 from tests.recipes.translation.scripts import FLAGS, refusal, script, succeeded
 
-D1, D2 = DECIDING.values()
+D1, D2 = (TESTS[name][1:] for name in ("D1", "D2"))
 
 
 def made_up(gains: dict[str, float], seeds: int = 5, noise: float = 0.1) -> dict:
