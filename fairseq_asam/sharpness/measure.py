@@ -20,6 +20,7 @@ from .shards import (
     local,
     local_gradient,
     norm_over,
+    part_of,
     reshard,
     shards_of,
 )
@@ -289,7 +290,8 @@ class _Ball:
     def random_point(self, generator: torch.Generator) -> list[Tensor]:
         """Draw a point uniformly from the region."""
         draw = torch.rand if math.isinf(self.p) else torch.randn
-        point = [_part_of(draw(p.shape, generator=generator, dtype=p.dtype), p) for p in self.parameters]
+        drawn = (draw(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in self.parameters)
+        point = [part_of(whole, p) for whole, p in zip(drawn, self.parameters)]
         if math.isinf(self.p):
             return [(2 * coordinates - 1) * self.rho for coordinates in point]
         dimensions = sum(parameter.numel() for parameter in self.parameters)
@@ -383,19 +385,6 @@ def _norm(parts: list[Tensor], parameters: Iterable[Tensor], order: float = 2.0)
         norms.setdefault(shards_of(parameter), []).append(norm.double())
     joined = (norm_over(shards, each, order).item() for shards, each in norms.items())
     return max(joined) if math.isinf(order) else math.hypot(*joined)
-
-
-def _part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Return this process's part of *tensor*, sharded like *parameter* and on its device."""
-    tensor = tensor.to(parameter.device)
-    if not is_sharded(parameter):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor  # slow to import
-
-    # Every process has drawn the same whole tensor, so nothing has to be sent.
-    return distribute_tensor(
-        tensor, parameter.device_mesh, parameter.placements, src_data_rank=None
-    ).to_local()
 
 
 @contextlib.contextmanager
