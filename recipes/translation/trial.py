@@ -1,4 +1,4 @@
-"""Makes the trial of the advice to use momentum's direction with averaged weights, by its committed plan.
+"""Makes the trial of momentum's direction with averaged weights, by its committed plan.
 
     python -m recipes.translation.trial [--parts NAME ...] [--systems NAME ...] [--jobs N]
                                         [--at-most N] [fairseq-train flags]
