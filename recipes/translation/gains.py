@@ -137,19 +137,21 @@ def forms(systems: Sequence[dict]) -> list[Form]:
 def with_trial(found: Sequence[Form], trial: dict) -> list[Form]:
     """Return the forms *found* and a random epsilon, with their gains in *trial*, what trial.json holds."""
     german = {row["system"]: row for row in trial["tables"][trial_tables.name_of_table("de")]}
-    of_random = {
-        weights: Gain(against["mean"], against["interval"])
-        for weights in ("best", "averaged")
-        if (against := german.get("random", {}).get(f"{weights} BLEU", {}).get("against Adam"))
-    }
+    of_random = {}
+    # Of fewer seeds than Adam's, the interval would be wider than the picture.
+    if "random" in german and german["random"]["seeds"] == german["adam"]["seeds"]:
+        for weights in ("best", "averaged"):
+            against = german["random"][f"{weights} BLEU"]["against Adam"]
+            of_random[weights] = Gain(against["mean"], against["interval"])
     random = Form(RANDOM, None, of_random.get("best"), of_random.get("averaged"))
     gains = {
         name: Gain(pooled["mean"], pooled["interval"])
         for name, test in TESTS.items()
         for pooled in [trial["tests"][test]["BLEU"]["over languages and seeds"]]
     }
-    momentum = 1 + [form.name for form in found].index("SAM, momentum")
-    rows = (*found[:momentum], random, *found[momentum:])
+    names = [form.name for form in found]
+    place = names.index("SAM, momentum") + 1 if "SAM, momentum" in names else 0
+    rows = (*found[:place], random, *found[place:])
     return [replace(form, in_trial=gains.get(form.name)) for form in rows]
 
 
