@@ -62,8 +62,8 @@ def first_screen() -> str:
     found = read("translation/trial/trial.json")
     systems = [systems_of(length) for length in ("libreoffice_8000", "libreoffice_8000_60_epochs")]
     german = [by("system", rows)["Adam, averaged"] for rows in systems]
-    short, long = ({form.name: form for form in gains.forms(rows)} for rows in systems)
-    short = {form.name: form for form in gains.with_trial([*short.values()], found)}
+    forms = [gains.with_trial(gains.forms(systems[0]), found), gains.forms(systems[1])]
+    short, long = ({form.name: form for form in each} for each in forms)
     tables = [found["tables"][trial_tables.name_of_table(language)] for language in TRIAL_LANGUAGES]
     scores = [fmean(by("system", rows)["adam"]["averaged BLEU"]["mean"] for rows in tables)]
     scores += [row["mean"]["test BLEU"] for row in german]

@@ -105,6 +105,11 @@ def name_in_tables(system: str) -> str:
     return name + (AVERAGED if system.endswith(AVERAGED) else "")
 
 
+def gain_of(interval: dict) -> Gain:
+    """Return the gain that trial.json calls *interval*."""
+    return Gain(interval["mean"], interval["interval"])
+
+
 def text(gain: Gain | None) -> str:
     """Return the text of *gain* in a table: nothing if it was not measured."""
     return "" if gain is None else trial_tables.interval_text(vars(gain))
@@ -141,13 +146,11 @@ def with_trial(found: Sequence[Form], trial: dict) -> list[Form]:
     # Of fewer seeds than Adam's, the interval would be wider than the picture.
     if "random" in german and german["random"]["seeds"] == german["adam"]["seeds"]:
         for weights in ("best", "averaged"):
-            against = german["random"][f"{weights} BLEU"]["against Adam"]
-            of_random[weights] = Gain(against["mean"], against["interval"])
+            of_random[weights] = gain_of(german["random"][f"{weights} BLEU"]["against Adam"])
     random = Form(RANDOM, None, of_random.get("best"), of_random.get("averaged"))
     gains = {
-        name: Gain(pooled["mean"], pooled["interval"])
+        name: gain_of(trial["tests"][test]["BLEU"]["over languages and seeds"])
         for name, test in TESTS.items()
-        for pooled in [trial["tests"][test]["BLEU"]["over languages and seeds"]]
     }
     names = [form.name for form in found]
     place = names.index("SAM, momentum") + 1 if "SAM, momentum" in names else 0
