@@ -57,6 +57,11 @@ def by(key: str, rows: Sequence[dict]) -> dict[str, dict]:
     return {row[key]: row for row in rows}
 
 
+def rho_text(rho: float | None) -> str:
+    """Return *rho* for a table: nothing without one."""
+    return "" if rho is None else f"{rho:g}"
+
+
 def first_screen() -> str:
     """Averaged weights against Adam's averaged weights: four languages, and German with 30 and 60 epochs."""
     found = read("translation/trial/trial.json")
@@ -67,11 +72,13 @@ def first_screen() -> str:
     tables = [found["tables"][trial_tables.name_of_table(language)] for language in TRIAL_LANGUAGES]
     scores = [fmean(by("system", rows)["adam"]["averaged BLEU"]["mean"] for rows in tables)]
     scores += [row["mean"]["test BLEU"] for row in german]
-    rows = [["Adam", "1.00", *map(format_number, scores)]]
+    rho = {row["system"]: row["rho"] for row in systems[0]}
+    rho[gains.RANDOM] = rho["SAM, momentum"]  # by the trial's plan
+    rows = [["Adam", "", "1.00", *map(format_number, scores)]]
     for name in ("SAM, momentum", gains.RANDOM, "SAM", "ASAM", "Adam, twice the epochs"):
         averaged = [short[name].in_trial, short[name].averaged, long[name].averaged if name in long else None]
-        rows.append([name, format_number(short[name].time), *map(gains.text, averaged)])
-    header = ["", "time / Adam's", "four languages, 30 epochs"]
+        rows.append([name, rho_text(rho[name]), format_number(short[name].time), *map(gains.text, averaged)])
+    header = ["", "rho", "time / Adam's", "four languages, 30 epochs"]
     return markdown_table([*header, *(f"German, {row['epochs']} epochs" for row in german)], rows)
 
 
@@ -86,7 +93,7 @@ def translation_systems(length: str) -> str:
         rows.append(
             [
                 row["system"],
-                "" if row["rho"] is None else f"{row['rho']:g}",
+                rho_text(row["rho"]),
                 format_number(row["training_seconds"] / seconds) if trained else "",
                 format_number(row["mean"]["best_valid_loss"], digits=3) if trained else "",
                 format_number(row["mean"]["test BLEU"]),

@@ -31,7 +31,7 @@ KINDS = {
     "alone": ("best checkpoint against Adam's best checkpoint", "C7"),
     "averaged": ("averaged weights against Adam's averaged weights", "C0"),
 }
-IN_TRIAL = ("the same in four other languages", "C1")
+IN_TRIAL = ("averaged weights, four other languages together", "C1")
 #: Between two kinds of a form, where forms are 1 apart.
 GAP = 0.25
 RANDOM = "SAM, random ε"

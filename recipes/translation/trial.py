@@ -269,7 +269,8 @@ def as_markdown(runs: dict, tests: dict, tables: dict) -> str:
         f"{sum(missing.values())} runs of [the plan](plan.md) are missing: "
         f"{', '.join(f'{count} of the part {name}' for name, count in missing.items())}.\n",
         "Differences in the test set with their 95 % t intervals. The last two of these take the seeds that "
-        "all languages have.\n",
+        "all languages have. By the plan, a difference is won if both of them in BLEU, and the mean in chrF2 "
+        "too, are above 0. It is lost if neither of them in BLEU is above 0, and otherwise uncertain.\n",
         tests_table(tests),
     ]
     for name, rows in tables.items():

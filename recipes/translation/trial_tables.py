@@ -155,7 +155,7 @@ def systems_table(rows: Sequence[dict]) -> str:
             line.append(format_number(row[column]["mean"], row[column]["sd"]))
             line.append("" if of_adam else interval_text(row[column]["against Adam"]))
         cells.append(line)
-    against = "against Adam, alike"
+    against = "against Adam's"
     header = ["", "seeds", "BLEU", against, "BLEU, averaged", against, "chrF2, averaged", against]
     return markdown_table(header, cells)
 
