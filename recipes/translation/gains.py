@@ -17,13 +17,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
 
 from matplotlib.figure import Figure
 
 from recipes.reporter import format_number, write_figure
 from recipes.translation import trial_tables
-from recipes.translation.significance import t_test
+from recipes.translation.significance import t_interval
 
 AVERAGED = ", averaged"
 #: The field of a form, and how the picture shows it: label and colour.
@@ -34,7 +33,7 @@ KINDS = {
 IN_TRIAL = ("averaged weights, four other languages together", "C1")
 #: Between two kinds of a form, where forms are 1 apart.
 GAP = 0.25
-RANDOM = "SAM, random ε"
+RANDOM = "SAM, random ε (control)"
 #: What trial.json calls the gain of a form over Adam.
 TESTS = {"SAM, momentum": "D1", RANDOM: "random"}
 
@@ -106,7 +105,7 @@ def name_in_tables(system: str) -> str:
 
 
 def gain_of(interval: dict) -> Gain:
-    """Return the gain that trial.json calls *interval*."""
+    """Return *interval*, as t_interval() and trial.json have it, as a gain."""
     return Gain(interval["mean"], interval["interval"])
 
 
@@ -122,8 +121,8 @@ def forms(systems: Sequence[dict]) -> list[Form]:
     def gain(name: str, over: str) -> Gain | None:
         if name not in by_name or over not in by_name:
             return None
-        scores = [[run["test BLEU"] for run in by_name[each]["runs"]] for each in (over, name)]
-        return Gain(mean(scores[1]) - mean(scores[0]), t_test(*scores)["t_interval"])
+        runs = zip(by_name[name]["runs"], by_name[over]["runs"])
+        return gain_of(t_interval([run["test BLEU"] - other["test BLEU"] for run, other in runs]))
 
     seconds = by_name["Adam"]["training_seconds"]
     found = [

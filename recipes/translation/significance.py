@@ -12,9 +12,20 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from recipes.reporter import mean_and_sd
 from recipes.translation.score import METRICS
 
 SAMPLES = 2000
+
+
+def t_interval(values: Sequence[float]) -> dict:
+    """Return the number of values, their mean (None without any) and its 95 % t interval (None below two)."""
+    mean, sd = mean_and_sd(values)
+    interval = None
+    if sd is not None:
+        half = stats.t.ppf(0.975, len(values) - 1) * sd / len(values) ** 0.5
+        interval = [float(mean - half), float(mean + half)]
+    return {"n": len(values), "mean": mean, "interval": interval}
 
 
 def t_test(baseline: Sequence[float], system: Sequence[float]) -> dict[str, Any]:
@@ -28,13 +39,12 @@ def t_test(baseline: Sequence[float], system: Sequence[float]) -> dict[str, Any]
         The `t_interval` of 95 % around the difference between the mean scores, and `t_p_value`, which has two
         sides. Both are None with a single seed.
     """
-    differences = np.subtract(system, baseline)
+    differences = [its - others for others, its in zip(baseline, system)]
     if len(differences) < 2:
         return {"t_interval": None, "t_p_value": None}
-    mean, error, freedom = differences.mean(), stats.sem(differences), len(differences) - 1
-    reach = stats.t.ppf(0.975, freedom) * error
-    p_value = 2 * stats.t.sf(abs(mean) / error, freedom) if error else mean == 0
-    return {"t_interval": [float(mean - reach), float(mean + reach)], "t_p_value": float(p_value)}
+    # All alike, they have no deviation, which ttest_1samp would divide by.
+    p_value = stats.ttest_1samp(differences, 0).pvalue if np.ptp(differences) else differences[0] == 0
+    return {"t_interval": t_interval(differences)["interval"], "t_p_value": float(p_value)}
 
 
 def paired_bootstrap(

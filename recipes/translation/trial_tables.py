@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from matplotlib.figure import Figure
-from scipy import stats
 
 from data_prep.languages import NAMES
 from recipes.reporter import format_number, markdown_table, mean_and_sd
+from recipes.translation.significance import t_interval
 
 METRICS = ("BLEU", "chrF2")
 #: By corpus, system and seed, what record.py wrote of a run.
@@ -27,16 +27,6 @@ TESTS: dict[str, tuple[str, Scored, Scored]] = {
 DECIDING = ("D1", "D2")
 #: Below so many seeds of each language, nothing is decided.
 LEAST_SEEDS = 3
-
-
-def t_interval(values: Sequence[float]) -> dict:
-    """Return the number of values, their mean (None without any) and its 95 % t interval (None below two)."""
-    mean, sd = mean_and_sd(values)
-    interval = None
-    if sd is not None:
-        half = stats.t.ppf(0.975, len(values) - 1) * sd / len(values) ** 0.5
-        interval = [float(mean - half), float(mean + half)]
-    return {"n": len(values), "mean": mean, "interval": interval}
 
 
 def difference(
