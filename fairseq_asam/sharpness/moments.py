@@ -28,7 +28,8 @@ def first_moments(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
             f"{type(optimizer).__name__} keeps no first moment to take the direction of epsilon from: use an "
             "optimizer with momentum, such as Adam, or the direction gradient"
         )
-    return {weight: moment for weight, (moment, _, _) in kept.items()}
+    # fairseq's NAG, which alone has `lr_old`, keeps its last step in place of the moment: the other way.
+    return {weight: -moment if "lr_old" in group else moment for weight, (moment, group, _) in kept.items()}
 
 
 def second_moments(

@@ -1,7 +1,13 @@
 """An optimizer steps once per update, after both passes of every micro-batch."""
 
 import pytest
+import torch
+from fairseq.optim.adafactor import Adafactor
+from fairseq.optim.adam import Adam
+from fairseq.optim.adamax import Adamax
+from fairseq.optim.nag import NAG
 
+from fairseq_asam import SharpnessAware
 from tests.tasks.test_train_step import float64_throughout, setting
 
 LSTM = ["--arch", "lstm", "--decoder-out-embed-dim", "32"]
@@ -48,3 +54,30 @@ def test_what_epsilon_cannot_be_made_of_is_a_sentence_before_the_first_pass(corp
     trainer.criterion.forward = None
     with pytest.raises(SystemExit, match=f"^fairseq_asam: .*{sentence}"):
         trainer.train_step(batches[:1])
+
+
+@pytest.mark.parametrize(
+    "base, options",
+    [(Adam, {}), (Adamax, {}), (NAG, {"momentum": 0.9}), (Adafactor, {"beta1": 0.9})],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_momentum_points_where_the_optimizer_goes(base, options):
+    """On a loss that is linear, and rises alike in all weights, each optimizer goes straight down."""
+    w = torch.nn.Parameter(torch.ones(4))
+    made = base([w], lr=0.1, **({"relative_step": False} if base is Adafactor else {}), **options)
+    optimizer = SharpnessAware(made, [("w", w)], rho=0.5, normalization="none", direction="momentum")
+    seen = []
+
+    def closure():
+        optimizer.zero_grad()
+        seen.append(w.detach().clone())
+        loss = w.sum()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+        stepped = w.detach().clone()
+        assert stepped.max() < seen[0].min()
+    optimizer.step(closure)
+    torch.testing.assert_close(seen[2], stepped - 0.25)
