@@ -36,8 +36,8 @@ class SAMConfig(FairseqDataclass):
     )
     ascent_from: float = _option(
         0.0,
-        "number of the first sharpness-aware update, or, below 1, a share of all updates (--max-epoch, "
-        "--max-update); the updates before are plain steps of the base optimizer and cost one pass (late "
+        "number of the first sharpness-aware update, or, below 1, the share of updates before it (of "
+        "--max-epoch or --max-update); these are plain steps of the base optimizer and cost one pass (late "
         "start, arXiv 2410.10373)",
     )
     ascent_fraction: float = _option(
@@ -53,8 +53,7 @@ class SAMConfig(FairseqDataclass):
     ascent_reuse: Optional[float] = _option(
         None,
         "with --ascent-interval: length of the reused component, relative to the gradient (LookSAM's alpha, "
-        "0.7); if it is not given, the tangent of the angle between the last two gradients at w and w + "
-        "epsilon, at most 1",
+        "0.7); without it the tangent of the angle between both gradients of the last such update, at most 1",
     )
     ascent_scope: ChoiceEnum(["update", "micro-batch"]) = _option(  # type: ignore[valid-type]
         "update",
@@ -82,9 +81,9 @@ class ASAMConfig(SAMConfig):
     rho: float = _option(0.2, _RHO)
     normalization: ChoiceEnum([*NORMALIZATIONS, ADAM]) = _option(  # type: ignore[valid-type]
         "element-wise",
-        "normalization operator T_w (Section 3, Equation 5); none is SAM; layer-wise takes the l2 norm of "
-        "the whole weight; adam is (sqrt(v_hat) + eps)^(-1/2) of Adam's second moment, for biases too (arXiv "
-        "2502.02407)",
+        "normalization operator T_w (Section 3, Equation 5); none is SAM; filter-wise differs from "
+        "element-wise in convolutions only; layer-wise takes the l2 norm of the whole weight; adam is "
+        "(sqrt(v_hat) + eps)^(-1/2) of Adam's second moment, for biases too (arXiv 2502.02407)",
     )
     eta: float = _option(0.01, "added to the normalization operator for stability (Section 3)")
     normalize_bias: bool = _option(
