@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -141,6 +142,10 @@ def measure(
             module.training = False
         at_w = evaluate(loss, parameters, sharded)
         parameters = {p: name for p, name in parameters.items() if p.grad is not None}
+        if not parameters:
+            raise ValueError(
+                "the loss depends on none of the weights: give measure() the model that it is of"
+            )
         gradients = _gradients(parameters)
         if not (math.isfinite(at_w) and _are_finite(gradients, parameters)):
             raise ValueError(f"the loss at w is {at_w} or its gradient is not finite: there is no ascent")
@@ -290,12 +295,15 @@ class _Ball:
     def random_point(self, generator: torch.Generator) -> list[Tensor]:
         """Draw a point uniformly from the region."""
         draw = torch.rand if math.isinf(self.p) else torch.randn
-        drawn = (draw(p.shape, generator=generator, dtype=p.dtype).to(p.device) for p in self.parameters)
+        draw = functools.partial(draw, generator=generator, device=generator.device)
+        drawn = (draw(p.shape, dtype=p.dtype).to(p.device) for p in self.parameters)
         point = [part_of(whole, p) for whole, p in zip(drawn, self.parameters)]
         if math.isinf(self.p):
             return [(2 * coordinates - 1) * self.rho for coordinates in point]
         dimensions = sum(parameter.numel() for parameter in self.parameters)
-        radius = self.rho * torch.rand((), generator=generator).item() ** (1 / dimensions)
+        radius = self.rho * torch.rand((), generator=generator, device=generator.device).item() ** (
+            1 / dimensions
+        )
         return list(torch._foreach_mul(point, radius / self._norm(point)))
 
     def steepest(self, gradients: list[Tensor]) -> list[Tensor]:

@@ -63,8 +63,6 @@ def adam_diagonals(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
         ValueError: the optimizer keeps no second moment.
     """
     kept = second_moments(optimizer)
-    if not kept:
-        return {}
     steps = [state.get("step", group.get("step")) for _, group, state in kept.values()]
     one_eps = all(isinstance(group.get("eps"), (int, float)) for _, group, _ in kept.values())
     if not one_eps or any(step is None for step in steps):
@@ -72,8 +70,13 @@ def adam_diagonals(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
             f"{type(optimizer).__name__} does not keep the number of its steps and one eps as Adam does, and "
             "the normalization adam needs both: use torch's Adam or AdamW, or another normalization"
         )
+    stepped = dict(zip(kept, _numbers(steps)))
+    # A fused Adam has a state, of no step yet, where GradScaler skipped the first one.
+    kept = {weight: each for weight, each in kept.items() if stepped[weight] > 0}
+    if not kept:
+        return {}
     unbiased = [
-        (1.0 - group["betas"][1] ** float(step)) ** -0.5 for (_, group, _), step in zip(kept.values(), steps)
+        (1.0 - group["betas"][1] ** stepped[weight]) ** -0.5 for weight, (_, group, _) in kept.items()
     ]
     diagonals = list(torch._foreach_sqrt([local(moment) for moment, _, _ in kept.values()]))
     torch._foreach_mul_(diagonals, unbiased)
@@ -82,13 +85,35 @@ def adam_diagonals(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     return dict(zip(kept, diagonals))
 
 
+def only_a_part(optimizer: torch.optim.Optimizer) -> ValueError:
+    """Return the error for an *optimizer* that does not keep the moments of all weights."""
+    return ValueError(
+        f"{type(optimizer).__name__} has only a part of the weights' moments, as with "
+        "ZeroRedundancyOptimizer: use an optimizer with all of them, or a direction and a normalization that "
+        "need none"
+    )
+
+
+def _numbers(steps: Sequence[Any]) -> list[float]:
+    """Return *steps* as numbers. A fused Adam has each on the accelerator: read them all at once."""
+    if len({step.device if isinstance(step, Tensor) else None for step in steps} - {None}) != 1:
+        return [float(step) for step in steps]
+    return torch.stack([torch.as_tensor(step) for step in steps]).tolist()
+
+
 def _kept(
     optimizer: torch.optim.Optimizer, keys: Sequence[str]
 ) -> dict[Tensor, tuple[Tensor, dict[str, Any], dict[str, Any]]] | None:
     """Return the first of *keys* that the state of each weight has, with the weight's group and state.
 
     Weights without a state are left out. ``None`` if there are states, but none of them has such a key.
+
+    Raises:
+        ValueError: the states are in parts on several processes.
     """
+    # Its own state stays empty. By name, since some builds of torch have no torch.distributed.
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+        raise only_a_part(optimizer)
     kept, others = {}, False
     for group in optimizer.param_groups:
         for weight in group["params"]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .directions import DIRECTIONS, Direction
-from .moments import ADAM, adam_diagonals, second_moments
+from .moments import ADAM, adam_diagonals, only_a_part, second_moments
 from .perturbation import Perturbation
 from .shards import is_sharded, local, reshard
 from .two_passes import TwoPasses, loss_of
@@ -113,12 +113,8 @@ class SharpnessAware(torch.optim.Optimizer):
         perturbation = Perturbation(weights, rho, direction=direction, **options)
         if in_adams_metric or direction.needs_optimizer:
             trained = {parameter for parameter in perturbation.parameters if parameter.requires_grad}
-            if hasattr(base, "optim") or not trained <= set(_parameters(base)):
-                raise ValueError(
-                    f"{type(base).__name__} has only a part of the weights' moments, as with "
-                    "ZeroRedundancyOptimizer: use an optimizer with all of them, or a direction and a "
-                    "normalization that need none"
-                )
+            if not trained <= set(_parameters(base)):
+                raise only_a_part(base)
         self._passes = TwoPasses(perturbation, modules, _parameters(base))
         self.ascends = True
         # Do not call super().__init__(): it would make groups and a state beside those of the base.

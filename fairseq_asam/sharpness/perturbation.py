@@ -27,8 +27,8 @@ from .shards import SameWeightsCheck, Shards, local, norm_over, shards_of
 class Displacement:
     """Context manager that moves weights on entry and restores them on exit.
 
-    On exit every weight is bit for bit what it was, in the same storage, whatever happened inside the block.
-    A subclass says in :meth:`_move` where the weights go.
+    On exit every weight that was moved is bit for bit what it was, in the same storage, whatever happened
+    inside the block. A subclass says in :meth:`_move` where the weights go.
 
     Raises:
         RuntimeError: on entry, the weights are displaced already; inside the block, an optimizer is about to
@@ -128,12 +128,12 @@ class Perturbation(Displacement):
     which maximizes the linearized loss over the region ||T^-1 epsilon||_p <= rho. The norm is over all
     parameters together.
 
-    On exit every weight is bit for bit what it was, in the same storage, whatever happened inside the
-    block. Inside, a large weight on a CPU is in other memory, unless it shares its own with another weight or
-    is part of a larger buffer. Autograd refuses to run a graph inside the block that saved a perturbed weight
-    outside of it, and the other way round. Memory that several parameters share gets the sum of their
-    epsilons. A parameter without a gradient on entry is not perturbed. If the gradient is zero or its norm is
-    not finite, nothing is perturbed; look at :attr:`norm`.
+    On exit every weight that was moved is bit for bit what it was, in the same storage, whatever happened
+    inside the block. Inside, a large weight on a CPU is in other memory, unless it shares its own with
+    another weight or is part of a larger buffer. Autograd refuses to run a graph inside the block that saved
+    a perturbed weight outside of it, and the other way round. Memory that several parameters share gets the
+    sum of their epsilons. A parameter without a gradient on entry is not perturbed. If the gradient is zero
+    or its norm is not finite, nothing is perturbed; look at :attr:`norm`.
     :class:`~fairseq_asam.TwoPasses` also gives both passes the same dropout masks and batch-normalization
     statistics.
 

@@ -28,7 +28,7 @@ def selected_parameters(module: nn.Module, selection: str = "all") -> Iterator[t
     if selection not in SELECTIONS:
         raise ValueError(f"selection is {selection!r}, but it must be one of {', '.join(SELECTIONS)}")
     modules = list(module.modules())
-    embeddings = {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
+    embeddings = {id(m.weight) for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
     normalizations = {
         id(p)
         for m in modules

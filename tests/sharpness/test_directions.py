@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_asam import DIRECTIONS, Perturbation, SharpnessAware
+from fairseq_asam import DIRECTIONS, Perturbation, SharpnessAware, adam_diagonals
 from fairseq_asam.sharpness.directions import Momentum, Random
 from fairseq_asam.sharpness.moments import first_moments
 
@@ -224,6 +224,26 @@ def test_in_adam_s_metric_epsilon_has_length_rho(amsgrad):
     slopes = torch.cat(slopes)
     torch.testing.assert_close(slopes, slopes[0].expand_as(slopes), rtol=1e-9, atol=0.0)
     assert slopes[0] > 0
+
+
+def test_in_adam_s_metric_a_step_that_the_scaler_skipped_is_none():
+    """A fused Adam, which is called all the same, then has a state of no step."""
+    model = setting().float()
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    perturbation = Perturbation(
+        model.named_parameters(), RHO, diagonals=functools.partial(adam_diagonals, optimizer)
+    )
+    norms = []
+    for factor in (1e6, 1.0, 1.0):
+        scaler.scale(factor * model(inputs(1).float()).square().mean()).backward()
+        with perturbation:
+            norms.append(perturbation.norm.item())
+        scaler.step(optimizer)
+        scaler.update(2.0**10)
+        optimizer.zero_grad()
+    assert [state["step"].item() for state in optimizer.state.values()] == [2.0] * len(optimizer.state)
+    assert norms[1] == 0.0 and norms[2] > 0.0
 
 
 class StepsElsewhere(torch.optim.Adam):

@@ -446,6 +446,12 @@ def test_bad_values_are_refused():
         Region(-1.0)
 
 
+def test_a_loss_of_other_weights_is_refused():
+    measured, other = nn.Linear(3, 1), nn.Linear(3, 1)
+    with pytest.raises(ValueError, match="the loss depends on none of the weights"):
+        measure(lambda: other(torch.ones(2, 3)).square().mean(), measured, [Region(0.1)])
+
+
 @pytest.mark.parametrize("wrong", [lambda loss: (loss, 4), lambda loss: loss.item()])
 def test_a_loss_of_another_kind_is_refused(wrong):
     model = nn.Linear(4, 2)

@@ -47,6 +47,12 @@ def test_only_the_selected_weights_move(selection, names):
     assert moved <= set(names.split()) and moved & {"layer_norm.weight"}
 
 
+def test_a_bag_of_embeddings_is_an_embedding():
+    model = nn.Sequential(nn.EmbeddingBag(3, 2), nn.Linear(2, 1))
+    names = [name for name, _ in selected_parameters(model, "all-but-embeddings")]
+    assert names == ["1.weight", "1.bias"]
+
+
 class NormedAttention(nn.Linear):
     """No normalization layer, although its name begins like that of one."""
 

@@ -11,7 +11,7 @@ from torch.distributed.algorithms.join import Join
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from fairseq_asam import Perturbation, SharpnessAware, TwoPasses
+from fairseq_asam import Momentum, Perturbation, SharpnessAware, TwoPasses, adam_diagonals
 from tests.processes import in_processes
 
 UPDATES, RHO = 20, 0.5
@@ -183,6 +183,18 @@ def refusals(_):
     attempt("LBFGS", lambda model: ours_around_theirs(model, torch.optim.LBFGS, {}))
     attempt("class", lambda model: theirs(model, SharpnessAware, {"weights": model, "rho": RHO}))
     attempt("join", lambda model: ours_around_theirs(model, *ADAM), step_in_join)
+
+    def step_along_momentum(zero, model):
+        Perturbation(model.named_parameters(), RHO, direction=Momentum(zero))
+
+    def step_in_adams_metric(zero, model):
+        loss_of(model, torch.ones(2, 6, dtype=torch.float64))
+        diagonals = functools.partial(adam_diagonals, zero)
+        with Perturbation(model.named_parameters(), RHO, diagonals=diagonals):
+            pass
+
+    attempt("momentum in a loop", lambda model: theirs(model, *ADAM), step_along_momentum)
+    attempt("Adam's metric in a loop", lambda model: theirs(model, *ADAM), step_in_adams_metric)
     attempt("step in the block", lambda model: theirs(model, *ADAM), step_in_the_block)
     return said
 
@@ -194,6 +206,8 @@ def refusals(_):
         ("LBFGS", "LBFGS evaluates the closure at points of its own"),
         ("class", "base is a list, but it must be an optimizer: pass one, such as torch.optim.Adam"),
         ("join", "in a Join context, ZeroRedundancyOptimizer steps once for each forward pass of another"),
+        ("momentum in a loop", "ZeroRedundancyOptimizer has only a part of the weights' moments"),
+        ("Adam's metric in a loop", "ZeroRedundancyOptimizer has only a part of the weights' moments"),
         ("step in the block", "ZeroRedundancyOptimizer would step with weights at w + epsilon"),
     ],
 )
