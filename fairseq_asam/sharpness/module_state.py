@@ -12,6 +12,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 
 _PLAIN = (Tensor, nn.Parameter)
+#: What a module may keep about its buffers in an attribute.
+_NOTES = (bool, int, float, str, type(None), Tensor)
 
 
 class Moving:
@@ -84,6 +86,8 @@ class ModuleState:
         self._moving = moving
         self._room = 0 if moving is None else moving.room
         self._buffers: dict[nn.Module, dict[str, tuple[Tensor | None, Tensor | None]]] = {}
+        # Where a pass replaces a buffer, an attribute may say so, such as the length that a table is for.
+        self._notes: dict[nn.Module, dict[str, object]] = {}
         self._watched: list[_Watched] = []
         # What a forward pass makes of the other weights is w. It matters to flags elsewhere that it has.
         self._others: list[tuple[Tensor, int]] = []
@@ -97,13 +101,14 @@ class ModuleState:
         if module in self.modules:
             return []
         moving, weights, before = self._moving, self.weights, len(self.weights)
+        to_watch: list[tuple[Tensor, nn.Module, bool]] = []
         for part in module.modules():
             if part in self.modules:
                 continue
             self.modules.add(part)
             has_buffers = bool(part._buffers)
             if has_buffers:
-                self._buffers[part] = _buffers(part)
+                self._buffers[part], self._notes[part] = _buffers(part), _notes(part)
             for weight in part._parameters.values():
                 if weight is None or weight in weights:
                     continue
@@ -115,13 +120,16 @@ class ModuleState:
                 if moving is not None and plain:
                     restored = moving.is_perturbed(weight)
                     if has_buffers or not restored:
-                        self._watch(weight, part, restored, moving)
+                        to_watch.append((weight, part, restored))
                     else:
                         self._others.append((weight, weight._version))
+        # Frozen weights first: of these, a copy is needed.
+        for each in sorted(to_watch, key=lambda each: each[2]):
+            self._watch(*each)
         return list(weights)[before:]
 
-    def _watch(self, weight: Tensor, module: nn.Module, restored: bool, moving: Moving) -> None:
-        moves = moving.moves.get(weight)
+    def _watch(self, weight: Tensor, module: nn.Module, restored: bool) -> None:
+        moves = self._moving.moves.get(weight)
         watched = _Watched(weight, module, restored, settled=moves is not None)
         writable = _is_writable(weight)
         if moves is None and weight.device.type != "meta" and weight.nbytes <= self._room and writable:
@@ -137,6 +145,7 @@ class ModuleState:
         state = ModuleState()
         state.modules = self.modules
         state._buffers = {part: _buffers(part) for part in self.modules if part._buffers}
+        state._notes = {part: _notes(part) for part in state._buffers}
         for watched in self._watched:
             if not watched.restored and (watched.changed or watched.copy is not None):
                 as_now = _Watched(watched.weight, watched.module, False, True)
@@ -160,6 +169,11 @@ class ModuleState:
             if (saved is None and not module._buffers) or module in initialized:
                 continue
             saved, now = saved or {}, dict(module._buffers.items())
+            replaced = now.keys() != saved.keys() or any(now[name] is not saved[name][0] for name in now)
+            if replaced and module in self._notes and not self._initialized:
+                for name in _notes(module).keys() - self._notes[module].keys():
+                    del module.__dict__[name]
+                module.__dict__.update(self._notes[module])
             for name in now.keys() - saved.keys():
                 del module._buffers[name]
             for name, (buffer, copy) in saved.items():
@@ -180,19 +194,23 @@ class ModuleState:
             RuntimeError: it has changed a frozen weight that was not copied.
         """
         lost, moves = [], self._moving.moves
-        for watched in self._watched:
-            weight, stamp = watched.weight, _stamp(watched.weight)
-            changed, watched.stamp = stamp != watched.stamp, stamp
+        changes = [_has_changed(watched) for watched in self._watched]
+        # What follows trained weights may begin as their equal, and seem to stand still in its first update.
+        follows = any(
+            changed and not watched.weight.requires_grad for changed, watched in zip(changes, self._watched)
+        )
+        for watched, changed in zip(self._watched, changes):
+            weight = watched.weight
+            watched.stamp = _stamp(weight)
             if not watched.settled:
-                changed = changed or (watched.copy is not None and not _same(weight, watched.copy))
                 watched.settled = True
-                if weight.requires_grad or not changed:
+                if weight.requires_grad or not (changed or follows):
                     watched.copy = None
             # The pass may unfreeze weights, as a switch of adapters does.
             watched.restored = self._moving.is_perturbed(weight)
             if watched.restored:
                 watched.copy = None
-            moved_before = moves.setdefault(weight, False)
+            moved_before = moves.setdefault(weight, watched.copy is not None)
             if changed:
                 moves[weight] = watched.changed = True
                 # A trained weight that moves for the first time may have been initialized.
@@ -237,8 +255,9 @@ class ModuleState:
 
     def restores(self, tensor: Tensor) -> bool:
         """Return whether *tensor* is a weight or a buffer that is saved."""
-        return tensor in self.weights or any(
-            tensor is buffer for buffers in self._buffers.values() for buffer, _ in buffers.values()
+        return isinstance(tensor, Tensor) and (
+            tensor in self.weights
+            or any(tensor is buffer for buffers in self._buffers.values() for buffer, _ in buffers.values())
         )
 
     @contextlib.contextmanager
@@ -271,6 +290,18 @@ def _buffers(module: nn.Module) -> dict[str, tuple[Tensor | None, Tensor | None]
         fixed = buffer is None or is_lazy(buffer) or buffer.is_inference() or not _is_writable(buffer)
         buffers[name] = buffer, None if fixed else buffer.clone()
     return buffers
+
+
+def _notes(module: nn.Module) -> dict[str, object]:
+    """Return the numbers, texts and tensors in the attributes of *module*, not their copies."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, _NOTES)}
+
+
+def _has_changed(watched: _Watched) -> bool:
+    """Return whether a pass has changed a weight; only of one that is not settled, its values tell too."""
+    changed = _stamp(watched.weight) != watched.stamp
+    may_tell = not (changed or watched.settled or watched.copy is None)
+    return changed or (may_tell and not _same(watched.weight, watched.copy))
 
 
 def _is_writable(tensor: Tensor) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import io
+import operator
 import queue
 import types
 import zlib
-from collections import UserDict, deque
+from collections import OrderedDict, UserDict, deque
 from collections.abc import Callable, Iterator
 from dis import get_instructions
+from itertools import chain
 from typing import Any, NamedTuple, Union
 
 import torch
@@ -34,7 +36,7 @@ class Run(NamedTuple):
         found: the values of these before the run, their versions and, of containers, what they held.
         modules: those in the variables.
         weights: leaves of graphs in the variables, which get a gradient.
-        containers: those in its arguments, each with a copy.
+        containers: those in its arguments, each with what it holds.
         attributes: the tensors in the objects among its arguments.
     """
 
@@ -50,11 +52,15 @@ class Run(NamedTuple):
         for attributes, name, value in self.attributes:
             attributes[name] = value
         for container, content in self.containers:
+            now = _content(container)
             if isinstance(container, list):
                 container[:] = content
-            else:
-                container.clear()
-                container.update(content)
+            elif len(now) != len(content) or any(map(operator.is_not, chain(*now), chain(*content))):
+                # By the methods of dict: HuggingFace's outputs refuse update() and pop() of their own.
+                mapping = container.data if isinstance(container, UserDict) else container
+                (OrderedDict if isinstance(mapping, OrderedDict) else dict).clear(mapping)
+                for key, value in content:
+                    mapping[key] = value
 
 
 class Variables:
@@ -98,7 +104,7 @@ class Variables:
                 )
         modules = [value for value in values if isinstance(value, nn.Module)]
         weights = [v for v in values if isinstance(v, Tensor) and v.requires_grad and v.is_leaf]
-        restored = [(container, container.copy()) for container in _containers(arguments)]
+        restored = [(container, _content(container)) for container in _containers(arguments)]
         kept = {id(container) for container, _ in restored}
         found = [(v, _version(v), None if id(v) in kept else _held(v)) for v in values]
         attributes = [(holder, name, _value(holder, name)) for holder, name in of_objects]
@@ -267,6 +273,11 @@ def _containers(value: Any) -> Iterator[Any]:
             yield from _containers(each)
 
 
+def _content(container: Any) -> list[Any]:
+    """Return the elements of a list, or the keys and values of a dictionary."""
+    return [*container] if isinstance(container, list) else [*container.items()]
+
+
 def _owner(value: Any) -> Any:
     """Return the object of which *value* is a method that is not written in Python, or *value* itself."""
     is_method = isinstance(value, (types.BuiltinMethodType, types.MethodWrapperType))
@@ -284,6 +295,8 @@ def _held(value: Any) -> Any:
     value = _owner(value)
     if isinstance(value, (list, deque)) and len(value) < _LONG:
         return [*map(id, value)]
+    if isinstance(value, (dict, UserDict)) and len(value) < _LONG:
+        return [*value]
     return value.qsize() if isinstance(value, queue.Queue) else None
 
 

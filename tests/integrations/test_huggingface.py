@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fairseq_asam import SharpnessAware
+from fairseq_asam import Perturbation, SharpnessAware, TwoPasses
 from tests.integrations.algorithm1 import (
     Net,
     algorithm_1,
@@ -34,6 +34,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fairseq_asam.integrations.huggingface import (
     SharpnessAwareSeq2SeqTrainer,
@@ -551,3 +552,25 @@ def test_a_training_that_ends_before_the_first_ascent_is_refused_before_a_weight
     with pytest.raises(ValueError, match="ascent_from is 4, but training ends after 4 updates"):
         trainer.train()
     assert_close(model, before, 0.0)
+
+
+def test_the_output_of_a_teacher_may_be_an_argument():
+    """transformers' outputs are dictionaries, but they refuse to be filled again as those are."""
+    torch.manual_seed(0)
+    student, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    other.load_state_dict(student.state_dict())
+    inputs, output = torch.randn(4, 3), SequenceClassifierOutput(logits=torch.randn(4, 2))
+    logits = output.logits
+
+    def distill(model, logits):
+        loss = F.mse_loss(model(inputs), logits)
+        loss.backward()
+        return loss
+
+    def distill_from(output):
+        output["logits"] = output.logits - 1.0
+        return distill(student, output.logits)
+
+    TwoPasses(Perturbation(student.named_parameters(), 0.3), [student])(distill_from, output)
+    TwoPasses(Perturbation(other.named_parameters(), 0.3), [other])(distill, other, logits - 1.0)
+    assert torch.equal(student.weight.grad, other.weight.grad)

@@ -137,6 +137,42 @@ class MomentumEncoder(Layer):
         return self.linear(x) - self.key(x.flip(0))
 
 
+class EqualEncoder(Layer):
+    """Frozen weights that begin as equals of the trained ones, some of which are beside buffers (MoCo)."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.query = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double()
+        self.key = copy.deepcopy(self.query).requires_grad_(False)
+        self.linear = None
+
+    def forward(self, x):
+        with torch.no_grad():
+            for key, query in zip(self.key.parameters(), self.query.parameters()):
+                if self.how == "in place":
+                    key.lerp_(query, 0.1)
+                else:
+                    key.data.mul_(0.9).add_(query.data, alpha=0.1)
+        return self.query(x) - self.key(x.flip(0))
+
+
+class Table(Layer):
+    """A buffer that is made anew for longer inputs, and an attribute that says for which."""
+
+    def __init__(self):
+        super().__init__()
+        self.length, self.factors = 0, None
+        self.register_buffer("table", torch.zeros(1).double())
+
+    def forward(self, x):
+        length = int(x.abs().sum()) % 7 + 1
+        if length != self.length:
+            self.length, self.table = length, torch.linspace(0, 1, length).double()
+            self.factors = self.table.cos()
+        return self.linear(x) * self.factors.sum() + self.table.mean()
+
+
 class SetByTheFirstBatch(Layer):
     """Data-dependent initialization, as ActNorm's."""
 
@@ -213,6 +249,9 @@ CHANGING = {
     "frozen weights moved in place": lambda: MomentumEncoder("in place"),
     "frozen weights moved through .data": lambda: MomentumEncoder("through .data"),
     "frozen weights in new memory": lambda: MomentumEncoder("in new memory"),
+    "frozen weights, equal at first, moved in place": lambda: EqualEncoder("in place"),
+    "frozen weights, equal at first, moved through .data": lambda: EqualEncoder("through .data"),
+    "a buffer and an attribute about it": Table,
     "weights bounded in each pass": Bounded,
     "a flag that goes up and down": lambda: Turning(nn.Linear(5, 3).double()),
     "a flag beside weights scaled in each pass": lambda: Turning(OfLengthOne()),

@@ -402,6 +402,13 @@ def test_an_argument_that_the_pass_at_w_changes_in_place_is_refused():
         with pytest.raises(RuntimeError, match=r"(an argument|inputs) of shape \(16, 5\) in place.*a copy"):
             two_passes(lambda a: of(model, a["inputs"] if isinstance(a, dict) else a), *arguments)
 
+    def halve(array):
+        array *= 0.5
+        return of(model, torch.tensor(array))
+
+    with pytest.raises(RuntimeError, match=r"an argument of shape \(16, 5\) in place.*a copy"):
+        two_passes(halve, batch().numpy())
+
 
 # One object that takes each batch in turn. A function returns how to fill it and how to read it.
 
@@ -515,6 +522,11 @@ def from_list():
     return lambda: source.pop()
 
 
+def from_dict():
+    source = {"inputs": BATCHES[0], "other": None}
+    return lambda: source.pop("inputs", BATCHES[1])
+
+
 def from_prefetcher():
     source = Prefetcher(BATCHES)
     return lambda: source.next()
@@ -529,7 +541,15 @@ def from_method_of_iterator():
     return iter(BATCHES).__next__
 
 
-SOURCES = [from_queue, from_deque, from_list, from_prefetcher, from_iterator_in_dict, from_method_of_iterator]
+SOURCES = [
+    from_queue,
+    from_deque,
+    from_list,
+    from_dict,
+    from_prefetcher,
+    from_iterator_in_dict,
+    from_method_of_iterator,
+]
 
 
 @pytest.mark.parametrize("source", SOURCES)
