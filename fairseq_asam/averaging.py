@@ -66,7 +66,10 @@ def main() -> None:
             raise ValueError(f"OUT is '{args.out}', one of the checkpoints to average: give another name")
         averaged = average(files)
         with whole(args.out) as file:
-            torch.save(averaged, file)
+            try:
+                torch.save(averaged, file)
+            except RuntimeError as error:  # of torch, on a full disk
+                raise OSError(f"'{args.out}' cannot be written: {str(error).splitlines()[0]}") from error
     except (OSError, ValueError) as error:
         sys.exit(f"averaging: {error}.")
     print(f"'{args.out}' has the mean of the weights of {', '.join(file.name for file in files)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import sys
 from pathlib import Path, PurePosixPath
 
@@ -180,6 +181,20 @@ def test_what_cannot_be_averaged_is_refused_before_anything_is_written(
         averaged(run, out, *(flags or ["--last", "4"]))
     assert "\n" not in str(refusal.value)
     assert not out.parent.exists()
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(run, averaged, tmp_path):
+    for epoch in (10, 11):
+        save(run / f"checkpoint{epoch}.pt", w=torch.ones(100_000))
+    out, limits = tmp_path / "out" / "mean.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit, match=f"^averaging: '{out}' cannot be written: ") as refusal:
+            averaged(run, out, "--last", "2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(refusal.value)
+    assert list(out.parent.iterdir()) == []
 
 
 def test_an_impossible_out_is_refused(run, averaged, tmp_path):

@@ -28,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         run(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"measuring: {error}.")
 
 

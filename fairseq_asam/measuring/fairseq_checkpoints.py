@@ -75,6 +75,8 @@ def load(path: str, data: str, user_dir: str | None = None, cpu: bool = False) -
             f"the model of '{path}' does not fit the dictionaries in '{data}', which must be those of its "
             f"training: {_first_line(error)}"
         ) from error
+    if getattr(cfg.criterion, "sentence_avg", False):
+        cfg.criterion.sentence_avg = False  # so that the loss is that of a token
     criterion = task.build_criterion(cfg.criterion)
     if state.get("criterion"):
         criterion.load_state_dict(state["criterion"])
@@ -170,6 +172,8 @@ class DatasetLoss:
     def samples(self) -> Iterator[dict[str, Any]]:
         """Yield each batch as the model takes it, on its device."""
         cuda = next(self.model.parameters()).is_cuda
+        if getattr(self.dataset, "supports_prefetch", False):  # --dataset-impl cached needs it
+            self.dataset.prefetch([i for batch in self.batches for i in batch])
         for batch in self.batches:
             sample = self.dataset.collater([self.dataset[i] for i in batch])
             yield utils.move_to_cuda(sample) if cuda else sample

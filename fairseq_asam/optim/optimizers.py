@@ -36,6 +36,7 @@ class Update:
             ``--ascent-interval`` and before ``--ascent-from``.
         micro_batch: the number of the present micro-batch, from 1 on; 0 before the first.
         waiting: the micro-batches whose pass at w + epsilon is still to be made.
+        has_failed: whether a pass ran out of memory. fairseq clears the gradients of each micro-batch then.
     """
 
     two_passes: TwoPasses
@@ -44,6 +45,7 @@ class Update:
     looksam: LookSAM | None = None
     micro_batch: int = 0
     waiting: list[Any] = field(default_factory=list)
+    has_failed: bool = False
 
     def next_micro_batch(self) -> None:
         """Go to the next micro-batch. The first follows the last: fairseq repeats an update to find a NaN."""

@@ -37,11 +37,16 @@ class SharpnessAwareTask(FairseqTask):
     Attributes:
         first_ascent: the number of the first update that makes both passes (``--ascent-from``); ``None``
             before the Trainer has made batches.
+        resets_numbers: whether a checkpoint was loaded without its number of updates, or without its place in
+            the data, so that updates are not counted from the first epoch on.
+        batches: the Trainer's, of the present epoch, in that case.
         seed_of_batches: that of the first epoch, where the Trainer has another seed for each
             (``--update-ordered-indices-seed``).
     """
 
     first_ascent: int | None = None
+    resets_numbers: bool | None = None
+    batches: Any = None
     seed_of_batches: int | None = None
 
     def train_step(
@@ -87,13 +92,13 @@ class SharpnessAwareTask(FairseqTask):
         padding = getattr(criterion, "padding_idx", None)
         # Do not ask before the first pass: the criteria of wav2vec know it only then.
         are_sums = functools.partial(self.logging_outputs_can_be_summed, criterion)
-        this = _MicroBatch(step, sample, cfg.ascent_fraction, padding, are_sums)
+        this = _MicroBatch(step, cfg.ascent_fraction, padding, are_sums)
 
-        def again() -> tuple[Tensor, int, dict[str, Any]]:
+        def again(sample: dict[str, Any]) -> tuple[Tensor, int, dict[str, Any]]:
             # Workers add up their gradients in the last pass, when these are complete.
             alone = _no_sync(model, criterion, apply=per_update and not is_last)
             with _nan_after_overflow(optimizer, two_passes), _no_new_update(model), alone:
-                return this.repeat()
+                return this.repeat(sample)
 
         def end_passes_at_w() -> None:
             """Complete the gradient at w in ``.grad``, from which the next pass makes epsilon."""
@@ -102,9 +107,17 @@ class SharpnessAwareTask(FairseqTask):
             if update.looksam is not None:
                 update.looksam.add_gradients_at_w(optimizer)
 
+        def drop_passes_at_w() -> None:
+            for earlier in update.waiting:
+                earlier.note(earlier.logging_output)
+            update.waiting = []
+            two_passes.reset()
+
+        if update.has_failed:
+            drop_passes_at_w()
         try:
             with _no_sync(model, criterion, apply=not per_update):
-                loss = two_passes.at_w(this.run, again=again)[0]
+                loss = two_passes.at_w(this.run, sample, again=again)[0]
             if per_update:
                 update.waiting.append(this)
                 if not is_last:
@@ -118,9 +131,8 @@ class SharpnessAwareTask(FairseqTask):
                 for parameter in two_passes.parameters:
                     parameter.grad = None
                 end_passes_at_w()
-            for earlier in update.waiting:
-                earlier.note(earlier.logging_output)
-            update.waiting = []
+            update.has_failed = True
+            drop_passes_at_w()
             raise
         return loss, sample_size, this.logging_output
 
@@ -175,24 +187,21 @@ class _MicroBatch:
     """
 
     step: Callable[[dict[str, Any]], tuple]
-    sample: dict[str, Any]
     fraction: float
     padding: int | None
     outputs_are_sums: Callable[[], bool]
     logging_output: dict[str, Any] | None = None
 
-    def run(self) -> tuple[Tensor, int, dict[str, Any]]:
+    def run(self, sample: dict[str, Any]) -> tuple[Tensor, int, dict[str, Any]]:
         """Make the pass at w."""
-        part = self.sample
-        if self.fraction < 1.0:
-            part = random_part(self.sample, self.fraction, self.padding)
+        part = random_part(sample, self.fraction, self.padding) if self.fraction < 1.0 else sample
         results = self.step(part)
         _, self.sample_size, self.logging_output = results
         return results
 
-    def repeat(self) -> tuple[Tensor, int, dict[str, Any]]:
+    def repeat(self, sample: dict[str, Any]) -> tuple[Tensor, int, dict[str, Any]]:
         """Make the pass at w + epsilon."""
-        results = self.step(self.sample)
+        results = self.step(sample)
         _, sample_size, perturbed = results
         if self.fraction < 1.0 and self.outputs_are_sums():
             extrapolate_(self.logging_output, perturbed, sample_size / (self.sample_size or 1))

@@ -37,6 +37,31 @@ def test_a_checkpoint_from_before_an_option_was_added_can_be_measured(asam, data
     assert sum(tokens for _, tokens in loss()) > 0
 
 
+def test_the_loss_of_a_training_by_sentences_is_that_of_a_token_too(adam, data, tmp_path):
+    state = checkpoint(Path(adam).parent)
+    state["cfg"]["criterion"]["sentence_avg"] = True
+    torch.save(state, tmp_path / "by_sentences.pt")
+    for_tokens, for_sentences = (
+        [(term.item(), size) for term, size in DatasetLoss(load(str(path), data, cpu=True), "valid")()]
+        for path in (adam, tmp_path / "by_sentences.pt")
+    )
+    assert for_tokens == for_sentences
+
+
+def test_a_cached_data_set_is_read(adam, corpus, data, tmp_path):
+    """fairseq reads the batches of one ahead (--dataset-impl cached)."""
+    dictionaries = [f"--{side}dict={data}/dict.{end}.txt" for side, end in (("src", "de"), ("tgt", "en"))]
+    losses = []
+    for kind in ("mmap", "cached"):
+        folder = tmp_path / kind
+        pair = ("--source-lang=de", "--target-lang=en", f"--validpref={corpus}/valid", *dictionaries)
+        preprocess = ("fairseq_cli.preprocess", *pair, f"--dataset-impl={kind}", f"--destdir={folder}")
+        run_module(*preprocess).check_returncode()
+        loss = DatasetLoss(load(adam, str(folder), cpu=True), "valid")
+        losses.append([(term.item(), size) for term, size in loss()])
+    assert losses[0] == losses[1]
+
+
 def test_random_batches_are_the_same_for_the_same_seed(adam, data):
     loaded = load(adam, data, cpu=True)
     chosen = [DatasetLoss(loaded, "train", 300, 3, seed).batches for seed in (1, 1, 2)]

@@ -107,6 +107,7 @@ def test_a_loss_worse_than_guessing_is_pointed_out(command, adam, data, tmp_path
     [
         (["--path", "none.pt"], "measuring: the checkpoint 'none.pt' does not exist."),
         (["--path", "none.pt", "--rho", "-1"], "measuring: rho is -1.0, but"),
+        (["--path", str(ROOT)], "measuring: [Errno 21] Is a directory"),
     ],
 )
 def test_a_mistake_ends_the_command_with_a_line(command, data, flags, message):

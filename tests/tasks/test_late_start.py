@@ -10,6 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fairseq.data.iterators import StreamingEpochBatchIterator
+from fairseq.tasks.translation import TranslationTask
+from torch.utils.data import IterableDataset
 
 from fairseq_asam.tasks.trainer import count_updates
 from tests.commands import PLUGIN, assert_same_state, checkpoint, recipe
@@ -72,6 +75,28 @@ def test_a_share_is_of_the_updates_that_fairseq_makes(train, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "reset, epochs, start, first",
+    [
+        # Numbers begin at 0, and two of four epochs are left.
+        ("--reset-optimizer", 4, "0.5", lambda epoch: epoch),
+        # Numbers go on, and two epochs are left.
+        ("--reset-dataloader", 2, "0.75", lambda epoch: 3 * epoch),
+    ],
+)
+def test_a_start_after_a_part_of_a_checkpoint_was_reset(train, tmp_path, reset, epochs, start, first):
+    train("adam", "--optimizer", "adam", "--max-epoch", "2")
+    of_epoch = checkpoint(tmp_path / "adam")["optimizer_history"][-1]["num_updates"] // 2
+    flags = ["--restore-file", str(tmp_path / "adam" / "checkpoint_last.pt"), reset]
+    flags += ["--max-epoch", str(epochs)]
+    output = train("late", "--optimizer", "asam", "--ascent-from", start, *flags, "--log-interval", "1")
+    lines = [json.loads(line) for line in re.findall(r"\| train_inner \| (\{.*\})", output)]
+    updates = [int(line["num_updates"]) for line in lines]
+    measured = [int(line["num_updates"]) for line in lines if "sharpness" in line]
+    assert len(updates) == 2 * of_epoch
+    assert measured == list(range(first(of_epoch) + 1, updates[-1] + 1))
+
+
+@pytest.mark.parametrize(
     "max_epoch, max_update, update_freq, skip, expected",
     [
         (3, 0, [1], False, 30),
@@ -98,6 +123,34 @@ def test_a_share_of_an_unknown_number_of_updates_is_refused(corpus):
         trainer_and_batches(configuration(data, *SHARE, *flags))
     with pytest.raises(SystemExit, match=r"ascent_from is 0.5, a share .* but their number is unknown"):
         trainer_and_batches(configuration(f"{corpus}/bin:{corpus}/bin", *SHARE))
+
+
+class Stream(IterableDataset):
+    """Batches that are read one after the other."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def set_epoch(self, epoch):
+        pass
+
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        return (self.dataset.collater([self.dataset[i] for i in range(j, j + 20)]) for j in (0, 20, 40))
+
+
+def test_a_stream_of_batches_has_no_known_length(corpus, monkeypatch):
+    def stream(task, dataset, *args, **options):
+        return StreamingEpochBatchIterator(Stream(dataset), 1, collate_fn=lambda batches: batches[0])
+
+    monkeypatch.setattr(TranslationTask, "get_batch_iterator", stream)
+    cfg = configuration(corpus / "bin", "--optimizer", "asam")
+    trainer, batches = trainer_and_batches(cfg, torch.float32)
+    assert trainer.train_step([batches[0]])["sharpness"] > 0
+    with pytest.raises(SystemExit, match="their number is unknown"):
+        trainer_and_batches(configuration(corpus / "bin", *SHARE))
 
 
 def test_a_program_may_make_batches_without_the_trainer(corpus):

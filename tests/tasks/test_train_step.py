@@ -258,6 +258,33 @@ def test_a_model_is_told_of_updates_after_one_that_ran_out_of_memory(corpus):
     assert "backward" not in vars(trainer.optimizer)
 
 
+def test_a_criterion_may_change_what_its_batch_holds(corpus):
+    """Both passes get the same batch. With a radius of 0, the update is then Adam's, and nothing is sharp."""
+
+    def reverse_targets(trainer):
+        criterion = trainer.get_criterion()
+        forward = criterion.forward
+
+        def changing(model, sample, reduce=True):
+            sample["target"] = sample["target"].flip(0)
+            sample["net_input"].pop("weight")
+            return forward(model, sample, reduce)
+
+        criterion.forward = changing
+
+    logged, weights = {}, {}
+    for name, flags in {"adam": [], "asam": ["--rho", "0"]}.items():
+        trainer, batches = setting(corpus, "--optimizer", name, *flags)
+        reverse_targets(trainer)
+        samples = copy.deepcopy(batches[:2])
+        for sample in samples:
+            sample["net_input"]["weight"] = 0.5
+        logged[name] = trainer.train_step(samples)
+        weights[name] = [weight.detach().clone() for weight in trainer.get_model().parameters()]
+    assert all(map(torch.equal, weights["adam"], weights["asam"]))
+    assert logged["asam"]["sharpness"] == 0.0
+
+
 @pytest.mark.parametrize("scope", ["update", "micro-batch"])
 def test_batch_normalization_sees_the_passes_at_w_alone(corpus, scope):
     asam, batches = setting(corpus, "--optimizer", "asam", "--ascent-scope", scope)

@@ -148,22 +148,26 @@ def test_workers_receive_the_configuration_of_a_checkpoint(corpus):
 
 
 def trained_out_of_memory(cfg, rank, failing):
-    """The pass *failing* = (worker, call of the criterion) ends out of memory, for once."""
+    """The pass *failing* = (worker, call of the criterion) ends out of memory, for once.
+
+    A third number is that of the micro-batches of an update, 2 without it.
+    """
+    *failing, micro_batches = failing if len(failing) == 3 else (*failing, 2)
     trainer, batches = trainer_and_batches(cfg)
     criterion, calls = trainer.get_criterion(), []
     forward = criterion.forward
 
     def out_of_memory(*args, **kwargs):
         calls.append(None)
-        if failing == (rank, len(calls)):
+        if failing == [rank, len(calls)]:
             raise RuntimeError("out of memory")
         return forward(*args, **kwargs)
 
     criterion.forward = out_of_memory
     workers = cfg.distributed_training.distributed_world_size
     for update in range(4):
-        first = (update * workers + rank) * 2
-        trainer.train_step([batches[first], batches[first + 1]])
+        first = (update * workers + rank) * micro_batches
+        trainer.train_step(batches[first : first + micro_batches])
     return {name: w.detach().numpy() for name, w in trainer.get_model().named_parameters()}
 
 
@@ -197,6 +201,13 @@ def test_out_of_memory_in_one_worker(corpus, scope, call):
     flags = ["asam", "--ascent-scope", scope, "--ddp-backend", "legacy_ddp"]
     weights(2, corpus, *flags, split=(1, call), function=trained_out_of_memory)
     weights(1, corpus, *flags, split=(0, call), function=trained_out_of_memory)
+
+
+@pytest.mark.parametrize("scope", ["update", pytest.param("micro-batch", marks=pytest.mark.slow)])
+def test_out_of_memory_before_more_than_one_micro_batch(corpus, scope):
+    """In the first pass of the second update. fairseq clears the gradients of the others one by one."""
+    flags = ["asam", "--ascent-scope", scope, "--ddp-backend", "legacy_ddp"]
+    weights(2, corpus, *flags, split=(1, 9, 4), function=trained_out_of_memory)
 
 
 def trained_on_a_nan(cfg, rank, _):
