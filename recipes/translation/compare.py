@@ -16,7 +16,7 @@ from sacrebleu.significance import PairedTest
 
 from fairseq_asam.files import write_json
 from recipes.reporter import format_number, markdown_table, write_text
-from recipes.translation.score import METRICS, read_lines
+from recipes.translation.score import METRICS, read_lines, references_of
 from recipes.translation.train_log import read_epochs, training_seconds
 
 
@@ -43,7 +43,7 @@ def compare(runs: list[Path], split: str) -> dict:
     Losses are in bits per token. `ci95` is half the width of the 95 % interval around `mean`. What a baseline
     cannot have is None.
     """
-    references = read_lines(runs[0] / f"{split}.ref")
+    references = references_of(runs, split)
     hypotheses = [(run.name, read_lines(run / f"{split}.hyp")) for run in runs]
     metrics = {name: metric() for name, metric in METRICS.items()}
     signatures, scores = PairedTest(hypotheses, metrics, [references], test_type="bs")()

@@ -15,6 +15,8 @@ from recipes.translation.train import training, watch
 
 #: How many of its last epochs a training keeps to average their weights.
 AVERAGED = 5
+#: What every experiment gives to each of its trainings.
+OWN_FLAGS = ("--optimizer", "--seed", "--save-dir", "--keep-last-epochs")
 
 
 def experiment_parser(description: str) -> argparse.ArgumentParser:
@@ -46,11 +48,26 @@ def experiment_parser(description: str) -> argparse.ArgumentParser:
 def experiment_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Return the options with their defaults, and as `flags` those for fairseq-train."""
     args, flags = parser.parse_known_args()
+    refuse_own_flags(flags, *OWN_FLAGS, "--max-epoch")
     args.flags = flags
     args.data = SETUPS[args.setup].folder(args.data)
     args.out = args.out or Path("runs/translation", args.setup)
     args.epochs = args.epochs or SETUPS[args.setup].epochs
     return args
+
+
+def refuse_own_flags(flags: Sequence[str], *own: str) -> None:
+    """Refuse those of *flags*, for every fairseq-train, that an experiment gives each of its trainings.
+
+    Raises:
+        SystemExit: One of *flags* is one of *own*.
+    """
+    for flag in (word.partition("=")[0] for word in flags):
+        if flag in own:
+            sys.exit(
+                f"The experiment itself gives {flag} to each training: use its own options (see --help), or "
+                f"drop {flag}."
+            )
 
 
 def comparison_parser(description: str) -> argparse.ArgumentParser:

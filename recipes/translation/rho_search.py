@@ -70,7 +70,9 @@ def search(
         SystemExit: One of *optimizers* has no rho, or a file has no points. No run has begun then.
     """
     of_setup = SETUPS[args.setup].rho
-    known = {key: point for file in args.earlier_searches for key, point in points_of(file).items()}
+    known = {
+        key: point for file in args.earlier_searches for key, point in points_of(file, args.setup).items()
+    }
     wanted = []
     for optimizer in optimizers:
         name = optimizer.partition(" ")[0]
@@ -87,17 +89,21 @@ def search(
     return points
 
 
-def points_of(file: Path) -> dict[tuple[str, int, int, float | None], dict]:
+def points_of(file: Path, setup: str) -> dict[tuple[str, int, int, float | None], dict]:
     """Return the points of an earlier search by optimizer, epochs, seed and rho.
 
     Raises:
-        SystemExit: *file* has no points.
+        SystemExit: *file* has no points, or says that they are of another set-up than *setup*.
     """
     try:
         points = json.loads(file.read_text("utf-8"))
-        return {tuple(point[key] for key in TRAINED): point for point in points}
+        found = {tuple(point[key] for key in TRAINED): point for point in points}
     except (OSError, ValueError, TypeError, KeyError):
         sys.exit(f"--earlier-searches is '{file}', which is no rho_search.json: name the file of a search.")
+    for point in points:
+        if point.get("setup", setup) != setup:
+            sys.exit(f"--earlier-searches is '{file}', a search of {point['setup']}: name one of {setup}.")
+    return found
 
 
 def validation_point(run: Run) -> dict:
@@ -109,7 +115,7 @@ def validation_point(run: Run) -> dict:
     # A test of one system is sacrebleu's public way to its interval.
     _, scores = PairedTest([("", hypotheses)], {"BLEU": BLEU()}, [references], test_type="bs")()
     (scored,) = scores["BLEU"]
-    trained = {key: run.options[key] for key in TRAINED}
+    trained = {key: run.options[key] for key in ("setup", *TRAINED)}
     return {**trained, "BLEU": scored.score, "ci95": float(scored.ci)}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from recipes.options import at_least_1
 from recipes.reporter import write_text
-from recipes.translation.score import read_lines
+from recipes.translation.score import read_lines, references_of
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     def read(run: Path, ending: str) -> list[str]:
         return read_lines(run / f"{args.split}.{ending}")
 
-    columns = {"source": read(args.runs[0], "src"), "reference": read(args.runs[0], "ref")}
+    columns = {"source": read(args.runs[0], "src"), "reference": references_of(args.runs, args.split)}
     columns |= {run.name: read(run, "hyp") for run in args.runs}
     total = len(columns["source"])
     count = min(args.count, total)

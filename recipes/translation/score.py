@@ -5,7 +5,8 @@
 DATA is a corpus folder of data_prep, RUN a folder of train.py. Writes the sources, references and hypotheses,
 one sentence a line, to RUN/SPLIT.src, RUN/SPLIT.ref and RUN/SPLIT.hyp. RUN/SPLIT.json gets sacrebleu's BLEU
 and chrF of these, and the BLEU of tokens that fairseq-generate prints: not to be compared with sacrebleu's.
-A translation is not made again if its checkpoint is older than it, or not there any more.
+A translation is not made again if its checkpoint is older than it, or not there any more, and it is of the
+same sentences.
 
 Where the corpus is of tokenized text (it has bpe.codes), sacremoses detokenizes references and translations.
 """
@@ -19,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from sacrebleu.metrics import BLEU, CHRF
@@ -41,13 +43,17 @@ def main() -> None:
     args = parser.parse_args()
     checkpoint, scores = args.run / "checkpoint_best.pt", args.run / f"{args.split}.json"
     source, reference = (args.data / f"{args.split}.{language}" for language in languages(args.data))
-    translated = scores.exists() and not is_newer(checkpoint, scores)
+    tokenized = (args.data / "bpe.codes").exists()
+    copies = {ending: args.run / f"{args.split}.{ending}" for ending in ("src", "ref")}
+    both_there = source.exists() and copies["src"].exists()
+    of_other_data = both_there and read_lines(source) != read_lines(copies["src"])
+    translated = scores.exists() and not is_newer(checkpoint, scores) and not of_other_data
     for file in (source, reference, *([] if translated else [checkpoint])):
         if not file.exists():
             sys.exit(f"score.py: '{file}' is missing: prepare the corpus and train on it first.")
 
-    tokenized = (args.data / "bpe.codes").exists()
-    copies = {ending: args.run / f"{args.split}.{ending}" for ending in ("src", "ref")}
+    if of_other_data:  # Stopped below, they would pass for those of the new sentences.
+        scores.unlink(missing_ok=True)
     if not translated or not all(copy.exists() for copy in copies.values()):
         references = detokenized(read_lines(reference)) if tokenized else read_lines(reference)
         with whole(copies["src"]) as file:
@@ -150,6 +156,19 @@ def read_lines(path: Path) -> list[str]:
     """Return the lines of a UTF-8 file without their ends; only a newline ends a line."""
     with open(path, encoding="utf-8", newline="\n") as file:
         return [line.rstrip("\n") for line in file]
+
+
+def references_of(runs: Sequence[Path], split: str) -> list[str]:
+    """Return the references of *split* that score.py wrote to the folders of *runs*.
+
+    Raises:
+        SystemExit: They are not the same in all.
+    """
+    first, *others = (read_lines(run / f"{split}.ref") for run in runs)
+    for run, references in zip(runs[1:], others):
+        if references != first:
+            sys.exit(f"'{run / split}.ref' is not '{runs[0] / split}.ref': compare runs of one corpus.")
+    return first
 
 
 def write_lines(path: Path, lines: list[str]) -> None:

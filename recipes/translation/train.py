@@ -70,7 +70,7 @@ def training(setup: str, optimizer: str, data: Path, folder: Path, flags: Sequen
     plugin = Path(fairseq_asam.__file__).parent
     arguments = [str(data / "bin"), "--user-dir", str(plugin), "--optimizer", optimizer]
     place = ["--save-dir", str(folder), "--log-format", "json", "--log-interval", "50"]
-    if "--keep-last-epochs" not in flags:
+    if not any(word.partition("=")[0] == "--keep-last-epochs" for word in flags):
         place.append("--no-epoch-checkpoints")
     arguments += SETUPS[setup].flags([*place, *flags])
     cfg = configuration(

@@ -26,7 +26,7 @@ from fairseq_asam.files import write_json
 from recipes.reporter import write_figure, write_text
 from recipes.runner import Run, complete
 from recipes.setups import SETUPS, TRIAL_LANGUAGES
-from recipes.translation.experiment import AVERAGED, average_of
+from recipes.translation.experiment import AVERAGED, OWN_FLAGS, average_of, refuse_own_flags
 from recipes.translation.record import record
 from recipes.translation.train import training, watch
 from recipes.translation.trial_tables import (
@@ -173,6 +173,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--at-most", type=int, metavar="N", help="end after N runs; 0 makes the tables alone")
     args, args.flags = parser.parse_known_args()
+    refuse_own_flags(args.flags, *OWN_FLAGS)
     if args.flags and args.results == RESULTS:
         sys.exit(
             f"trial.py: with {' '.join(args.flags)} these are no runs of the plan: "
@@ -246,7 +247,8 @@ def write_tables(results: Path) -> None:
     }
     tables[name_of_table("de")] = system_rows(found, "de", (*COMPARED, "nadam"), (1, 2, 3, 4, 5))
     if peak := best_peak(results):
-        tables[f"fr, 8,000 pairs, a learning rate that decays from {peak} to 0"] = system_rows(
+        end = {PEAKS[0]: ", the lowest tried,", PEAKS[-1]: ", the highest tried,"}.get(peak, "")
+        tables[f"fr, 8,000 pairs, a learning rate that decays from {peak}{end} to 0"] = system_rows(
             found, decaying("adam", peak, DECAY_SEEDS[0]).corpus, (*COMPARED, "sam", "asam"), DECAY_SEEDS
         )
     tables["de, 35,561 pairs"] = system_rows(found, "de_35561", COMPARED, (1, 2, 3))

@@ -21,6 +21,6 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
     finished = [folder / "adam", folder / "asam"]
     for each in finished:
-        succeeded(train(corpus, each, each.name, "--keep-last-epochs", "2"))
+        succeeded(train(corpus, each, each.name, "--keep-last-epochs=2"))
         succeeded(script("score", corpus, each))
     return finished

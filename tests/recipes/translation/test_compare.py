@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,14 @@ def test_a_missing_run_is_named_in_one_sentence(tmp_path: Path):
         sentence = refusal(name, tmp_path / "out", nothing)
         assert sentence.startswith(f"{name}.py: '{file}' is missing")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_of_other_sentences_are_not_compared(runs: list[Path], tmp_path: Path):
+    other = tmp_path / "other"
+    shutil.copytree(runs[1], other, ignore=shutil.ignore_patterns("*.pt"))
+    references = (other / "test.ref").read_text().splitlines(keepends=True)
+    (other / "test.ref").write_text("".join(references[::-1]))
+    for name in ("compare", "samples"):
+        sentence = refusal(name, tmp_path / "out", runs[0], other)
+        assert sentence == f"'{other}/test.ref' is not '{runs[0]}/test.ref': compare runs of one corpus."
+    assert not (tmp_path / "out").exists()

@@ -55,12 +55,25 @@ def test_what_is_no_earlier_search_is_refused(text: str | None, corpus: Path, tm
     assert not out.exists()
 
 
+def test_an_earlier_search_of_another_setup_is_refused(corpus: Path, tmp_path: Path):
+    earlier, out = tmp_path / "earlier.json", tmp_path / "out"
+    point = {"optimizer": "sam", "epochs": 30, "seed": 1, "rho": 0.1, "BLEU": 19.0, "ci95": 1.0}
+    earlier.write_text(json.dumps([{**point, "setup": "iwslt14"}]))
+    arguments = ("libreoffice_8000", "--data", corpus, "--out", out, "--earlier-searches", earlier)
+    message = refusal("rho_search", *arguments)
+    assert message == f"--earlier-searches is '{earlier}', a search of iwslt14: name one of libreoffice_8000."
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("name", ["rho_search", "table5", "gain_and_cost"])
 def test_bad_input_is_named_in_one_sentence(name: str, corpus: Path, tmp_path: Path):
     arguments = ("libreoffice_8000", "--data", corpus, "--out", tmp_path)
     message = refusal(name, *arguments, "--epochs", "0")
     assert message.endswith("error: argument --epochs: must be a whole number from 1, not 0")
     assert refusal(name, *arguments, "--jobs", "0") == "--jobs is 0, but it must be at least 1."
+    for flags in (["--max-epoch=2"], ["--keep-last-epochs", "3"]):
+        flag = flags[0].partition("=")[0]
+        assert refusal(name, *arguments, *flags).startswith(f"The experiment itself gives {flag} to each")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -27,6 +27,22 @@ def test_a_translated_split_is_not_translated_again(corpus: Path, runs: list[Pat
     assert before == {file: file.stat().st_mtime_ns for file in runs[0].iterdir()}
 
 
+def test_a_translation_of_other_sentences_is_made_again(corpus: Path, runs: list[Path], tmp_path: Path):
+    """The run's corpus, with the validation set as its test set."""
+    data, folder = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(corpus, data)
+    for file in [*data.glob("valid.*"), *data.glob("bin/valid.*")]:
+        shutil.copyfile(file, file.with_name(file.name.replace("valid.", "test.", 1)))
+    folder.mkdir()
+    for name in ("checkpoint_best.pt", "test.src", "test.ref", "test.hyp", "test.json"):
+        shutil.copy2(runs[0] / name, folder / name)
+    succeeded(script("score", data, folder))
+    assert (folder / "test.src").read_bytes() == (corpus / "valid.de").read_bytes()
+    assert (folder / "test.ref").read_bytes() == (corpus / "valid.en").read_bytes()
+    assert len(lines(folder / "test.hyp")) == len(lines(corpus / "valid.en"))
+    assert (folder / "test.json").read_bytes() != (runs[0] / "test.json").read_bytes()
+
+
 def test_a_translation_outlives_its_checkpoint(corpus: Path, runs: list[Path], tmp_path: Path):
     """Of a run, the translation and its scores are enough: sources and references are the corpus'."""
     for name in ("test.hyp", "test.json"):

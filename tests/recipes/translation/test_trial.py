@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from fairseq_asam.files import write_json
-from recipes.translation.trial import PARTS, PEAKS, SEEDS, SIZES, Planned, best_peak
+from recipes.translation.trial import PARTS, PEAKS, SEEDS, SIZES, Planned, best_peak, write_tables
 from recipes.translation.trial_tables import TESTS, compare
 from tests.recipes.translation.scripts import FLAGS, refusal, script, succeeded
 
@@ -91,7 +91,9 @@ def test_pooled_intervals_take_the_seeds_that_all_languages_have():
 
 
 def write_result(results: Path, planned: Planned, bleu: float) -> None:
-    write_json(results / "runs" / f"{planned.name}.json", {"epochs": [{"validation BLEU": bleu}]})
+    test = {weights: {"BLEU": bleu, "chrF2": bleu} for weights in ("best", "averaged")}
+    found = {"epochs": [{"validation BLEU": bleu}], "test": test}
+    write_json(results / "runs" / f"{planned.name}.json", found)
 
 
 def test_the_runs_are_those_of_the_plan_and_the_peak_is_chosen_by_validation(tmp_path):
@@ -113,6 +115,22 @@ def test_without_a_corpus_the_command_that_makes_it_is_named(tmp_path):
     folders = ("--data", tmp_path, "--out", tmp_path, "--results", tmp_path)
     said = refusal("trial", *folders, "--parts", "languages")
     assert said.startswith(f"'{tmp_path}' holds no corpus") and "--source-language fr" in said
+
+
+@pytest.mark.parametrize(
+    ("best", "said"),
+    [(0, "7e-4, the lowest tried, to"), (2, "1.5e-3 to"), (-1, "3e-3, the highest tried, to")],
+)
+def test_the_table_says_that_the_best_peak_is_the_first_or_the_last(best, said, tmp_path, capsys):
+    for planned, peak in zip(PARTS["peaks"](tmp_path), PEAKS):
+        write_result(tmp_path, planned, 20.0 if peak == PEAKS[best] else 10.0)
+    write_tables(tmp_path)
+    assert f"fr, 8,000 pairs, a learning rate that decays from {said} 0, mean" in capsys.readouterr().out
+
+
+def test_flags_that_the_trial_gives_each_run_are_refused(tmp_path):
+    said = refusal("trial", "--results", tmp_path, "--seed=7")
+    assert said.startswith("The experiment itself gives --seed to each training")
 
 
 def test_other_flags_than_the_plans_need_another_folder_of_results():
