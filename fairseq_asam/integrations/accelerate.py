@@ -51,7 +51,8 @@ class AccumulatingTwoPasses(TwoPasses):
         **options: of :class:`~fairseq_asam.TwoPasses`.
 
     Attributes:
-        sharpness: as in :class:`~fairseq_asam.TwoPasses`: the sum over the micro-batches of this process.
+        sharpness: as in :class:`~fairseq_asam.TwoPasses`: the sum over the micro-batches of this process that
+            share an epsilon.
 
     Raises:
         ValueError: *accelerator* uses DeepSpeed, Megatron-LM or FSDP1; *ascent_scope* is not allowed.
@@ -70,6 +71,9 @@ class AccumulatingTwoPasses(TwoPasses):
             raise ValueError(f"ascent_scope is {ascent_scope!r}, but it must be one of {', '.join(SCOPES)}")
         super().__init__(perturbation, [model], **options)
         self.accelerator, self.model, self.ascent_scope = accelerator, model, ascent_scope
+        self._updates = 0
+        if perturbation.direction.number is None:  # entries are micro-batches
+            perturbation.direction.number = lambda: self._updates
 
     def __call__(self, evaluate: Evaluate, *arguments: Any, again: Evaluate | None = None) -> Any:
         """Make what the micro-batch needs, and return what its first pass returned.
@@ -78,7 +82,9 @@ class AccumulatingTwoPasses(TwoPasses):
         """
         again = again or evaluate
         if not self.perturbation.direction.needs_pass_at_w:
-            return self.one_pass(evaluate, *arguments)
+            result = self.one_pass(evaluate, *arguments)
+            self._updates += self.accelerator.sync_gradients
+            return result
         if self.ascent_scope == "micro-batch":
             at_w = functools.partial(self._without_sync, evaluate)
             again = functools.partial(self._with_nan_after_overflow, again)

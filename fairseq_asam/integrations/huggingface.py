@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -68,9 +69,18 @@ class SharpnessAwareTrainer(Trainer):
             self._two_passes = AccumulatingTwoPasses(
                 self.accelerator, model, perturbation, settings.ascent_scope
             )
-        loss = self._two_passes(step, model, inputs, num_items_in_batch)
+        divisor = getattr(self, "current_gradient_accumulation_steps", None)
+        loss = self._two_passes(self._divided_step, step, divisor, model, inputs, num_items_in_batch)
         self._add_sharpness(self._two_passes)
         return loss
+
+    def _divided_step(self, step: Callable[..., Tensor], divisor: int | None, *arguments: Any) -> Tensor:
+        """Make a step whose loss is divided by *divisor*, in both passes.
+
+        It changes within an update if an epoch of unknown length ends in it.
+        """
+        self.current_gradient_accumulation_steps = divisor
+        return step(*arguments)
 
     def _add_sharpness(self, two_passes: AccumulatingTwoPasses) -> None:
         is_last = self.accelerator.sync_gradients

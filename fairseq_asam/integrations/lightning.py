@@ -109,12 +109,13 @@ class SharpnessAwareCallback(Callback):
             closure._zero_grad_fn()  # before TwoPasses sets earlier gradients aside
             two_passes.reset()
         if not two_passes.perturbation.direction.needs_pass_at_w:
-            return two_passes.one_pass(_pass, closure, closure._backward_fn)[1]
+            return two_passes.one_pass(_pass, closure._step_fn, closure._backward_fn)[1]
         of_each = self.settings.ascent_scope == "micro-batch"
         earlier = [(parameter, parameter.grad) for parameter in two_passes.parameters]
         _, result = two_passes.at_w(
             functools.partial(_at_w, trainer, of_each),
             closure,
+            *closure._step_fn.args,  # the batch, which training_step may change, so that both passes get it
             again=functools.partial(_at_w_plus_epsilon, trainer, two_passes, not is_last),
         )
         if is_last or of_each:
@@ -128,16 +129,20 @@ class SharpnessAwareCallback(Callback):
         return result
 
 
-def _pass(closure: Closure, backward: Callable[[Tensor], None]) -> tuple[Tensor | float, ClosureResult]:
+def _pass(
+    step: Callable[[], ClosureResult], backward: Callable[[Tensor], None]
+) -> tuple[Tensor | float, ClosureResult]:
     """Run ``training_step`` and *backward*, unless it returned ``None``, and return its loss and result."""
-    result = closure._step_fn()
+    result = step()
     if result.closure_loss is None:
         return 0.0, result
     backward(result.closure_loss)
     return result.closure_loss, result
 
 
-def _at_w(trainer: Trainer, alone: bool, closure: Closure) -> tuple[Tensor | float, ClosureResult]:
+def _at_w(
+    trainer: Trainer, alone: bool, closure: Closure, *batch: Any
+) -> tuple[Tensor | float, ClosureResult]:
     """Make the pass at w, without the hooks of the backward pass; *alone*: of this process only."""
 
     def backward(loss: Tensor) -> None:
@@ -146,27 +151,29 @@ def _at_w(trainer: Trainer, alone: bool, closure: Closure) -> tuple[Tensor | flo
         trainer.precision_plugin.backward(loss, trainer.lightning_module, trainer.optimizers[0])
 
     with _block_parallel_sync_behavior(trainer.strategy, alone):
-        return _pass(closure, backward)
+        return _pass(closure._step_fn, backward)
 
 
 def _at_w_plus_epsilon(
-    trainer: Trainer, two_passes: TwoPasses, alone: bool, closure: Closure
+    trainer: Trainer, two_passes: TwoPasses, alone: bool, closure: Closure, *batch: Any
 ) -> tuple[Tensor | float, ClosureResult]:
-    """Make a pass at w + epsilon, which neither logs nor metrics count."""
+    """Make a pass at w + epsilon, with the hooks of the backward pass. ``training_step`` counts nothing."""
+
+    def step() -> ClosureResult:
+        with _silent(trainer.lightning_module):
+            return closure._step_fn()
 
     def backward(loss: Tensor) -> None:
         closure._backward_fn(two_passes.nan_after_overflow(loss))
 
     with _uncounted(trainer.lightning_module), _block_parallel_sync_behavior(trainer.strategy, alone):
-        return _pass(closure, backward)
+        return _pass(step, backward)
 
 
 @contextlib.contextmanager
-def _uncounted(module: LightningModule) -> Iterator[None]:
-    """Within the block, ``self.log`` does nothing. Metrics are afterwards what they were before."""
-    parts = list(module.modules())
-    metrics = [(part, _state_of(part)) for part in parts if isinstance(part, Metric)]
-    loggers = [part for part in parts if isinstance(part, LightningModule)]
+def _silent(module: LightningModule) -> Iterator[None]:
+    """Within the block, ``self.log`` does nothing."""
+    loggers = [part for part in module.modules() if isinstance(part, LightningModule)]
     for logger in loggers:
         logger.log = lambda *arguments, **options: None
     try:
@@ -174,6 +181,15 @@ def _uncounted(module: LightningModule) -> Iterator[None]:
     finally:
         for logger in loggers:
             del logger.log
+
+
+@contextlib.contextmanager
+def _uncounted(module: LightningModule) -> Iterator[None]:
+    """Metrics are after the block what they were before."""
+    metrics = [(part, _state_of(part)) for part in module.modules() if isinstance(part, Metric)]
+    try:
+        yield
+    finally:
         for metric, state in metrics:
             _restore(metric, state)
 

@@ -38,6 +38,7 @@ class Direction:
         needs_pass_at_w: whether g is made of the gradients at w. Otherwise an update makes one pass, at
             w + epsilon.
         needs_optimizer: whether g is made of what the base optimizer keeps of every weight.
+        number: the argument; may be set later.
 
     Raises:
         ValueError: *optimizer* does not keep what the direction needs.
@@ -56,7 +57,7 @@ class Direction:
         number: Callable[[], int] | None = None,
     ):
         self.optimizer, self.seed = optimizer, seed
-        self._of_weights, self._number, self._entries = of_weights, number, 0
+        self._of_weights, self.number, self._entries = of_weights, number, 0
         if self.needs_optimizer:
             self.kept()
 
@@ -100,8 +101,8 @@ class Direction:
 
     def next_number(self) -> int:
         """Return the number of the update. Call it once for each entry into the block."""
-        if self._number is not None:
-            return self._number()
+        if self.number is not None:
+            return self.number()
         self._entries += 1
         return self._entries - 1
 

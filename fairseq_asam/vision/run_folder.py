@@ -32,7 +32,7 @@ class RunFolder:
         try:
             result = json.loads(self.result_file.read_text())
             self._check_same(self.result_file, result["options"])
-        except (json.JSONDecodeError, KeyError):
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
             raise ValueError(f"{self.result_file} is no result of a run: choose another output") from None
         return result
 

@@ -82,9 +82,10 @@ class Run:
         options.check_shares(self.accelerator.num_processes)
         self.folder = RunFolder(options.output, options.of_the_run())
         self.result = self.folder.result()
+        checkpoint = self.folder.checkpoint() if self.result is None else None
+        self._refuse_other_folders(checkpoint)
         if self.result is not None:
             return
-        checkpoint = self.folder.checkpoint()
         torch.backends.cudnn.deterministic = True
         self._load_data()
         self._build_model()
@@ -93,6 +94,16 @@ class Run:
         self.updates = 0
         if checkpoint is not None:
             self._restore(checkpoint)
+
+    def _refuse_other_folders(self, checkpoint: dict[str, Any] | None) -> None:
+        """Raise if processes would go on after different epochs."""
+        done = len(checkpoint["epochs"]) if checkpoint else 0
+        mine = torch.tensor([self.options.epochs if self.result else done], device=self.accelerator.device)
+        if len(self.accelerator.gather(mine).unique()) > 1:
+            raise ValueError(
+                f"the processes find different runs in '{self.folder.path}', as on several machines: choose "
+                "an output on a disk that they share"
+            )
 
     def finish(self) -> dict[str, Any]:
         """Train to the last epoch, or to a loss that is not finite, and return the result."""

@@ -170,3 +170,26 @@ def test_an_unknown_scope_is_refused():
         ValueError, match="ascent_scope is 'batch', but it must be one of update, micro-batch"
     ):
         AccumulatingTwoPasses(accelerator, model, Perturbation(model.named_parameters(), 0.1), "batch")
+
+
+def test_a_random_direction_is_one_of_the_update_without_a_number_too():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    perturbation = Perturbation(model.named_parameters(), 0.3, direction=DIRECTIONS["random"](seed=1))
+    two_passes, seen = AccumulatingTwoPasses(accelerator, model, perturbation), []
+
+    def forward_and_backward(inputs, labels):
+        seen.append(model.first.weight.detach().clone())
+        loss = F.cross_entropy(model(inputs), labels)
+        accelerator.backward(loss)
+        return loss
+
+    for inputs, labels in batches_of():
+        with accelerator.accumulate(model):
+            two_passes(forward_and_backward, inputs, labels)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3])
+    assert not torch.equal(seen[1], seen[2])

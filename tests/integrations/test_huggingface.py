@@ -574,3 +574,20 @@ def test_the_output_of_a_teacher_may_be_an_argument():
     TwoPasses(Perturbation(student.named_parameters(), 0.3), [student])(distill_from, output)
     TwoPasses(Perturbation(other.named_parameters(), 0.3), [other])(distill, other, logits - 1.0)
     assert torch.equal(student.weight.grad, other.weight.grad)
+
+
+class Unsized(torch.utils.data.IterableDataset):
+    """Five batches of an epoch, whose number the Trainer does not know."""
+
+    def __iter__(self):
+        return iter(list(zip(*examples()))[:20])
+
+
+def test_an_update_may_begin_in_one_epoch_of_unknown_length_and_end_in_the_next(tmp_path):
+    options = {"gradient_accumulation_steps": 2, "max_steps": 6}
+    stock, ours = Classifier(), Classifier()
+    for kind, model, own in ((Trainer, stock, {}), (SharpnessAwareTrainer, ours, {"rho": 1e-9})):
+        trainer = trainer_of(kind, model, tmp_path, options, **own)
+        trainer.train_dataset = Unsized()
+        assert trainer.train().global_step == 6
+    assert_close(stock, ours, 1e-6)

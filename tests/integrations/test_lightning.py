@@ -425,3 +425,43 @@ def test_strategies_that_keep_gradients_to_themselves_are_refused(kind):
     trainer.strategy.__class__ = type("Own", (kind,), {})
     with pytest.raises(ValueError, match=r"the strategy is Own, which keeps .*: use ddp"):
         SharpnessAwareCallback(0.3).setup(trainer, Module(), "fit")
+
+
+class TakesItsBatchApart(Module):
+    def training_step(self, batch, number):
+        labels = batch.pop()
+        batch[0] = batch[0] / 2
+        return super().training_step((batch[0], labels), number)
+
+
+class Halves(Module):
+    def training_step(self, batch, number):
+        return super().training_step((batch[0] / 2, batch[1]), number)
+
+
+class HalvesInPlace(Module):
+    def training_step(self, batch, number):
+        batch[0] /= 2
+        return super().training_step(batch, number)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_both_passes_get_the_batch_that_training_step_takes_apart(accumulated):
+    modules = TakesItsBatchApart(), Halves()
+    for module in modules:
+        fit(module, SharpnessAwareCallback(rho=0.3), accumulate_grad_batches=accumulated)
+    assert_close(modules[0].net, modules[1].net, 0.0)
+    with pytest.raises(RuntimeError, match=r"changed an argument of shape .* in place"):
+        fit(HalvesInPlace(), SharpnessAwareCallback(rho=0.3))
+
+
+def test_hooks_of_the_backward_pass_may_log():
+    class Logging(Module):
+        def on_after_backward(self):
+            super().on_after_backward()
+            self.log("gradient", self.net.first.weight.grad.norm())
+
+    module = Logging()
+    trainer = fit(module, SharpnessAwareCallback(rho=0.3))
+    last = module.last[0].norm().float()
+    assert trainer.callback_metrics["gradient"] == pytest.approx(last.item(), rel=1e-6)

@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: F401  slow to import:
 
 from fairseq_asam.vision.options import TrainOptions
 from fairseq_asam.vision.train import train
+from tests.processes import started
 
 from . import tiny
 
@@ -189,6 +190,31 @@ def test_two_processes_make_the_weights_of_one(m, tmp_path):
     other = made(tmp_path / "other", *flags, "--m-sharpness", 64 - m, model="tiny_float64", epochs=2)
     assert abs(other["train_loss"] - one["train_loss"]) > 1e-5
     assert two["hardware"].startswith("2 x")
+
+
+def train_on_a_disk_of_its_own(rank, count, port, folder):
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    output = folder / str(rank)
+    try:
+        train(
+            TrainOptions(dataset="digits", model="tiny", optimizer="sgd", workers=0, epochs=1, output=output)
+        )
+    except ValueError as error:
+        return str(error)
+    return "trained"
+
+
+def test_processes_that_find_different_runs_are_refused(tmp_path):
+    """One of them has finished, and the other has not begun."""
+    train(
+        TrainOptions(
+            dataset="digits", model="tiny", optimizer="sgd", workers=0, epochs=1, output=tmp_path / "0"
+        )
+    )
+    said = started(2, train_on_a_disk_of_its_own, tmp_path)
+    assert all(each.startswith("the processes find different runs in ") for each in said)
 
 
 @pytest.mark.parametrize(
