@@ -96,9 +96,10 @@ def only_a_part(optimizer: torch.optim.Optimizer) -> ValueError:
 
 def _numbers(steps: Sequence[Any]) -> list[float]:
     """Return *steps* as numbers. A fused Adam has each on the accelerator: read them all at once."""
-    if len({step.device if isinstance(step, Tensor) else None for step in steps} - {None}) != 1:
+    devices = {step.device if isinstance(step, Tensor) else None for step in steps}
+    if len(devices) != 1 or None in devices:
         return [float(step) for step in steps]
-    return torch.stack([torch.as_tensor(step) for step in steps]).tolist()
+    return torch.stack([step.reshape(()) for step in steps]).tolist()
 
 
 def _kept(
