@@ -301,9 +301,8 @@ class _Ball:
         if math.isinf(self.p):
             return [(2 * coordinates - 1) * self.rho for coordinates in point]
         dimensions = sum(parameter.numel() for parameter in self.parameters)
-        radius = self.rho * torch.rand((), generator=generator, device=generator.device).item() ** (
-            1 / dimensions
-        )
+        share = torch.rand((), generator=generator, device=generator.device).item()
+        radius = self.rho * share ** (1 / dimensions)
         return list(torch._foreach_mul(point, radius / self._norm(point)))
 
     def steepest(self, gradients: list[Tensor]) -> list[Tensor]:

@@ -112,8 +112,9 @@ def _kept(
     Raises:
         ValueError: the states are in parts on several processes.
     """
-    # Its own state stays empty. By name, since some builds of torch have no torch.distributed.
-    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+    # ZeroRedundancyOptimizer, and fairscale's OSS, keep the state of their part in `optim`.
+    part = getattr(optimizer, "optim", None)
+    if isinstance(part, torch.optim.Optimizer) and part.state is not optimizer.state:
         raise only_a_part(optimizer)
     kept, others = {}, False
     for group in optimizer.param_groups:
