@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
 from fairseq_asam.sharpness.late_start import first_ascent
+from fairseq_asam.sharpness.optimizer import refuse_sharpness_aware
 
 from .accelerate import AccumulatingTwoPasses, refuse_divided_models
-from .settings import Settings, refuse_sharpness_aware
+from .settings import Settings
 
 
 class SharpnessAwareTrainer(Trainer):

@@ -19,8 +19,9 @@ from torchmetrics import Metric
 
 from fairseq_asam import TwoPasses
 from fairseq_asam.sharpness.late_start import first_ascent
+from fairseq_asam.sharpness.optimizer import refuse_sharpness_aware
 
-from .settings import Settings, refuse_sharpness_aware
+from .settings import Settings
 
 
 class SharpnessAwareCallback(Callback):

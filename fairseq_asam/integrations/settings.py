@@ -79,7 +79,6 @@ class Settings:
         Raises:
             ValueError: *optimizer* cannot be made sharpness-aware with these options.
         """
-        refuse_sharpness_aware(optimizer)
         options = {name: getattr(self, name) for name in ("eta", "p", "normalization", "normalize_bias")}
         direction = DIRECTIONS[self.direction](optimizer, seed=seed, number=number)
         # SharpnessAware knows which base optimizers will do.
@@ -106,13 +105,3 @@ class Settings:
             DIRECTIONS[self.direction](probe)
         if self.normalization == ADAM:
             second_moments(probe)
-
-
-def refuse_sharpness_aware(optimizer: object) -> None:
-    """Raise ValueError if *optimizer*, an optimizer or its class, makes sharpness-aware steps of its own."""
-    kind = optimizer if isinstance(optimizer, type) else type(getattr(optimizer, "optimizer", optimizer))
-    if issubclass(kind, SharpnessAware) or (hasattr(kind, "first_step") and hasattr(kind, "second_step")):
-        raise ValueError(
-            f"the optimizer is {kind.__name__}, which is sharpness-aware already: give the base optimizer "
-            "instead, such as torch.optim.AdamW"
-        )

@@ -125,6 +125,11 @@ def validate_config(cfg: Any) -> None:
         raise ValueError(f"--ascent-interval is {interval}, but it must be at least 1 (LookSAM: 5)")
     if reuse is not None and not 0.0 <= reuse < math.inf:
         raise ValueError(f"--ascent-reuse is {reuse}, but it must be a finite number >= 0 (LookSAM: 0.7)")
+    if reuse is not None and interval == 1:
+        raise ValueError(
+            f"--ascent-reuse is {reuse:g}, but nothing is reused without --ascent-interval: add "
+            "--ascent-interval 5, or drop --ascent-reuse"
+        )
     if not direction_of(cfg).needs_pass_at_w:
         others = {
             "--ascent-scope micro-batch": str(cfg.ascent_scope) == "micro-batch",

@@ -90,6 +90,7 @@ class SharpnessAware(torch.optim.Optimizer):
                 f"base is a {type(base).__name__}, but it must be an optimizer: pass one, such as "
                 "torch.optim.Adam(model.parameters())"
             )
+        refuse_sharpness_aware(base)
         # ZeroRedundancyOptimizer keeps the optimizer of its part of the weights in `optim`.
         if isinstance(getattr(base, "optim", base), torch.optim.LBFGS):
             raise ValueError("LBFGS evaluates the closure at points of its own: use another base optimizer")
@@ -292,6 +293,16 @@ class SharpnessAware(torch.optim.Optimizer):
         self.base.load_state_dict(state_dict)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+
+def refuse_sharpness_aware(optimizer: object) -> None:
+    """Raise ValueError if *optimizer*, an optimizer or its class, makes sharpness-aware steps of its own."""
+    kind = optimizer if isinstance(optimizer, type) else type(getattr(optimizer, "optimizer", optimizer))
+    if issubclass(kind, SharpnessAware) or (hasattr(kind, "first_step") and hasattr(kind, "second_step")):
+        raise ValueError(
+            f"the optimizer is {kind.__name__}, which is sharpness-aware already: give the base optimizer "
+            "instead, such as torch.optim.AdamW"
+        )
 
 
 def _refuse_accumulation() -> None:

@@ -65,6 +65,10 @@ def _passes_use_other_layers(cfg: Any) -> bool:
     )
 
 
+def _workers_have_experts(cfg: Any) -> bool:
+    return getattr(cfg.model, "base_layers", 0) > 0 and cfg.distributed_training.distributed_world_size > 1
+
+
 def _quantization_noise(cfg: Any) -> float:
     # Structured configurations have it in another place.
     model = cfg.model
@@ -120,6 +124,12 @@ REFUSALS = [
         lambda cfg: cfg.distributed_training.pipeline_model_parallel,
         "it spreads a worker's weights over several GPUs, where epsilon has not been tried",
         "use data parallelism",
+    ),
+    Refusal(
+        "--base-layers",
+        _workers_have_experts,
+        "each worker has experts of its own, and epsilon needs the norm over all",
+        "use one worker or --base-layers 0",
     ),
     Refusal(
         "--ascent-interval with --zero-sharding os",

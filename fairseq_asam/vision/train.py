@@ -45,10 +45,10 @@ def train(options: TrainOptions) -> dict[str, Any]:
     The result, also in ``result.json`` of the run's folder, is a dict of
 
     - ``options``: those that decide what is computed;
-    - ``epochs``: a record of each, with ``epoch``, ``train_loss`` (at w, with label smoothing and augmented
-      images), ``train_accuracy``, ``sharpness`` (the mean of L(w + epsilon) - L(w) where it was measured; 0
-      for sgd),
-      ``test_loss``, ``test_accuracy``, ``test_top5_accuracy`` and ``seconds`` of training;
+    - ``epochs``: a record of each, with ``epoch``, ``train_loss`` (of the first pass, with label smoothing
+      and augmented images), ``train_accuracy``, ``sharpness`` (the mean of L(w + epsilon) - L(w) where it was
+      measured; 0 for sgd), ``test_loss``, ``test_accuracy``, ``test_top5_accuracy`` and ``seconds`` of
+      training;
     - ``train_loss``, ``train_accuracy``, ``test_loss``, ``test_accuracy``, ``test_top5_accuracy`` after the
       last epoch: in evaluation mode, without label smoothing and augmentation, but with label noise;
     - ``generalization_gap``: test_loss - train_loss;

@@ -68,6 +68,7 @@ def test_the_readme_has_the_options_as_they_are():
         ({"ascent_interval": 0}, "--ascent-interval is 0, but"),
         ({"ascent_reuse": -0.1}, "--ascent-reuse is -0.1, but"),
         ({"ascent_reuse": math.inf}, "--ascent-reuse is inf, but"),
+        ({"ascent_reuse": 0.7}, "--ascent-reuse is 0.7, but nothing is reused without --ascent-interval"),
         (
             {"ascent_fraction": 0.5, "ascent_interval": 2},
             "--ascent-fraction does not go with --ascent-interval",
@@ -96,7 +97,8 @@ def test_options_out_of_range_or_that_exclude_each_other_are_refused(options, se
     [
         {},
         {"rho": 0.0, "eta": 0.0, "p_norm": math.inf},
-        {"ascent_fraction": 1.0, "ascent_interval": 1, "ascent_reuse": 0.0},
+        {"ascent_fraction": 1.0, "ascent_interval": 1},
+        {"ascent_interval": 2, "ascent_reuse": 0.0},
         {"ascent_fraction": 0.01, "ascent_scope": "micro-batch", "fresh_masks": True},
         {"ascent_interval": 5, "ascent_reuse": 2.0, "ascent_scope": "micro-batch", "fresh_masks": True},
         {"ascent_direction": "momentum", "ascent_from": 0.5},

@@ -538,6 +538,8 @@ def test_misuse_is_refused():
         optimizer.step()
     with pytest.raises(ValueError, match="LBFGS"):
         SharpnessAware(torch.optim.LBFGS(model.parameters()), model.named_parameters(), rho=0.1)
+    with pytest.raises(ValueError, match="is SharpnessAware, which is sharpness-aware already"):
+        SharpnessAware(optimizer, model.named_parameters(), rho=0.1)
     with pytest.raises(ValueError, match="rho is -1"):
         SharpnessAware(adam(model.parameters()), model.named_parameters(), rho=-1)
     with pytest.raises(NotImplementedError, match="add the group to the base"):

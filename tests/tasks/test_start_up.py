@@ -107,6 +107,7 @@ REFUSED = [
     ({"common.memory_efficient_bf16": True}, "--memory-efficient-bf16"),
     ({"common.model_parallel_size": 2}, "--model-parallel-size"),
     ({"distributed_training.pipeline_model_parallel": True}, "--pipeline-model-parallel"),
+    ({"model.base_layers": 1, "distributed_training.distributed_world_size": 2}, "--base-layers"),
     ({"optimization.use_bmuf": True}, "--use-bmuf"),
     ({"distributed_training.ddp_backend": "slowmo"}, "--ddp-backend slowmo"),
     ({"distributed_training.ddp_backend": "fully_sharded"}, "--ddp-backend fully_sharded"),
