@@ -152,6 +152,13 @@ def assert_same_state(a: dict, b: dict) -> None:
     assert updates[0] == updates[1] > 0
 
 
+def assert_other_weights(a: dict, b: dict) -> None:
+    """Assert that two checkpoints differ in a weight that is used."""
+    assert any(
+        not torch.equal(w, b["model"][name]) for name, w in a["model"].items() if not UNUSED.search(name)
+    )
+
+
 def trained(folder: Path, data: Path, *flags) -> str:
     """Train for three epochs and return the path of the last checkpoint."""
     arguments = recipe(data, folder, "--max-epoch", "3", *flags)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from tests.commands import PLUGIN, recipe, run_train
-from tests.processes import forkserver
+from tests.processes import HANGS, forkserver
 
 #: What may go wrong, and where.
 KILL, EXCEPTION, OUT_OF_MEMORY, NAN = "kill", "exception", "out of memory", "NaN loss"
@@ -59,7 +59,7 @@ def train(folder: Path, data: Path, *flags: str, workers: int = 1, fault: Fault 
         processes.append(forkserver.Process(target=_train, args=(words, log, hits), daemon=True))
         processes[-1].start()
     for process in processes:
-        process.join(300)
+        process.join(HANGS)
         process.kill()  # one that waits for ever: its status is then that of the signal
         process.join()
     return [process.exitcode for process in processes]

@@ -21,6 +21,10 @@ forkserver.set_forkserver_preload(
 )
 
 
+#: Seconds after which processes are taken to hang, however slow the machine.
+HANGS = 1800
+
+
 def in_processes(count: int, function, *arguments) -> list:
     """Return what ``function(*arguments)`` returned in each process, all in one process group."""
     return started(count, _with_process_group, function, arguments)
@@ -39,7 +43,7 @@ def started(count: int, function, *arguments) -> list:
     ]
     for process in processes:
         process.start()
-    results = dict(queue.get(timeout=300) for _ in processes)
+    results = dict(queue.get(timeout=HANGS) for _ in processes)
     for process in processes:
         process.join(30)
         process.kill()

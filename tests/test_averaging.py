@@ -15,6 +15,9 @@ import torch
 from fairseq_asam import averaging
 from tests.commands import PLUGIN, checkpoint, recipe
 
+#: Whether this torch can load fairseq's types and no others.
+SAFE = hasattr(torch.serialization, "add_safe_globals")
+
 
 def save(file: Path, **weights: torch.Tensor) -> Path:
     file.parent.mkdir(exist_ok=True)
@@ -42,7 +45,7 @@ def averaged(monkeypatch, capsys, tmp_path):
     def command(*arguments) -> dict:
         monkeypatch.setattr(sys, "argv", ["averaging", *map(str, arguments)])
         averaging.main()
-        return torch.load(arguments[1], weights_only=True)
+        return torch.load(arguments[1], weights_only=SAFE)
 
     return command
 
@@ -162,7 +165,12 @@ def unsafe(run: Path) -> None:
             "checkpoint9.pt' is damaged or no checkpoint",
         ),
         (lambda run: torch.save({}, run / "checkpoint9.pt"), [], "it has no weights under 'model'"),
-        (unsafe, [], "holds a pathlib.PurePosixPath, which is not loaded as it may run code"),
+        pytest.param(
+            unsafe,
+            [],
+            "holds a pathlib.PurePosixPath, which is not loaded as it may run code",
+            marks=pytest.mark.skipif(not SAFE, reason="this torch loads anything"),
+        ),
         (lambda run: save(run / "checkpoint11.pt", v=torch.ones(1)), [], "is of another model than"),
         (lambda run: save(run / "checkpoint11.pt", w=torch.ones(2)), [], "is of another model than"),
         (

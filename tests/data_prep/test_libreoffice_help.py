@@ -274,6 +274,7 @@ def test_interrupted_it_says_how_to_go_on(packages, tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (tmp_path / ".corpus.partial" / MODEL).exists():
+        assert process.poll() is None
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()

@@ -10,9 +10,11 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 @pytest.fixture(autouse=True)
 def types_that_torch_loads():
     """Those that the fairseq plugin allows. transformers takes some of them away when it resumes a run."""
-    allowed = torch.serialization.get_safe_globals()
+    knows_safe_types = hasattr(torch.serialization, "get_safe_globals")  # from torch 2.4 on
+    allowed = torch.serialization.get_safe_globals() if knows_safe_types else []
     yield
-    torch.serialization.add_safe_globals(allowed)
+    if knows_safe_types:
+        torch.serialization.add_safe_globals(allowed)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 
 from fairseq_asam import DIRECTIONS, Perturbation, SharpnessAware
 from fairseq_asam.integrations.accelerate import AccumulatingTwoPasses
-from tests.integrations.algorithm1 import Net, algorithm_1, assert_close, assert_far, examples, note_gradient
+from tests.algorithm1 import Net, algorithm_1, assert_close, assert_far, examples, note_gradient
 from tests.processes import started
 
 

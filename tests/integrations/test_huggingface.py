@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fairseq_asam import Perturbation, SharpnessAware, TwoPasses
-from tests.integrations.algorithm1 import (
+from tests.algorithm1 import (
     Net,
     algorithm_1,
     assert_close,
@@ -151,7 +151,9 @@ def test_the_weights_are_those_of_algorithm_1(settings, accumulated, tmp_path):
     assert_close(model, plain)
     trainer_of(Trainer, stock, tmp_path, options).train()
     assert_far(model, stock)
-    for (loss, sharpness), values in zip(logs(trainer, "loss", "sharpness"), losses):
+    logged = logs(trainer, "loss", "sharpness")
+    assert len(logged) == len(losses)
+    for (loss, sharpness), values in zip(logged, losses):
         at_w, at_w_plus_epsilon = sum(values[0::2]), sum(values[1::2])
         assert loss == pytest.approx(at_w, abs=6e-5)  # the Trainer of 2025 rounds it
         if len(values) == 1:  # an update of one pass
@@ -414,6 +416,7 @@ def test_two_processes_are_algorithm_1_with_the_batches_of_both(number, of_two_p
         plain, adamw(plain), updates, loss_of, rho=0.3, seed=7, clip=clipped_to(1.0), **settings
     )
     assert_close(model, plain)
+    assert len(seen) == len(losses)
     for (loss, sharpness), values in zip(seen, losses):
         assert loss == pytest.approx(sum(values[0::2]), abs=6e-5)
         if len(values) > 1:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fairseq_asam import Perturbation, SharpnessAware, TwoPasses
-from tests.integrations.algorithm1 import (
+from fairseq_asam import SharpnessAware
+from tests.algorithm1 import (
     Net,
     algorithm_1,
     assert_close,
@@ -174,10 +174,23 @@ def test_logs_are_of_the_pass_at_w():
     _, losses = reference([[batch] for batch in batches_of()])
     at_w, at_w_plus_epsilon = zip(*losses)
     assert trainer.logged_metrics["loss"] == pytest.approx(sum(at_w) / 6, rel=1e-6)
-    assert trainer.logged_metrics["sharpness"] == pytest.approx(at_w_plus_epsilon[-1] - at_w[-1], rel=1e-6)
     assert module.losses[0::2] == pytest.approx(at_w) and module.losses[1::2] == pytest.approx(
         at_w_plus_epsilon
     )
+
+
+@pytest.mark.parametrize("scope", ["update", "micro-batch"])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_the_sharpness_logged_is_that_of_the_update(accumulated, scope):
+    trainer = fit(
+        Module(), SharpnessAwareCallback(0.3, ascent_scope=scope), accumulate_grad_batches=accumulated
+    )
+    batches = batches_of()
+    updates = [batches[i : i + accumulated] for i in range(0, 6, accumulated)]
+    loss = loss_of if accumulated == 2 else loss_of_one
+    _, losses = reference(updates, loss, ascent_scope=scope)
+    expected = sum(losses[-1][1::2]) - sum(losses[-1][0::2])
+    assert trainer.logged_metrics["sharpness"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_hooks_of_the_backward_pass_see_the_gradient_of_the_step():
@@ -359,31 +372,6 @@ class Manual(Module):
 class Twice(Module):
     def configure_optimizers(self):
         return SharpnessAware(super().configure_optimizers(), self, rho=0.1)
-
-
-class ByHand(Manual):
-    """Manual optimization as the README has it."""
-
-    def on_train_start(self):
-        self.two_passes = TwoPasses(Perturbation(self.named_parameters(), 0.3), [self])
-
-    def forward_and_backward(self, inputs, labels):
-        loss = F.cross_entropy(self.net(inputs), labels)
-        self.manual_backward(loss)
-        return loss
-
-    def training_step(self, batch, number):
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        loss = self.two_passes(self.forward_and_backward, *batch)
-        optimizer.step()
-        self.log("loss", loss)
-
-
-def test_manual_optimization_takes_two_passes_in_training_step():
-    module = ByHand()
-    fit(module)
-    assert_close(module.net, reference([[batch] for batch in batches_of()])[0])
 
 
 class WithoutMomentum(Module):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fairseq_asam import Perturbation, TwoPasses
-from tests.integrations.algorithm1 import Net, algorithm_1, assert_close, examples
+from tests.algorithm1 import Net, algorithm_1, assert_close, examples
 from tests.test_readmes import code_of
 
 pytest.importorskip("transformers")

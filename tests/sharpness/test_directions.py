@@ -226,6 +226,9 @@ def test_in_adam_s_metric_epsilon_has_length_rho(amsgrad):
     assert slopes[0] > 0
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.serialization, "add_safe_globals"), reason="torch 2.3 has no fused Adam on CPUs"
+)
 def test_in_adam_s_metric_a_step_that_the_scaler_skipped_is_none():
     """A fused Adam, which is called all the same, then has a state of no step."""
     model = setting().float()
@@ -273,6 +276,17 @@ def test_adam_s_metric_of_an_adam_that_counts_its_steps_in_the_group():
             optimizer.step(functools.partial(closure_of, optimizer, model, step))
         trained.append(torch.cat([w.detach().flatten() for w in model.parameters()]))
     torch.testing.assert_close(*trained, rtol=1e-12, atol=1e-14)
+
+
+def test_adam_s_metric_of_an_adam_that_keeps_some_steps_as_numbers():
+    model = setting()
+    base = adam(model.parameters())
+    optimizer = SharpnessAware(base, model, rho=RHO, normalization="adam")
+    optimizer.step(functools.partial(closure_of, optimizer, model, 0))
+    before, state = adam_diagonals(base), base.state[next(model.parameters())]
+    state["step"] = int(state["step"])
+    after = adam_diagonals(base)
+    assert before.keys() == after.keys() and all(torch.equal(before[w], after[w]) for w in before)
 
 
 def closure_of(optimizer, model, step):

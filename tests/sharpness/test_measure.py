@@ -468,3 +468,16 @@ def test_random_starts_are_uniform_in_the_region():
     shares = (torch.stack(points).norm(dim=1) / 0.2) ** 3
     quarters = torch.quantile(shares, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
     torch.testing.assert_close(quarters, torch.tensor([0.25, 0.5, 0.75]).double(), rtol=0, atol=0.05)
+    mean = torch.stack(points).mean(dim=0)
+    torch.testing.assert_close(mean, torch.zeros(3).double(), rtol=0, atol=0.02)
+
+
+def test_random_starts_are_uniform_in_the_cube():
+    weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    ball = _Ball({weight: "w"}, Region(rho=0.2, p=math.inf, normalization="none"))
+    generator = torch.Generator().manual_seed(0)
+    points = torch.stack([ball.random_point(generator)[0] for _ in range(2000)])
+    shares = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    quarters = torch.quantile(points, shares, dim=0)
+    expected = (0.4 * shares - 0.2)[:, None].expand(-1, 3)
+    torch.testing.assert_close(quarters, expected, rtol=0, atol=0.02)

@@ -338,6 +338,42 @@ def test_a_closure_that_clears_the_gradients(weights_given, set_to_none):
     assert torch.equal(weights(model), stepped())
 
 
+def test_a_step_under_no_grad_is_the_same():
+    """As torch's own optimizers allow it."""
+    model, optimizer, backward = regression()
+    closure = clearing(optimizer, backward, True)
+    with torch.no_grad():
+        optimizer.step(closure)
+        optimizer.step(closure)
+    assert torch.equal(weights(model), stepped())
+
+
+def test_the_step_is_that_of_davda54_s_adaptive_sam():
+    """With the arguments that README.md names: e = rho w^2 g / || |w| g ||, for biases too."""
+    models = [nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    plain, (ours, theirs) = torch.randn(5, 6, 4).double(), models
+    base = torch.optim.SGD(ours.parameters(), lr=0.1)
+    optimizer = SharpnessAware(base, ours, rho=2.0, eta=0.0, normalize_bias=True)
+    for inputs in plain:
+
+        def closure(inputs=inputs):
+            optimizer.zero_grad()
+            loss = ours(inputs).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        w = [each.detach().clone() for each in theirs.parameters()]
+        for moved in (False, True):
+            g = torch.autograd.grad(theirs(inputs).square().mean(), [*theirs.parameters()])
+            norm = sum((a.abs() * b).square().sum() for a, b in zip(w, g)).sqrt()
+            for each, a, b in zip(theirs.parameters(), w, g):
+                each.data = a - 0.1 * b if moved else a + 2.0 * a**2 * b / norm
+    for a, b in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 def test_a_closure_that_leaves_the_clearing_to_the_optimizer():
     """As davda54/sam's, but for the backward() before the step."""
     model, optimizer, backward = regression()

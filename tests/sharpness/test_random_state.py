@@ -1,5 +1,6 @@
 """RandomState: whatever a pass draws, the next draws again."""
 
+import os
 import random
 import sys
 import threading
@@ -68,6 +69,7 @@ def test_seeds_of_the_caller_s_own_and_other_threads_are_left_alone():
 
 
 def _record_while_others_draw(seconds):
+    threading.excepthook = lambda _: os._exit(1)
     sys.setswitchinterval(1e-6)
     generator = np.random.default_rng(3)
     end = time.monotonic() + seconds

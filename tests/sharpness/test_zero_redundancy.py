@@ -6,9 +6,11 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
+from fairscale.optim.oss import OSS
 from torch import nn
 from torch.distributed.algorithms.join import Join
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_asam import Momentum, Perturbation, SharpnessAware, TwoPasses, adam_diagonals
@@ -187,6 +189,10 @@ def refusals(_):
     def step_along_momentum(zero, model):
         Perturbation(model.named_parameters(), RHO, direction=Momentum(zero))
 
+    def with_averages(model):
+        averager = PeriodicModelAverager(period=1)
+        return PostLocalSGDOptimizer(torch.optim.Adam(model.parameters()), averager)
+
     def step_in_adams_metric(zero, model):
         loss_of(model, torch.ones(2, 6, dtype=torch.float64))
         diagonals = functools.partial(adam_diagonals, zero)
@@ -196,6 +202,8 @@ def refusals(_):
     attempt("momentum in a loop", lambda model: theirs(model, *ADAM), step_along_momentum)
     attempt("Adam's metric in a loop", lambda model: theirs(model, *ADAM), step_in_adams_metric)
     attempt("step in the block", lambda model: theirs(model, *ADAM), step_in_the_block)
+    attempt("OSS", lambda model: OSS(model.parameters(), *ADAM[:1], **ADAM[1]), step_along_momentum)
+    attempt("PostLocalSGD", with_averages, step_along_momentum)
     return said
 
 
@@ -208,6 +216,8 @@ def refusals(_):
         ("join", "in a Join context, ZeroRedundancyOptimizer steps once for each forward pass of another"),
         ("momentum in a loop", "ZeroRedundancyOptimizer has only a part of the weights' moments"),
         ("Adam's metric in a loop", "ZeroRedundancyOptimizer has only a part of the weights' moments"),
+        ("OSS", "OSS has only a part of the weights' moments"),
+        ("PostLocalSGD", "nothing"),
         ("step in the block", "ZeroRedundancyOptimizer would step with weights at w + epsilon"),
     ],
 )

@@ -50,3 +50,4 @@ def test_the_test_of_a_patch_fails_without_it(index, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(copy)}
     result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     assert result.returncode == pytest.ExitCode.TESTS_FAILED, result.stdout[-3000:]
+    assert f"FAILED {PATCHES[index].test}" in result.stdout and "ERROR" not in result.stdout

@@ -165,7 +165,7 @@ USED = {
     "distributed_training.ddp_backend": "legacy_ddp",
     "optimizer.ascent_scope": "update",
 }
-TAKEN = [*OPTIONS.values(), *STATES.values(), UNUSED]
+TAKEN = [*OPTIONS.values(), *STATES.values(), UNUSED, {"model.base_layers": 1}]
 TAKEN += [{**UNUSED, "optimizer.fresh_masks": True, name: value} for name, value in USED.items()]
 TAKEN += [{**DENOISING, "dataset.num_workers": 1}, {**DENOISING, "dataset.data_buffer_size": 0}]
 TAKEN += [

@@ -171,6 +171,16 @@ def trained_out_of_memory(cfg, rank, failing):
     return {name: w.detach().numpy() for name, w in trainer.get_model().named_parameters()}
 
 
+def trained_on_some(cfg, rank, updates):
+    """Each of *updates* is on the pairs of batches with these numbers; one without any is left out."""
+    trainer, batches = trainer_and_batches(cfg)
+    for update in updates:
+        mine = [batch for number in update for batch in batches[2 * number : 2 * number + 2]]
+        if mine:
+            trainer.train_step(mine)
+    return {name: w.detach().numpy() for name, w in trainer.get_model().named_parameters()}
+
+
 @pytest.mark.parametrize(
     "scope, call",
     [
@@ -199,8 +209,12 @@ def test_out_of_memory_in_one_worker(corpus, scope, call):
     """In the second update of two micro-batches each: a pass at w or at w + epsilon, the first or the last
     of the update. As without this plugin, legacy_ddp goes on with the gradients of the other worker."""
     flags = ["asam", "--ascent-scope", scope, "--ddp-backend", "legacy_ddp"]
-    weights(2, corpus, *flags, split=(1, call), function=trained_out_of_memory)
-    weights(1, corpus, *flags, split=(0, call), function=trained_out_of_memory)
+    two = weights(2, corpus, *flags, split=(1, call), function=trained_out_of_memory)
+    one = weights(1, corpus, *flags, split=(0, call), function=trained_out_of_memory)
+    assert_close(one, weights(1, corpus, *flags, split=[[0], [], [2], [3]], function=trained_on_some))
+    if scope == "update" and call in (5, 6):  # at w, so that epsilon is that of the other worker too
+        left = [[0, 1], [2], [4, 5], [6, 7]]
+        assert_close(two, weights(1, corpus, *flags, split=left, function=trained_on_some))
 
 
 @pytest.mark.parametrize("scope", ["update", pytest.param("micro-batch", marks=pytest.mark.slow)])

@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState, PartialState
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401  slow to import: once, here
 
+from fairseq_asam.vision import data
+from fairseq_asam.vision.batches import seed_of
 from fairseq_asam.vision.options import TrainOptions
 from fairseq_asam.vision.train import train
+from tests.algorithm1 import algorithm_1
 from tests.processes import started
 
 from . import tiny
@@ -85,8 +89,6 @@ def test_learns_digits(optimizer, tmp_path):
 
 def test_losses_at_the_end_are_plain_cross_entropy_in_evaluation_mode(tmp_path):
     """Computed anew from the checkpoint."""
-    from fairseq_asam.vision import data
-
     result = made(tmp_path / "run", "--label-noise", "0.2", epochs=4)
     model = tiny.noisy(10)
     model.load_state_dict(checkpoint(tmp_path / "run")["model"])
@@ -96,6 +98,85 @@ def test_losses_at_the_end_are_plain_cross_entropy_in_evaluation_mode(tmp_path):
         images, targets = zip(*part)
         probabilities = model(torch.stack(images)).softmax(1)[torch.arange(len(part)), torch.tensor(targets)]
         assert result[f"{name}_loss"] == pytest.approx(-probabilities.log().mean().item(), rel=1e-5)
+
+
+OF_EPSILON = [
+    "--rho",
+    "0.3",
+    "--eta",
+    "0.2",
+    "--p-norm",
+    "inf",
+    "--normalization",
+    "layer-wise",
+    "--normalize-bias",
+]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "flags", "of_sgd", "smoothing", "settings"),
+    [
+        ("sgd", [], {}, 0.1, {"rho": 0.0}),
+        ("sam", [], {}, 0.1, {"rho": 0.05, "normalization": "none"}),
+        ("asam", [], {}, 0.1, {"rho": 0.5}),
+        (
+            "asam",
+            OF_EPSILON,
+            {},
+            0.1,
+            {"rho": 0.3, "eta": 0.2, "p": math.inf, "normalization": "layer-wise", "normalize_bias": True},
+        ),
+        (
+            "asam",
+            ["--lr", "0.05", "--momentum", "0.5", "--weight-decay", "0.01", "--label-smoothing", "0"],
+            {"lr": 0.05, "momentum": 0.5, "weight_decay": 0.01},
+            0.0,
+            {"rho": 0.5},
+        ),
+        ("asam", ["--ascent-direction", "momentum"], {}, 0.1, {"rho": 0.5, "direction": "momentum"}),
+        (
+            "asam",
+            ["--ascent-direction", "random", "--seed", "4"],
+            {},
+            0.1,
+            {"rho": 0.5, "direction": "random", "seed": 4},
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_options_reach_the_training(optimizer, flags, of_sgd, smoothing, settings, tmp_path):
+    """Three updates, each of all images, beside Algorithm 1 in a plain loop."""
+    images, targets = zip(*data.load("digits", augmentation="none").train)
+    batch = torch.stack(images), torch.tensor(targets)
+    whole = ["--batch-size", len(targets), "--augmentation", "none"]
+    result = made(tmp_path / "run", *whole, *flags, model="tiny_float64", optimizer=optimizer, epochs=3)
+
+    torch.manual_seed(seed_of(settings.get("seed", 0)))
+    plain = tiny.TinyInFloat64(10)
+    sgd = torch.optim.SGD(plain.parameters(), **{"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, **of_sgd})
+    losses = algorithm_1(
+        plain,
+        sgd,
+        [[batch]] * 3,
+        lambda model, batch, _: F.cross_entropy(model(batch[0]), batch[1], label_smoothing=smoothing),
+        factor=lambda number: (1 + math.cos(math.pi * number / 3)) / 2,
+        **settings,
+    )
+    for record, values in zip(result["epochs"], losses):
+        assert record["train_loss"] == pytest.approx(values[0], rel=1e-9)
+        if optimizer != "sgd":
+            sharpness = values[1] - values[0] if len(values) == 2 else None
+            assert record["sharpness"] == (sharpness and pytest.approx(sharpness, rel=1e-6))
+    for name, w in checkpoint(tmp_path / "run")["model"].items():
+        torch.testing.assert_close(w, plain.state_dict()[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("statistics", "counted"), [("first", 1), ("both", 2)])
+def test_the_passes_that_update_the_statistics_of_batch_normalization(statistics, counted, tmp_path):
+    flags = ["--batch-size", "1000", "--batch-norm-statistics", statistics]
+    made(tmp_path / "run", *flags, epochs=2)
+    weights = checkpoint(tmp_path / "run")["model"]
+    assert [w.item() for name, w in weights.items() if "num_batches" in name] == [2 * counted]
 
 
 def test_learning_rate_falls_along_a_cosine(tmp_path):
