@@ -24,6 +24,7 @@ from data_prep.segmentation import write_whole
 URL = "http://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz"
 PATIENCE_SECONDS = 30
 BLOCK_BYTES = 1 << 16
+GZIP_MAGIC = b"\x1f\x8b"
 NAMED_PAIR = re.compile(r"train\.tags\.(\w+-\w+)\.")
 
 
@@ -83,15 +84,19 @@ def _download(url: str, partial: Path) -> None:
     with response:
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
             have = 0  # the server sends all of it
-        rest = int(response.headers["Content-Length"])
-        size = {"total": have + rest, "initial": have, "unit": "B", "unit_scale": True}
-        bar = tqdm(desc="downloading", disable=None, **size)
+        length = response.headers["Content-Length"]  # None of an answer in chunks
+        total = None if length is None else have + int(length)
+        bar = tqdm(desc="downloading", disable=None, total=total, initial=have, unit="B", unit_scale=True)
         with bar, partial.open("ab" if have else "wb") as output:
             while block := response.read(BLOCK_BYTES):
                 output.write(block)
                 bar.update(len(block))
-    if partial.stat().st_size != have + rest:
-        raise ConnectionError(f"cut off after {partial.stat().st_size} of {have + rest} bytes")
+    if total is not None and partial.stat().st_size != total:
+        raise ConnectionError(f"cut off after {partial.stat().st_size} of {total} bytes")
+    with partial.open("rb") as content:
+        if content.read(len(GZIP_MAGIC)) != GZIP_MAGIC:
+            partial.unlink()
+            raise ConnectionError("what came is no .tgz archive, but perhaps the page of a login")
 
 
 def extract(archive: Path, names: Collection[str], pair: str, folder: Path) -> None:
@@ -108,6 +113,10 @@ def extract(archive: Path, names: Collection[str], pair: str, folder: Path) -> N
             the folder, or lacks one of the files.
     """
     missing, others = set(names), set()
+    record = archive.with_name(archive.name + ".json")
+    again = f"get it again from {URL}"
+    if record.exists():
+        again = f"remove it and {record}, to download it again"
     try:
         with gzip.open(archive) as stream:
             with tarfile.open(fileobj=stream, mode="r|") as members:
@@ -123,7 +132,7 @@ def extract(archive: Path, names: Collection[str], pair: str, folder: Path) -> N
                             f"{archive}: {member.name!r} in it is a link or a device, where only files and "
                             f"folders are allowed; get the archive from {URL}."
                         )
-                    if path.parent.name == path.parts[0] == pair and path.name in missing and member.isfile():
+                    if path.parent == PurePosixPath(pair) and path.name in missing and member.isfile():
                         with (folder / path.name).open("wb") as output:
                             shutil.copyfileobj(members.extractfile(member), output)
                         missing.remove(path.name)
@@ -132,7 +141,7 @@ def extract(archive: Path, names: Collection[str], pair: str, folder: Path) -> N
                 pass
     except (EOFError, gzip.BadGzipFile, tarfile.TarError, zlib.error) as error:
         raise PreparationError(
-            f"{archive}: damaged or truncated, or no .tgz archive ({error}); get it again from {URL}."
+            f"{archive}: damaged or truncated, or no .tgz archive ({error}); {again}."
         ) from None
     if missing and others and pair not in others:
         raise PreparationError(

@@ -1,18 +1,18 @@
 """The corpus folder: raw text, a joint sentencepiece model, fairseq's binarized form, statistics.
 
 A folder is built beside its destination, as `.NAME.partial`, and renamed when it is whole. After an
-interruption, the next run with the same settings goes on from what is there.
+interruption, the next run with the same settings goes on from what is there. One process at a time builds it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,9 @@ def run(main: Callable[[], None]) -> None:
         sys.exit("interrupted: run the same command again to go on.")
 
 
-def prepare(arguments: argparse.Namespace, languages: Languages, source: Source) -> None:
+def prepare(
+    arguments: argparse.Namespace, languages: Languages, source: Source, normalization: str = "nmt_nfkc"
+) -> None:
     """Make the corpus folder, or what is missing of it, and print the tables of counts.
 
     Args:
@@ -105,6 +107,7 @@ def prepare(arguments: argparse.Namespace, languages: Languages, source: Source)
         languages: What the names of the files of text end in: two codes without a hyphen.
         source: Gives the splits, and what statistics.json is to say about them. It is called only where the
             text is not there yet.
+        normalization: sentencepiece's rule for the letters of pieces. "identity" leaves them as they are.
 
     Raises:
         PreparationError: An argument is out of range, the destination cannot be written or holds something
@@ -131,12 +134,63 @@ def prepare(arguments: argparse.Namespace, languages: Languages, source: Source)
         for name, value in vars(arguments).items()
         if name not in ("destination", "workers")
     }
+
+    def build(partial: Path) -> None:
+        place = destination.resolve()
+        if place.exists():  # empty, or a corpus of these settings that lost a part
+            shutil.rmtree(partial, ignore_errors=True)
+            os.replace(place, partial)
+        _build(partial, settings, languages, arguments.workers, source, normalization)
+
     with writing(destination, megabytes=200):
-        if is_whole(destination, settings, (*text_files(languages), MODEL, VOCABULARY, BINARIZED)):
-            print(f"{destination} is complete: nothing to do.")
-        else:
-            _build(destination, settings, languages, arguments.workers, source)
+        complete(destination, settings, (*text_files(languages), MODEL, VOCABULARY, BINARIZED), build)
     _print_summary(read_statistics(destination))
+
+
+def complete(
+    destination: Path, settings: Statistics, parts: tuple[str, ...], build: Callable[[Path], None]
+) -> None:
+    """Make `destination`, unless it has all `parts`; one process at a time does so.
+
+    Args:
+        destination: The folder.
+        settings: What tells one corpus from another.
+        parts: The names of what must be there.
+        build: Makes all parts in the folder that it is given, which then takes the name of the destination.
+
+    Raises:
+        PreparationError: The destination holds something else.
+    """
+    if not is_whole(destination, settings, parts):
+        place = destination.resolve()  # it may be a link, or "."
+        partial = place.with_name(f".{place.name}.partial")
+        with _alone(place.with_name(f".{place.name}.lock")):
+            if not is_whole(place, settings, parts):  # made by a process that had the lock
+                build(partial)
+                if place.exists():  # empty, or a corpus of these settings that lost a part
+                    shutil.rmtree(place)
+                os.replace(partial, place)
+                return
+    print(f"{destination} is complete: nothing to do.")
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Wait until no other process is in the block with the same file `lock`, which goes in the end."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"Another process makes the same folder ({lock}); waiting for it.", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(file.fileno())):
+                continue  # the other process has removed it
+            try:
+                return (yield)
+            finally:
+                lock.unlink()
 
 
 @contextlib.contextmanager
@@ -155,25 +209,32 @@ def is_whole(folder: Path, settings: Statistics, parts: tuple[str, ...]) -> bool
     """Return whether `folder` has all `parts`; raise PreparationError where it holds something else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
-    statistics = read_statistics(folder)
-    if not statistics:
+    if not read_statistics(folder):
         raise PreparationError(f"{folder}: exists and is no corpus made here; name a new folder.")
-    found = {**EARLIER_SETTINGS, **statistics["settings"]}
-    for name, value in settings.items():
-        if found.get(name) != value:
-            raise PreparationError(
-                f"{folder}: was prepared with {name} {found.get(name)}, not {value}; "
-                "name another folder, or remove this one."
-            )
+    for name, found, wanted in _differing(folder, settings):
+        raise PreparationError(
+            f"{folder}: was prepared with {name} {found}, not {wanted}; "
+            "name another folder, or remove this one."
+        )
     return all((folder / part).exists() for part in parts)
 
 
+def _differing(folder: Path, settings: Statistics) -> Iterator[tuple[str, Any, Any]]:
+    """Yield each setting that the corpus in `folder` does not share: its name, and both values."""
+    found = {name: value for name, value in EARLIER_SETTINGS.items() if name in settings}
+    found.update(read_statistics(folder)["settings"])
+    for name in {**settings, **found}:
+        if found.get(name) != settings.get(name):
+            yield name, found.get(name), settings.get(name)
+
+
 def read_statistics(folder: Path) -> Statistics:
-    """Return what statistics.json of `folder` says, or nothing where there is none."""
+    """Return what statistics.json of `folder` says, or nothing where there is none of a corpus."""
     try:
-        return json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        statistics = json.loads((folder / STATISTICS).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
+    return statistics if isinstance(statistics, dict) and "settings" in statistics else {}
 
 
 def write_statistics(folder: Path, statistics: Statistics) -> None:
@@ -182,29 +243,33 @@ def write_statistics(folder: Path, statistics: Statistics) -> None:
 
 
 def _build(
-    destination: Path, settings: Statistics, languages: Languages, workers: int, source: Source
+    partial: Path,
+    settings: Statistics,
+    languages: Languages,
+    workers: int,
+    source: Source,
+    normalization: str,
 ) -> None:
-    """Make the parts that are missing, in a folder beside `destination` that takes its name at the end."""
-    partial = destination.with_name(f".{destination.name}.partial")
-    if destination.exists():  # empty, or a corpus of these settings that lost a part
-        shutil.rmtree(partial, ignore_errors=True)
-        os.replace(destination, partial)
+    """Make the parts that are missing in `partial`."""
 
     def missing(*names: str) -> bool:
         return not all((partial / name).exists() for name in names)
 
-    if read_statistics(partial).get("settings") != settings or missing(*text_files(languages)):
+    is_of_others = not read_statistics(partial) or any(_differing(partial, settings))
+    if is_of_others or missing(*text_files(languages)):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_text(partial, settings, languages, source)
     if missing(MODEL, VOCABULARY):
-        train_sentencepiece(partial, languages, settings["vocab_size"])
+        train_sentencepiece(partial, languages, settings["vocab_size"], normalization)
+    scratch = partial / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     if missing(BINARIZED):
-        with tempfile.TemporaryDirectory(dir=partial) as scratch:
-            pieces = binarize(partial, languages, workers, Path(scratch))
-            write_statistics(partial, {**read_statistics(partial), "pieces": pieces})
-            os.replace(Path(scratch, BINARIZED), partial / BINARIZED)
-    os.replace(partial, destination)
+        scratch.mkdir()
+        pieces = binarize(partial, languages, workers, scratch)
+        write_statistics(partial, {**read_statistics(partial), "pieces": pieces})
+        os.replace(scratch / BINARIZED, partial / BINARIZED)
+        shutil.rmtree(scratch)
 
 
 def _write_text(folder: Path, settings: Statistics, languages: Languages, source: Source) -> None:
@@ -265,7 +330,7 @@ def _print_summary(statistics: Statistics) -> None:
         (name, pairs, *(n for side in statistics["words"][name].values() for n in side.values()))
         for name, pairs in statistics["pairs"].items()
     ]
-    _print_table(("split", "distinct pairs", *columns), rows)
+    _print_table(("split", "pairs", *columns), rows)
     print("How much of the held-out sets is known from training, in runs of 1 word to 4:")
     known = statistics["share of runs of words that stand in training"]
     rows = [

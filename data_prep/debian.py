@@ -45,6 +45,8 @@ def download(packages: Sequence[str], folder: Path) -> list[Path]:
     ]
     reason = "apt-get brought nothing"
     for commands in attempts:
+        for earlier in folder.glob("*.deb"):  # perhaps of another version
+            earlier.unlink()
         try:
             for command in commands:
                 subprocess.run(

@@ -68,27 +68,33 @@ def main() -> None:
         raise PreparationError(f"--workers {arguments.workers}: must be at least 1.")
     destination, file = arguments.destination, arguments.archive
     settings = {"archive": str(file) if file else archive.URL}
+    local = file or destination.parent / "de-en.tgz"
+    made_of = corpus.read_statistics(destination).get("archive")
+    if made_of and local.is_file() and archive.fingerprint(local) != made_of:
+        raise PreparationError(
+            f"{destination}: was prepared from another {local}; name another folder, or remove this one."
+        )
+
+    def build_from_archive(unfinished: Path) -> None:
+        if file is None:
+            archive.fetch(archive.URL, local)
+        elif not (file.is_file() and os.access(file, os.R_OK)):
+            raise PreparationError(
+                f"--archive {file}: no file that can be read; name a copy of de-en.tgz, or leave it out."
+            )
+        build(unfinished, local, settings, arguments.workers)
+
+    parts = (*text_files(LANGUAGES), CODES, BINARIZED)
     with corpus.writing(destination, NEEDED_MEGABYTES):
-        if corpus.is_whole(destination, settings, (*text_files(LANGUAGES), CODES, BINARIZED)):
-            print(f"{destination} is complete: nothing to do.")
-        else:
-            if file is None:
-                file = destination.parent / "de-en.tgz"
-                archive.fetch(archive.URL, file)
-            elif not (file.is_file() and os.access(file, os.R_OK)):
-                raise PreparationError(
-                    f"--archive {file}: no file that can be read; name a copy of de-en.tgz, or leave it out."
-                )
-            build(destination, file, settings, arguments.workers)
+        corpus.complete(destination, settings, parts, build_from_archive)
     statistics = corpus.read_statistics(destination)
     print(", ".join(f"{name}: {count} pairs" for name, count in statistics["pairs"].items()))
     if "warning" in statistics:
         print(f"warning: {statistics['warning']}", file=sys.stderr)
 
 
-def build(destination: Path, file: Path, settings: corpus.Statistics, workers: int) -> None:
-    """Make all parts in a folder beside `destination` that takes its name at the end."""
-    unfinished = destination.with_name(f".{destination.name}.partial")
+def build(unfinished: Path, file: Path, settings: corpus.Statistics, workers: int) -> None:
+    """Make all parts in the folder `unfinished`, or leave no folder."""
     shutil.rmtree(unfinished, ignore_errors=True)
     scratch = unfinished / "scratch"
     scratch.mkdir(parents=True)
@@ -121,11 +127,9 @@ def build(destination: Path, file: Path, settings: corpus.Statistics, workers: i
             )
         corpus.write_statistics(unfinished, statistics)
         shutil.rmtree(scratch)
-        if destination.exists():  # empty, or a corpus of this archive that lost a part
-            shutil.rmtree(destination)
-        os.replace(unfinished, destination)
-    finally:
+    except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def read(file: Path) -> Iterator[str]:

@@ -43,7 +43,7 @@ def main() -> None:
     def source(_: Rules) -> tuple[Splits, corpus.Statistics]:
         return splits, {"corpus": "your files"}
 
-    corpus.prepare(arguments, languages, source)
+    corpus.prepare(arguments, languages, source, normalization="identity")
 
 
 def languages_of(files: dict[str, tuple[Path, Path]]) -> Languages:

@@ -20,6 +20,8 @@ SPLITS = ("train", "valid", "test")
 Languages = tuple[str, str]
 MODEL, VOCABULARY = "sentencepiece.model", "sentencepiece.vocab"
 BINARIZED = "bin"
+#: sentencepiece silently skips longer lines, by default from 4,192 bytes on.
+LONGEST_LINE_BYTES = 2**30
 
 
 def text_files(languages: Languages) -> tuple[str, ...]:
@@ -27,8 +29,11 @@ def text_files(languages: Languages) -> tuple[str, ...]:
     return tuple(f"{name}.{language}" for name in SPLITS for language in languages)
 
 
-def train_sentencepiece(folder: Path, languages: Languages, vocabulary: int) -> None:
-    """Train a unigram model on the training text of both languages, with every letter that stands in it."""
+def train_sentencepiece(folder: Path, languages: Languages, vocabulary: int, normalization: str) -> None:
+    """Train a unigram model on the training text of both languages, with every letter that stands in it.
+
+    sentencepiece's rule of `normalization` may make another letter of it first.
+    """
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -40,9 +45,11 @@ def train_sentencepiece(folder: Path, languages: Languages, vocabulary: int) -> 
             vocab_size=vocabulary,
             character_coverage=1.0,
             hard_vocab_limit=False,
+            normalization_rule_name=normalization,
+            max_sentence_length=LONGEST_LINE_BYTES,
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise PreparationError(f"--vocab-size {vocabulary}: sentencepiece says: {error}.") from None
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     pieces = ((processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.get_piece_size()))
@@ -60,7 +67,7 @@ def binarize(folder: Path, languages: Languages, workers: int, scratch: Path) ->
     pieces: dict[str, int] = {}
     for name in tqdm(text_files(languages), desc="segmenting", unit="file", disable=None):
         segmented = [" ".join(line) for line in processor.encode(list(lines(folder / name)), out_type=str)]
-        pieces[name] = sum(line.count(" ") + 1 for line in segmented)
+        pieces[name] = sum(len(line.split()) for line in segmented)
         write_whole(scratch / name, (line + "\n" for line in segmented))
     preprocess(scratch, languages, scratch / BINARIZED, workers, "--joined-dictionary")
     return pieces

@@ -123,7 +123,7 @@ def average(files: Sequence[Path]) -> dict[str, Any]:
         raise ValueError("there is no checkpoint to average")
     sums: dict[str, Tensor] = {}
     for number, file in enumerate(tqdm(files, desc="averaging", unit="checkpoint", disable=None)):
-        if file in files[:number]:
+        if file.resolve() in [earlier.resolve() for earlier in files[:number]]:
             raise ValueError(f"'{file}' is named twice")
         checkpoint = load(file)
         kinds = {

@@ -14,8 +14,13 @@ from typing import Any
 def whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside *path*. What the block writes there becomes *path* if it succeeds.
 
-    If the block raises, the temporary file is deleted. Missing folders are made.
+    If the block raises, the temporary file is deleted. Missing folders are made. A link stays one. What is
+    no file, such as /dev/stdout, is written to itself.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        yield path
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:

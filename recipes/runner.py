@@ -64,12 +64,18 @@ class Run:
         file = self.folder / "run.json"
         if not file.exists():
             return False
-        found = json.loads(file.read_text("utf-8"))
+        try:
+            found = json.loads(file.read_text("utf-8"))
+            there = dict(found["options"])
+        except (ValueError, TypeError, KeyError):
+            sys.exit(f"'{file}' is not of a run made here: move '{self.folder}' away.")
         options = json.loads(json.dumps(self.options))
-        for name in dict.fromkeys([*options, *found["options"]]):
-            there, wanted = found["options"].get(name), options.get(name)
-            if there != wanted:
-                sys.exit(f"'{self.folder}' holds a run with {name} {there}, not {wanted}: move it away.")
+        for name in {**options, **there}:
+            if there.get(name) != options.get(name):
+                sys.exit(
+                    f"'{self.folder}' holds a run with {name} {there.get(name)}, not {options.get(name)}: "
+                    "move it away."
+                )
         return found["finished"]
 
     def note(self, finished: bool) -> None:
@@ -158,6 +164,8 @@ def _ending_signals() -> Iterator[list[int]]:
 
 def _steps(run: Run, jobs: int) -> Iterator[None]:
     """Make *run*, yielding while it goes on. Closing the iterator stops the run."""
+    if run.folder.exists() and not run.folder.is_dir():
+        sys.exit(f"'{run.folder}' is no folder: choose another for the run.")
     run.folder.mkdir(parents=True, exist_ok=True)
     with open(run.folder / "run.lock", "w") as lock, open(run.log, "a", encoding="utf-8") as log:
         if not _locked(lock):

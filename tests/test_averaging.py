@@ -151,8 +151,8 @@ def unsafe(run: Path) -> None:
         ),
         (
             lambda run: None,
-            ["--checkpoints", *["checkpoint8.pt"] * 2],
-            "'{run}/checkpoint8.pt' is named twice",
+            ["--checkpoints", "checkpoint8.pt", "../run/checkpoint8.pt"],
+            "'{run}/../run/checkpoint8.pt' is named twice",
         ),
         (
             lambda run: os.truncate(run / "checkpoint11.pt", 500),

@@ -61,7 +61,13 @@ def load(path: str, data: str, user_dir: str | None = None, cpu: bool = False) -
         if not os.path.exists(file):
             raise ValueError(f"the {what} '{file}' does not exist")
     if user_dir is not None:
-        utils.import_user_module(argparse.Namespace(user_dir=user_dir))
+        try:
+            utils.import_user_module(argparse.Namespace(user_dir=user_dir))
+        except (ImportError, FileNotFoundError) as error:
+            raise ValueError(
+                f"--user-dir '{user_dir}' cannot be imported ({_first_line(error)}): "
+                "name the folder of a plugin"
+            ) from error
     try:
         state = checkpoint_utils.load_checkpoint_to_cpu(path, {"data": data, **UNNEEDED})
         cfg = state["cfg"]

@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from sacremoses import MosesDetokenizer
 from tqdm import tqdm
 
-from fairseq_asam.files import whole, write_json
+from fairseq_asam.files import write_json
 from recipes.reporter import write_text
 
 PLUGIN = Path(__file__).resolve().parents[2] / "fairseq_asam"
@@ -45,22 +44,22 @@ def main() -> None:
     source, reference = (args.data / f"{args.split}.{language}" for language in languages(args.data))
     tokenized = (args.data / "bpe.codes").exists()
     copies = {ending: args.run / f"{args.split}.{ending}" for ending in ("src", "ref")}
-    both_there = source.exists() and copies["src"].exists()
-    of_other_data = both_there and read_lines(source) != read_lines(copies["src"])
+    require(source, reference)
+    texts = {"src": read_lines(source), "ref": read_lines(reference)}
+    if tokenized:
+        texts["ref"] = detokenized(texts["ref"])
+    of_other_data = any(file.exists() and read_lines(file) != texts[each] for each, file in copies.items())
     translated = scores.exists() and not is_newer(checkpoint, scores) and not of_other_data
-    for file in (source, reference, *([] if translated else [checkpoint])):
-        if not file.exists():
-            sys.exit(f"score.py: '{file}' is missing: prepare the corpus and train on it first.")
-
+    if not translated:
+        require(checkpoint)
     if of_other_data:  # Stopped below, they would pass for those of the new sentences.
         scores.unlink(missing_ok=True)
-    if not translated or not all(copy.exists() for copy in copies.values()):
-        references = detokenized(read_lines(reference)) if tokenized else read_lines(reference)
-        with whole(copies["src"]) as file:
-            shutil.copyfile(source, file)
-        write_lines(copies["ref"], references)
+    for ending, file in copies.items():
+        if not translated or not file.exists():
+            write_lines(file, texts[ending])
     if not translated:
-        pieces = "subword_nmt" if tokenized else "sentencepiece"
+        written = checkpoint.stat().st_mtime_ns
+        pieces, references = "subword_nmt" if tokenized else "sentencepiece", texts["ref"]
         hypotheses, bleu_of_tokens = translate(
             args.data / "bin", checkpoint, args.split, pieces, len(references)
         )
@@ -74,6 +73,7 @@ def main() -> None:
             "BLEU of tokens": bleu_of_tokens,
         }
         write_json(scores, result)
+        os.utime(scores, ns=(written, written))  # older than a checkpoint that came meanwhile
 
     result = json.loads(scores.read_text("utf-8"))
     print(
@@ -81,6 +81,13 @@ def main() -> None:
         f"({', '.join(result['signatures'])}); BLEU of tokens, by fairseq-generate, "
         f"{result['BLEU of tokens']:.2f}"
     )
+
+
+def require(*files: Path) -> None:
+    """Raise SystemExit if one of *files* is missing."""
+    for file in files:
+        if not file.exists():
+            sys.exit(f"score.py: '{file}' is missing: prepare the corpus and train on it first.")
 
 
 def languages(data: Path) -> tuple[str, str]:

@@ -11,16 +11,17 @@ from collections.abc import Iterator
 import pytest
 
 from data_prep import PreparationError
-from data_prep.archive import fetch
+from data_prep.archive import extract, fetch
 
-CONTENT = bytes(range(256)) * 2000
+CONTENT = (b"\x1f\x8b" + bytes(range(256)) * 2000)[:512000]
 
 
 class Server(http.server.BaseHTTPRequestHandler):
     """Serves CONTENT, or a part of it; the path /ID/N breaks each answer off after N bytes."""
 
     ranges: list[str | None] = []  # noqa: RUF012
-    knows_ranges = True
+    knows_ranges = knows_length = True
+    page = b""
 
     def do_GET(self) -> None:
         wanted = self.headers["Range"]
@@ -35,8 +36,12 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(CONTENT) - start))
+        if self.knows_length:
+            self.send_header("Content-Length", str(len(self.page or CONTENT) - start))
         self.end_headers()
+        if self.page:
+            self.wfile.write(self.page)
+            return
         most = int(self.path.rpartition("/")[2] or len(CONTENT))
         self.wfile.write(CONTENT[start : start + most])
 
@@ -75,6 +80,31 @@ def test_a_server_that_knows_no_ranges_sends_all_again(server, tmp_path):
     (tmp_path / "de-en.tgz.partial").write_bytes(CONTENT[:1000])
     fetch(f"{url}/", tmp_path / "de-en.tgz")
     assert (tmp_path / "de-en.tgz").read_bytes() == CONTENT
+
+
+def test_a_server_that_does_not_say_how_much_it_sends(server, tmp_path):
+    url, handler = server
+    handler.knows_length = False
+    fetch(f"{url}/", tmp_path / "de-en.tgz")
+    assert (tmp_path / "de-en.tgz").read_bytes() == CONTENT
+
+
+def test_the_page_of_a_login_is_not_kept(server, tmp_path):
+    url, handler = server
+    handler.page = b"<html>Please log in.</html>"
+    with pytest.raises(PreparationError, match=r"what came is no .tgz archive, .* page of a login"):
+        fetch(f"{url}/", tmp_path / "de-en.tgz")
+    assert not list(tmp_path.iterdir())
+    handler.page = b""
+    fetch(f"{url}/", tmp_path / "de-en.tgz")
+    assert (tmp_path / "de-en.tgz").read_bytes() == CONTENT
+
+
+def test_a_damaged_archive_that_was_downloaded_says_what_to_remove(server, tmp_path):
+    file = tmp_path / "de-en.tgz"
+    fetch(f"{server[0]}/", file)
+    with pytest.raises(PreparationError, match=f"remove it and {file}.json, to download it again"):
+        extract(file, ["train.tags.de-en.de"], "de-en", tmp_path)
 
 
 def test_a_download_killed_at_its_very_end_is_whole(server, tmp_path):

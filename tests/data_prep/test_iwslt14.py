@@ -143,6 +143,11 @@ def altered(change: str, folder: Path) -> Path:
     """An archive that isn't right."""
     files, file = contents(), folder / "de-en.tgz"
     special = []
+    if change == "of the folder itself":
+        member = tarfile.TarInfo(".")
+        member.type = tarfile.DIRTYPE
+        special.append(member)
+        del files["de-en/IWSLT14.TEDX.dev2012.de-en.en.xml"]
     if change in ("link", "hard link", "device"):
         member = tarfile.TarInfo("de-en/extra")
         member.type = {"link": tarfile.SYMTYPE, "hard link": tarfile.LNKTYPE, "device": tarfile.CHRTYPE}[
@@ -191,6 +196,7 @@ def altered(change: str, folder: Path) -> Path:
         ("path upwards", "'de-en/../../escaped' in it leaves its folder"),
         ("absolute path", "'/tmp/escaped' in it leaves its folder"),
         ("missing file", "lacks de-en/IWSLT14.TEDX.dev2012.de-en.en.xml"),
+        ("of the folder itself", "lacks de-en/IWSLT14.TEDX.dev2012.de-en.en.xml"),
         ("other pair", "holds the language pair fr-en, not de-en"),
         ("uneven", "train.tags.de-en in the archive has 516 German lines and 517"),
         ("uneven test set", "IWSLT14.TED.tst2011.de-en in the archive has 6 German lines and 7 English ones"),
@@ -226,6 +232,15 @@ def test_a_folder_with_something_else_is_left_alone(archive, tmp_path):
 
 def test_a_corpus_of_another_archive_is_left_alone(prepared):
     assert_refused(run(prepared[0], "--archive", "other.tgz"), prepared[0], "not other.tgz")
+
+
+def test_a_corpus_of_what_the_archive_held_before_is_left_alone(prepared, archive):
+    content = archive.read_bytes()
+    archive.write_bytes(archived(archive.with_name("other.tgz"), {}).read_bytes())
+    try:
+        assert_refused(run(prepared[0], "--archive", archive), f"was prepared from another {archive}")
+    finally:
+        archive.write_bytes(content)
 
 
 def test_without_a_network_the_sentence_says_how_to_go_on(tmp_path):

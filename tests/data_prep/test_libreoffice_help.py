@@ -298,6 +298,24 @@ def test_a_missing_package_is_refused(bad_package, tmp_path):
     refuse(bad_package, tmp_path, bad_package["de"], "cannot be read", "libreoffice-help-de")
 
 
+def test_packages_of_an_attempt_that_failed_are_not_taken(tmp_path, monkeypatch):
+    """The machine's own lists name older versions, of which one is gone from the server."""
+    program = tmp_path / "bin" / "apt-get"
+    program.parent.mkdir()
+    program.write_text(
+        "#!/bin/sh\n"
+        "case $* in\n"
+        "*update) touch updated ;;\n"
+        "*) if [ -e updated ]; then touch a_2.deb b_2.deb; else touch a_1.deb; exit 1; fi ;;\n"
+        "esac\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    assert [file.name for file in debian.download(["a", "b"], folder)] == ["a_2.deb", "b_2.deb"]
+
+
 def test_a_file_that_is_no_package_is_refused(bad_package, tmp_path):
     bad_package["de"].write_bytes(b"no package")
     refuse(

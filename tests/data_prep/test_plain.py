@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from data_prep import generated
 from data_prep.corpus import STATISTICS
@@ -100,3 +101,16 @@ def test_names_that_tell_no_two_languages_are_refused(option, names, telling, tm
     place = options.index(option)
     options[place + 1 : place + 3] = names
     assert_refused(run("plain", tmp_path / "corpus", *options, *SMALL), telling)
+
+
+def test_letters_stay_as_they_are_and_long_lines_count(tmp_path):
+    """Also those that Unicode calls equal to others: of their pieces, the text is made again."""
+    options = write_files(tmp_path, "zh", "en")
+    line = "今天天气很好，我们去公园散步吧！（１）…"  # noqa: RUF001
+    (tmp_path / "train.zh").write_text("".join([line + "\n"] * 199 + ["ж ўцк " * 800 + "\n"]), "utf-8")
+    folder = tmp_path / "corpus"
+    assert run("plain", folder, *options, *SMALL).returncode == 0
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / MODEL))
+    for text in (line, "ж ўцк"):
+        ids = pieces.encode(text)
+        assert pieces.decode(ids) == text and pieces.unk_id() not in ids

@@ -203,6 +203,13 @@ def test_what_cannot_be_is_refused_in_a_sentence(tmp_path):
         complete([run(tmp_path / "a", "true")], jobs=0)
     with pytest.raises(SystemExit, match=r"^no-such-command\ncannot be started: .*No such file"):
         complete([Run(tmp_path / "a", {}, [["no-such-command"]])])
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(SystemExit, match=r"file' is no folder: choose another"):
+        complete([run(tmp_path / "file", "true")])
+    for found in ("", "{}", '{"options": 1}'):
+        (tmp_path / "a" / "run.json").write_text(found)
+        with pytest.raises(SystemExit, match=r"run.json' is not of a run made here: move '.*/a' away"):
+            complete([run(tmp_path / "a", "true")])
 
 
 def test_options_become_flags():

@@ -43,6 +43,24 @@ def test_a_translation_of_other_sentences_is_made_again(corpus: Path, runs: list
     assert (folder / "test.json").read_bytes() != (runs[0] / "test.json").read_bytes()
 
 
+def test_other_references_are_scored_anew(corpus: Path, runs: list[Path], tmp_path: Path):
+    data, folder = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(corpus, data)
+    shutil.copytree(runs[0], folder)
+    (data / "test.en").write_bytes((folder / "test.hyp").read_bytes())
+    assert "BLEU 100.00" in succeeded(script("score", data, folder)).stdout
+    assert (folder / "test.ref").read_bytes() == (folder / "test.hyp").read_bytes()
+
+
+def test_a_checkpoint_that_comes_during_the_translation_is_newer(
+    corpus: Path, runs: list[Path], tmp_path: Path
+):
+    for name in ("checkpoint_best.pt", "test.src", "test.ref", "test.hyp"):
+        shutil.copy2(runs[0] / name, tmp_path / name)
+    succeeded(script("score", corpus, tmp_path))
+    assert (tmp_path / "test.json").stat().st_mtime_ns == (runs[0] / "checkpoint_best.pt").stat().st_mtime_ns
+
+
 def test_a_translation_outlives_its_checkpoint(corpus: Path, runs: list[Path], tmp_path: Path):
     """Of a run, the translation and its scores are enough: sources and references are the corpus'."""
     for name in ("test.hyp", "test.json"):
