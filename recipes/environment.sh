@@ -42,10 +42,11 @@ if [[ $(cat .venv/made-for 2>/dev/null) != "$made_for" ]]; then
 fi
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
-torch=2.14.1 torchvision=0.29.1 numpy=numpy isolation=--no-build-isolation
+torch=2.14.1 torchvision=0.29.1 numpy=numpy constraint= isolation=--no-build-isolation
 if ! at_least 3.11; then
     # fairseq 0.12.2 lacks a source file that its setup.py compiles where it finds torch: keep torch out of its build.
-    torch=2.3.1 torchvision=0.18.1 numpy='numpy<1.24' isolation=
+    # transformers 5 wants a newer torch.
+    torch=2.3.1 torchvision=0.18.1 numpy='numpy<1.24' constraint='transformers<5' isolation=
     # pip 24.1 and newer refuse the metadata of omegaconf 2.0, which fairseq 0.12.2 requires.
     pip install 'pip<24.1'
 fi
@@ -58,7 +59,7 @@ echo "Installing fairseq and the rest; where pip must build fairseq, that takes 
 # What fairseq needs to be built. Without it, pip would install torch and its gigabytes a second time, into an
 # environment for the build alone.
 pip install 'setuptools>=64' wheel cython "$numpy" "torch==$torch"
-pip install $isolation --editable ".[$extra]"
+pip install $isolation --constraint /dev/stdin --editable ".[$extra]" <<<"$constraint"
 
 {
     installed recipes

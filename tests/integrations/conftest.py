@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -19,7 +21,13 @@ def types_that_torch_loads():
 
 @pytest.fixture(autouse=True)
 def accelerator_of_its_own():
-    """A new state of accelerate, which has one in a process. HuggingFace's Trainer makes it too."""
+    """A new state of accelerate, which has one in a process. HuggingFace's Trainer makes it too.
+
+    Either keeps a part of it in the environment, such as how to compile.
+    """
+    environment = dict(os.environ)
     yield
+    os.environ.clear()
+    os.environ.update(environment)
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
