@@ -112,6 +112,10 @@ def test_what_does_not_fit_is_refused_in_a_sentence(adam, asam, corpus, data, tm
         with pytest.raises(ValueError, match=message) as refusal:
             load(str(path), str(folder), cpu=True)
         assert "\n" not in str(refusal.value)
+    (tmp_path / "json").mkdir()
+    for folder, reason in (("nowhere", "nowhere"), ("json", "json")):
+        with pytest.raises(ValueError, match=f"--user-dir '.*{folder}' cannot be imported .*{reason}"):
+            load(adam, data, user_dir=str(tmp_path / folder), cpu=True)
     with pytest.raises(ValueError, match="has no split 'dev'"):
         DatasetLoss(load(adam, data, cpu=True), "dev")
     for options, message in (
