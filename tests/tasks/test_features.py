@@ -189,3 +189,21 @@ def test_hydra_train_with_the_configuration_shipped(corpus, tmp_path, optimizer)
     cfg = checkpoint(tmp_path / "checkpoints")["cfg"]["optimizer"]
     assert (cfg["_name"], cfg["rho"], cfg["adam_betas"]) == (optimizer, 0.3, "(0.9, 0.98)")
     assert "train_sharpness" in result.stdout
+
+
+def test_hydra_train_with_the_words_of_the_readme(corpus, tmp_path):
+    """A configuration of Adam becomes one of ASAM."""
+    words = re.search(r"takes `(common\.user_dir=\S+ \S+)`", (ROOT / "README.md").read_text())[1]
+    command = [
+        str(Path(sys.executable).parent / "fairseq-hydra-train"),
+        *words.replace("/path/to/clone", str(ROOT)).split(),
+        *("task=translation", f"task.data={corpus}/bin", "criterion=cross_entropy", "optimizer=adam"),
+        *("lr_scheduler=fixed", "optimization.lr=[0.01]", "optimization.max_update=1", "common.cpu=true"),
+        *("dataset.max_tokens=800", "+model._name=transformer", f"hydra.run.dir={tmp_path}"),
+        *(f"+model.{part}.layers=1" for part in ("encoder", "decoder")),
+        *(f"+model.{part}.embed_dim=32" for part in ("encoder", "decoder")),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+    assert checkpoint(tmp_path / "checkpoints")["cfg"]["optimizer"]["_name"] == "asam"
+    assert "| sharpness " in result.stdout
