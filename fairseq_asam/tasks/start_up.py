@@ -66,7 +66,8 @@ def _passes_use_other_layers(cfg: Any) -> bool:
 
 
 def _workers_have_experts(cfg: Any) -> bool:
-    return getattr(cfg.model, "base_layers", 0) > 0 and cfg.distributed_training.distributed_world_size > 1
+    experts = getattr(cfg.model, "base_layers", None) or 0
+    return experts > 0 and cfg.distributed_training.distributed_world_size > 1
 
 
 def _quantization_noise(cfg: Any) -> float:

@@ -156,54 +156,44 @@ def test_sharpness_reaches_tensorboard(train, tmp_path):
     assert all(event.value > 0 for event in events.Scalars("sharpness"))
 
 
+CONFIG = ROOT / "recipes/translation/config/asam.yaml"
+
+
+def hydra_train(corpus, folder, config, *words):
+    """Make an update with the configuration *config*, and return its options of the optimizer."""
+    sizes = [
+        f"+model.{part}.{size}" for part in ("encoder", "decoder") for size in ("layers=1", "embed_dim=32")
+    ]
+    command = [
+        *(str(Path(sys.executable).parent / "fairseq-hydra-train"), "--config-dir", str(config.parent)),
+        *("--config-name", config.stem, f"hydra.run.dir={folder}", "optimization.max_update=2"),
+        *(f"task.data={corpus}/bin", "common.cpu=true", "model._name=transformer", *sizes),
+        *("+model.encoder.ffn_embed_dim=64", "+model.decoder.ffn_embed_dim=64", *words),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+    assert "train_sharpness" in result.stdout
+    return checkpoint(folder / "checkpoints")["cfg"]["optimizer"]
+
+
 @pytest.mark.parametrize("optimizer", ["asam", pytest.param("sam", marks=pytest.mark.slow)])
 def test_hydra_train_with_the_configuration_shipped(corpus, tmp_path, optimizer):
     """The options of the file and of the command line reach the run."""
-    command = [
-        *(
-            str(Path(sys.executable).parent / "fairseq-hydra-train"),
-            "--config-dir",
-            "recipes/translation/config",
-        ),
-        *(
-            "--config-name",
-            "asam",
-            f"hydra.run.dir={tmp_path}",
-            "common.cpu=true",
-            "optimization.max_update=2",
-        ),
-        *(f"common.user_dir={ROOT}/fairseq_asam", f"task.data={corpus}/bin", "model._name=transformer"),
-        *(
-            f"+model.{part}.{size}"
-            for part in ("encoder", "decoder")
-            for size in ("layers=1", "embed_dim=32")
-        ),
-        *("+model.encoder.ffn_embed_dim=64", "+model.decoder.ffn_embed_dim=64", "optimizer.rho=0.3"),
-    ]
-    command.append(f"common.bf16={optimizer == 'asam'}")
+    words = [f"common.user_dir={ROOT}/fairseq_asam", "optimizer.rho=0.3"]
+    words.append(f"common.bf16={optimizer == 'asam'}")
     if optimizer == "sam":
         ours = ("eta", "normalization", "normalize_bias")
-        command += ["optimizer._name=sam", *(f"~optimizer.{option}" for option in ours)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
-    cfg = checkpoint(tmp_path / "checkpoints")["cfg"]["optimizer"]
-    assert (cfg["_name"], cfg["rho"], cfg["adam_betas"]) == (optimizer, 0.3, "(0.9, 0.98)")
-    assert "train_sharpness" in result.stdout
+        words += ["optimizer._name=sam", *(f"~optimizer.{option}" for option in ours)]
+    options = hydra_train(corpus, tmp_path, CONFIG, *words)
+    assert (options["_name"], options["rho"], options["adam_betas"]) == (optimizer, 0.3, "(0.9, 0.98)")
 
 
 def test_hydra_train_with_the_words_of_the_readme(corpus, tmp_path):
     """A configuration of Adam becomes one of ASAM."""
+    before, after = CONFIG.read_text().split("  _name: asam", 1)
+    config = tmp_path / "config" / "adam.yaml"
+    config.parent.mkdir()
+    config.write_text(f"{before}  _name: adam\n{after[after.index('  adam_betas') :]}")
     words = re.search(r"takes `(common\.user_dir=\S+ \S+)`", (ROOT / "README.md").read_text())[1]
-    command = [
-        str(Path(sys.executable).parent / "fairseq-hydra-train"),
-        *words.replace("/path/to/clone", str(ROOT)).split(),
-        *("task=translation", f"task.data={corpus}/bin", "criterion=cross_entropy", "optimizer=adam"),
-        *("lr_scheduler=fixed", "optimization.lr=[0.01]", "optimization.max_update=1", "common.cpu=true"),
-        *("dataset.max_tokens=800", "+model._name=transformer", f"hydra.run.dir={tmp_path}"),
-        *(f"+model.{part}.layers=1" for part in ("encoder", "decoder")),
-        *(f"+model.{part}.embed_dim=32" for part in ("encoder", "decoder")),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
-    assert checkpoint(tmp_path / "checkpoints")["cfg"]["optimizer"]["_name"] == "asam"
-    assert "| sharpness " in result.stdout
+    options = hydra_train(corpus, tmp_path, config, *words.replace("/path/to/clone", str(ROOT)).split())
+    assert (options["_name"], options["rho"], options["adam_betas"]) == ("asam", 0.2, "(0.9, 0.98)")
