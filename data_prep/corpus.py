@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -134,14 +135,9 @@ def prepare(
         for name, value in vars(arguments).items()
         if name not in ("destination", "workers")
     }
-
-    def build(partial: Path) -> None:
-        place = destination.resolve()
-        if place.exists():  # empty, or a corpus of these settings that lost a part
-            shutil.rmtree(partial, ignore_errors=True)
-            os.replace(place, partial)
-        _build(partial, settings, languages, arguments.workers, source, normalization)
-
+    build = functools.partial(
+        _build, destination.resolve(), settings, languages, arguments.workers, source, normalization
+    )
     with writing(destination, megabytes=200):
         complete(destination, settings, (*text_files(languages), MODEL, VOCABULARY, BINARIZED), build)
     _print_summary(read_statistics(destination))
@@ -243,14 +239,18 @@ def write_statistics(folder: Path, statistics: Statistics) -> None:
 
 
 def _build(
-    partial: Path,
+    place: Path,
     settings: Statistics,
     languages: Languages,
     workers: int,
     source: Source,
     normalization: str,
+    partial: Path,
 ) -> None:
-    """Make the parts that are missing in `partial`."""
+    """Make in `partial` the parts that neither it nor `place`, which is moved there, has."""
+    if place.exists():  # empty, or a corpus of these settings that lost a part
+        shutil.rmtree(partial, ignore_errors=True)
+        os.replace(place, partial)
 
     def missing(*names: str) -> bool:
         return not all((partial / name).exists() for name in names)

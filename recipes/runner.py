@@ -66,7 +66,7 @@ class Run:
             return False
         try:
             found = json.loads(file.read_text("utf-8"))
-            there = dict(found["options"])
+            there, finished = dict(found["options"]), found["finished"]
         except (ValueError, TypeError, KeyError):
             sys.exit(f"'{file}' is not of a run made here: move '{self.folder}' away.")
         options = json.loads(json.dumps(self.options))
@@ -76,7 +76,7 @@ class Run:
                     f"'{self.folder}' holds a run with {name} {there.get(name)}, not {options.get(name)}: "
                     "move it away."
                 )
-        return found["finished"]
+        return finished
 
     def note(self, finished: bool) -> None:
         """Write run.json."""

@@ -5,8 +5,8 @@
 DATA is a corpus folder of data_prep, RUN a folder of train.py. Writes the sources, references and hypotheses,
 one sentence a line, to RUN/SPLIT.src, RUN/SPLIT.ref and RUN/SPLIT.hyp. RUN/SPLIT.json gets sacrebleu's BLEU
 and chrF of these, and the BLEU of tokens that fairseq-generate prints: not to be compared with sacrebleu's.
-A translation is not made again if its checkpoint is older than it, or not there any more, and it is of the
-same sentences.
+A translation is not made again if its checkpoint is no newer than it, or not there any more, and it is of
+the same sentences and references.
 
 Where the corpus is of tokenized text (it has bpe.codes), sacremoses detokenizes references and translations.
 """

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -47,7 +48,7 @@ def test_a_destination_that_is_a_link_stays_one(tmp_path):
 def test_the_folder_in_which_one_is_may_be_the_destination(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    corpus.complete(corpus.Path("."), SETTINGS, ("part",), build)
+    corpus.complete(Path("."), SETTINGS, ("part",), build)
     assert (tmp_path / "here" / "part").read_text() == "text"
 
 

@@ -240,6 +240,7 @@ def test_a_norm_that_is_zero_or_not_finite_moves_nothing(normalization, p, bad, 
     for w in parameters.values():
         w.grad = torch.full_like(w, bad)
     parameters["a.weight"].grad[0, 0, 0] = bad and 1.0
+    parameters["a.bias"].grad.fill_(bad and 1.0)
     perturbation = Perturbation(parameters.items(), 0.5, p=p, normalization=normalization)
     with perturbation:
         assert all(torch.equal(w, torch.ones(2, 3, 3)) for w in parameters.values())

@@ -350,12 +350,12 @@ def test_a_step_under_no_grad_is_the_same():
 
 def test_the_step_is_that_of_davda54_s_adaptive_sam():
     """With the arguments that README.md names: e = rho w^2 g / || |w| g ||, for biases too."""
-    models = [nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double() for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    plain, (ours, theirs) = torch.randn(5, 6, 4).double(), models
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    theirs, batches = copy.deepcopy(ours), torch.randn(5, 6, 4).double()
     base = torch.optim.SGD(ours.parameters(), lr=0.1)
     optimizer = SharpnessAware(base, ours, rho=2.0, eta=0.0, normalize_bias=True)
-    for inputs in plain:
+    for inputs in batches:
 
         def closure(inputs=inputs):
             optimizer.zero_grad()
